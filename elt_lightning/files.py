@@ -1,0 +1,43 @@
+"""Writing files so that a reader never meets half of one."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; what was written there takes the name ``path`` when the block succeeds.
+
+    A crash leaves ``path`` as it was. Parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Hash a file's content: 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def next_numbered(folder: str | Path, stem: str) -> Path:
+    """Give ``folder/stem_N`` with the smallest N from 0 up that is above every one that exists."""
+    taken = [int(p.name.removeprefix(f"{stem}_")) for p in Path(folder).glob(f"{stem}_*") if _ends_in_number(p, stem)]
+    return Path(folder) / f"{stem}_{max(taken, default=-1) + 1}"
+
+
+def _ends_in_number(path: Path, stem: str) -> bool:
+    return path.name.removeprefix(f"{stem}_").isdigit()

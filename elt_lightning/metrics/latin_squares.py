@@ -1,0 +1,54 @@
+"""Exact scores of pictures that should be Latin squares of handwritten digits, as the digit network reads them."""
+
+import torch
+from torch import Tensor
+
+from elt_lightning.data.handwriting import SIDE
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.digits import DigitNetwork
+from elt_lightning.tokenizers.patch_vq import cut_patches
+
+
+class LatinSquareScores(SampleMetric):
+    """Read every cell, then judge the square.
+
+    ``valid_squares``: share of pictures with every digit 1…n once in each row and column, and the asked digit at the centre.
+    ``valid_lines``: share of all rows and columns that hold every digit once.
+
+    Args:
+        network: reads one cell.
+        order: n, cells along a side; odd.
+    """
+
+    squares: Tensor
+    lines: Tensor
+    count: Tensor
+
+    def __init__(self, network: DigitNetwork, order: int = 5) -> None:
+        super().__init__()
+        self.network, self.order = network, order
+        for state in ("squares", "lines", "count"):
+            self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def read(self, pixels: Tensor) -> Tensor:
+        """Read pictures (B, 1, 8n, 8n) as digits (B, n, n) int64 in [0, 10)."""
+        cells = cut_patches(pixels, SIDE).flatten(0, 1).unsqueeze(1)
+        return self.network(cells).argmax(1).view(-1, self.order, self.order)
+
+    def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
+        digits = self.read(pixels)
+        valid = valid_lines(digits)
+        centre = digits[:, self.order // 2, self.order // 2] - 1
+        self.squares += (valid.all(1) & (centre == labels)).sum()
+        self.lines += valid.sum()
+        self.count += len(pixels)
+
+    def compute(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"valid_squares": self.squares / self.count, "valid_lines": self.lines / (self.count * 2 * self.order)}
+
+
+def valid_lines(digits: Tensor) -> Tensor:
+    """Say which of the n rows and n columns hold each of 1…n once: (B, n, n) int64 to (B, 2n) bool."""
+    lines = torch.cat([digits, digits.transpose(1, 2)], dim=1)  # B 2n n
+    wanted = torch.arange(1, digits.shape[-1] + 1, device=digits.device)
+    return (lines.sort(dim=-1).values == wanted).all(-1)

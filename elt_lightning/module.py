@@ -1,0 +1,137 @@
+"""The LightningModule: it wires network, objective, distillation, sampler and optimiser together, and does no mathematics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from elt_lightning.objectives.base import Objective
+from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.optim import LearningRateSchedule, parameter_groups
+from elt_lightning.processes.conditioning import Condition, drop_labels
+from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import Loops, Sampler
+
+HELD_OUT_STEP = 0
+"""Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
+
+
+class ELTModule(LightningModule):
+    """An Elastic Looped Transformer, trained so that every loop count is a usable model.
+
+    Args:
+        network: ``network(x, condition, loops, exits) -> {loops: prediction}``.
+        objective: how a batch is corrupted, and the losses of one prediction.
+        distillation: which loop counts a step trains, and how their losses combine.
+        sampler: how samples are drawn.
+        num_classes: the null class; linked from the data module.
+        optimizer: makes the optimiser from parameter groups. The paper: AdamW, 1e-4, betas (0.9, 0.96), decay 0.045.
+        learning_rate_schedule: warm-up and decay.
+        label_drop: share of labels replaced by the null class in training, so that guidance can be used.
+        seed: decides every random number of training; linked to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        distillation: ILSD,
+        sampler: Sampler,
+        num_classes: int,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
+        learning_rate_schedule: LearningRateSchedule | None = None,
+        label_drop: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_drop <= 1:
+            raise ValueError(f"label_drop must lie in [0, 1], not {label_drop}")
+        self.network, self.objective, self.distillation, self.sampler = network, objective, distillation, sampler
+        self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
+        self.make_optimizer = optimizer
+        self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+
+    @property
+    def max_loops(self) -> int:
+        """L_max, the loop count of the teacher."""
+        return self.distillation.max_loops
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed torch's own generator, which dropout alone uses, from (seed, step, rank, micro-batch)."""
+        if self._has_dropout:
+            torch.manual_seed(hash((self.seed, self.global_step, self.global_rank, batch_idx)) % 2**63)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Take one step of Algorithm 1: corrupt, one forward pass with exits, combine the losses."""
+        step = self.global_step
+        seeds = sample_seeds(self.seed, batch.index)
+        labels = drop_labels(batch.labels, seeds, step, self.label_drop, self.num_classes)
+        corrupted = self.objective.corrupt(batch.x, seeds, step)
+        exits = self.distillation.student_exits(self.seed, step)
+        predictions = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
+        progress = step / max(1, self.total_steps)
+        loss, terms = self.distillation.loss(predictions, corrupted, self.objective, progress)
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch.x))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the ground-truth loss of every trained loop count, all from one pass."""
+        self._log_losses("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self._log_losses("test", batch)
+
+    def _log_losses(self, stage: str, batch: Any) -> None:
+        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.index), HELD_OUT_STEP)
+        condition = Condition(batch.labels, corrupted.time)
+        predictions = self.network(corrupted.inputs, condition, self.max_loops, range(1, self.max_loops))
+        losses = {
+            f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
+            for loops, prediction in predictions.items()
+        }
+        self.log_dict(losses, batch_size=len(batch.x), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Draw the samples that a batch of (labels, index) asks for, at the loop count of the teacher."""
+        return self.sample(batch.labels, self.max_loops, sample_seeds(self.seed, batch.index))
+
+    def predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
+        """Call the network as samplers see it: one loop count, one prediction."""
+        return self.network(x, condition, loops)[loops]
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, loops: Loops, seeds: Tensor, known: Tensor | None = None) -> Tensor:
+        """Draw samples: labels (B,), per-sample seeds (B,), what is known (B, …) or None; to tokens or latents (B, …)."""
+        shape = self.network.sample_shape
+        return self.sampler.sample(self.predict, shape, Condition(labels), loops, seeds, known)  # type: ignore[arg-type]
+
+    def macs_per_sample(self, loops: Loops) -> int:
+        """Multiply–accumulates of drawing one sample: every step, both guidance branches."""
+        return sum(self.network.macs(count) for count in self.sampler.network_calls(loops))  # type: ignore[operator]
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Count parameters: of the shared backbone, which the paper's tables report for ELT, and in all."""
+
+        def count(module: nn.Module) -> int:
+            return sum(parameter.numel() for parameter in module.parameters())
+
+        return count(self.network.backbone), count(self.network)  # type: ignore[arg-type]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser over decaying and non-decaying parameters, and its schedule in optimiser steps."""
+        optimizer = self.make_optimizer(parameter_groups(self.network))
+        total_steps = self.total_steps
+        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

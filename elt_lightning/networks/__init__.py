@@ -1,0 +1,1 @@
+"""The looped networks. Imports torch alone, so that they run wherever torch does."""

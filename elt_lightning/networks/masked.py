@@ -1,0 +1,92 @@
+"""The looped masked transformer: MaskGIT's network with its layers shared over loops."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from elt_lightning.networks.blocks import PostNormBlock
+from elt_lightning.networks.embeddings import MaskedTokenEmbedding, initialise_truncated_normal
+from elt_lightning.networks.looped import LoopedStack
+from elt_lightning.networks.scales import layer_shape
+from elt_lightning.processes.conditioning import Condition
+
+
+class LoopedMaskedTransformer(nn.Module):
+    """Predict every token of a partly masked image or video, after any number of loops, with one head for all of them.
+
+    Source: MaskGIT's bidirectional transformer (google-research/maskgit, ``nets/maskgit_transformer.py``): post-norm
+    layers, learned positions, truncated normal initialisation, and the head dense → GELU → layer norm → tied token
+    embedding + bias. The loop is the paper's F_(N,L).
+
+    Letters: B batch, T tokens, D width, V codes.
+
+    Args:
+        num_codes: V, size of the tokenizer's codebook.
+        input_shape: the token grid, (height, width) or (frames, height, width); T is its product.
+        num_classes: number of classes; class ``num_classes`` is the null class.
+        num_layers: N, the unique layers inside the loop.
+        scale: one of the paper's sizes B, L, XL, H, G; or give width and heads.
+        width: D.
+        heads: attention heads.
+        mlp_width: hidden units of the MLP; four times the width unless given.
+        dropout: MaskGIT and MAGVIT use 0.1.
+        prelude_layers: layers before the loop; ELT has none.
+        coda_layers: layers after the loop; ELT has none.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        num_layers: int,
+        scale: str | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+        mlp_width: int | None = None,
+        dropout: float = 0.0,
+        prelude_layers: int = 0,
+        coda_layers: int = 0,
+    ) -> None:
+        super().__init__()
+        width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        self.sample_shape = (math.prod(input_shape),)
+        self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
+        self.backbone = LoopedStack(
+            lambda: PostNormBlock(width, heads, mlp_width, dropout), num_layers, prelude_layers, coda_layers
+        )
+        self.head_dense = nn.Linear(width, width)
+        self.head_norm = nn.LayerNorm(width, eps=1e-12)
+        self.head_bias = Parameter(self.head_dense.bias.new_zeros(num_codes))
+        self.apply(initialise_truncated_normal)
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()
+    ) -> dict[int, Tensor]:
+        """Predict the tokens at each exit of one pass.
+
+        Args:
+            tokens: (B, T) int64 in [0, V], V being the mask token.
+            condition: labels (B,) in [0, num_classes].
+            loops: L ≥ 1.
+            exits: further loop counts in [1, loops].
+
+        Returns:
+            {r: logits (B, T, V)} for every r in ``exits`` and for ``loops``.
+        """
+        h = self.embedding(tokens, condition.labels)
+        return {loop: self.head(state) for loop, state in self.backbone(h, None, loops, exits).items()}
+
+    def head(self, state: Tensor) -> Tensor:
+        """Turn a state (B, 1 + T, D), class token first, into logits (B, T, V)."""
+        h = self.head_norm(F.gelu(self.head_dense(state[:, 1:]), approximate="tanh"))
+        return F.linear(h, self.embedding.tokens.weight[:-1], self.head_bias)  # the last row is the mask token's
+
+    def macs(self, loops: int) -> int:
+        """Multiply–accumulates of one forward pass of one sample, attention products included."""
+        num_tokens, width = self.sample_shape[0], self.head_dense.in_features
+        head = num_tokens * (width**2 + width * len(self.head_bias))
+        return self.backbone.macs(1 + num_tokens, loops) + head

@@ -1,0 +1,46 @@
+"""The paper's named sizes (section 4.1): width, MLP width, heads and the depth of the unlooped baseline."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Shape of one transformer layer, and how many of them the unlooped baseline stacks.
+
+    The MLP widths and head counts of B, H and G are inferred from the usual factor of four and 64 to 96 units per head.
+    """
+
+    width: int
+    mlp_width: int
+    heads: int
+    full_depth: int
+
+
+SCALES: dict[str, Scale] = {
+    "B": Scale(width=768, mlp_width=3072, heads=12, full_depth=12),
+    "L": Scale(width=1024, mlp_width=4096, heads=16, full_depth=24),
+    "XL": Scale(width=1152, mlp_width=4608, heads=16, full_depth=28),
+    "H": Scale(width=1280, mlp_width=5120, heads=16, full_depth=32),
+    "G": Scale(width=1536, mlp_width=6144, heads=16, full_depth=48),
+}
+
+
+def layer_shape(
+    scale: str | None, width: int | None, heads: int | None, mlp_width: int | None
+) -> tuple[int, int, int]:
+    """Resolve (width, heads, mlp_width) from a named scale, from explicit numbers, or from a scale with some replaced.
+
+    Raises:
+        ValueError: the scale is unknown, or neither a scale nor width and heads were given, or heads do not divide width.
+    """
+    if scale is not None:
+        if scale not in SCALES:
+            raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(SCALES)}")
+        named = SCALES[scale]
+        mlp_width = mlp_width or (named.mlp_width if width is None else None)
+        width, heads = width or named.width, heads or named.heads
+    if width is None or heads is None:
+        raise ValueError("give either scale, or width and heads")
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}")
+    return width, heads, mlp_width or 4 * width

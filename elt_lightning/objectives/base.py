@@ -1,0 +1,39 @@
+"""What ILSD asks of an objective."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A batch made hard, with what is needed to judge a prediction.
+
+    Attributes:
+        inputs: what the network sees: tokens (B, T) or noisy latents (B, C, H, W).
+        target: what it should find, in the same shape.
+        weight: for masked generation, (B, T) in {0, 1}: the positions that count; for diffusion, (B,) weights w(t).
+        time: (B,) times of diffusion, None for masked generation.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    weight: Tensor
+    time: Tensor | None = None
+
+
+class Objective(ABC):
+    """Corrupts a batch and scores predictions; each loss is one number per sample, and the caller averages the batch."""
+
+    @abstractmethod
+    def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
+        """Corrupt clean data x (B, …) with noise that depends on the per-sample seeds (B,) and the step alone."""
+
+    @abstractmethod
+    def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
+        """L_GT of the paper: (B,) losses of a prediction against the data."""
+
+    @abstractmethod
+    def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
+        """L_dist of the paper: (B,) losses of the student's prediction against the teacher's, which is detached here."""

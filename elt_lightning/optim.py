@@ -1,0 +1,49 @@
+"""How the weights are moved: which ones decay, and how the learning rate goes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters: kernels of linear and convolution layers decay; biases, norms and embeddings do not.
+
+    Returns:
+        two groups for an optimiser; the second has ``weight_decay`` 0.
+    """
+    kernels = {
+        id(module.weight)
+        for module in network.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trainable if id(parameter) in kernels]},
+        {"params": [parameter for parameter in trainable if id(parameter) not in kernels], "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Linear warm-up, then constant or a half cosine down to a share of the peak.
+
+    Attributes:
+        warmup_steps: optimiser steps from 0 to the peak. MaskGIT and MAGVIT use 5000.
+        decay: "constant" or "cosine".
+        final_share: of the peak, where the cosine ends.
+    """
+
+    warmup_steps: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    final_share: float = 0.0
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Share of the peak learning rate at an optimiser step (0-based)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

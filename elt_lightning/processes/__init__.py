@@ -1,0 +1,1 @@
+"""What training and sampling share: randomness, conditions, corruption schedules. Imports torch alone."""

@@ -1,0 +1,53 @@
+"""Mask-ratio schedules of masked generation: how much is hidden in training, how much is still hidden in sampling.
+
+Source: MaskGIT (Chang et al. 2022; google-research/maskgit, ``libml/mask_schedule.py`` and ``libml/parallel_decode.py``).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine_mask_ratio(progress: Tensor) -> Tensor:
+    """γ(r) = cos(π/2·r): 1 (all hidden) at r = 0, 0 at r = 1. Any shape in, the same shape out."""
+    return torch.cos(progress * (math.pi / 2))
+
+
+def random_mask(ratio: Tensor, scores: Tensor) -> Tensor:
+    """Hide ⌈ratio·T⌉ positions, at least one: those with the lowest scores.
+
+    Args:
+        ratio: (B,) or (1,) in [0, 1].
+        scores: (B, T) random numbers that decide which positions go first.
+
+    Returns:
+        (B, T) bool, True where hidden.
+    """
+    count = torch.ceil(ratio * scores.shape[1]).clamp(min=1)
+    return ranks(scores) < count[:, None]
+
+
+def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_steps: int) -> Tensor:
+    """How many tokens stay masked after step k (0-based) of K: max(1, min(u − 1, ⌊U·cos(π/2·(k+1)/K)⌋)).
+
+    Nothing stays masked after the last step, and where nothing was masked there is nothing to do.
+
+    Args:
+        num_unknown: (B,) int64, U: tokens unknown when sampling started.
+        num_masked: (B,) int64, u: tokens masked now.
+        step: k.
+        num_steps: K.
+
+    Returns:
+        (B,) int64.
+    """
+    if step + 1 == num_steps:
+        return torch.zeros_like(num_masked)
+    scheduled = (num_unknown * math.cos(math.pi / 2 * (step + 1) / num_steps)).floor().long()
+    return torch.minimum(scheduled, num_masked - 1).clamp(min=1).where(num_masked > 0, num_masked)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each score in ascending order within its row: (B, T) to (B, T) int64, 0 for the lowest."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1)

@@ -1,0 +1,105 @@
+"""Counter-based randomness: what sample i draws at step k in stream s depends on (seed, i, k, s) and on nothing else.
+
+A stateful generator makes results depend on batch size, worker count, device count and resuming. Here every random
+number is a hash of what it is for, computed on the device by the Philox-4x32-10 block function (Salmon, Moraes, Dror
+and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in 64-bit integer torch operations.
+
+Letters: B batch, and ``shape`` the shape of one sample.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox-4x32 constants, Salmon et al. 2011, section 4.3
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a random number is for. Two purposes never share a stream, so they never share a number."""
+
+    MASK_RATIO = 1
+    MASK_ORDER = 2
+    LABEL_DROP = 3
+    STUDENT_EXIT = 4
+    SAMPLED_TOKENS = 5
+    SAMPLED_CONFIDENCE = 6
+
+
+def sample_seeds(seed: int, indices: Tensor) -> Tensor:
+    """Give each sample its own 63-bit seed: the run's seed in the high half, the sample's index in the low half.
+
+    Args:
+        seed: the run's seed, 0 ≤ seed < 2³¹.
+        indices: (B,) integers in [0, 2³²), the samples' places in their data set.
+
+    Returns:
+        (B,) int64, different for every (seed, index).
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"a seed is an integer from 0 to 2^31 - 1, not {seed}")
+    return (indices.long() & _LOW_32_BITS) | (seed << 32)
+
+
+def batch_seed(seeds: Tensor) -> Tensor:
+    """Give the seed that all samples of one run share, for draws made once per batch: (B,) to (1,)."""
+    return seeds[:1] | _LOW_32_BITS
+
+
+def random_bits(seeds: Tensor, step: int, stream: Stream, count: int) -> Tensor:
+    """Draw ``count`` 32-bit words for each sample.
+
+    Args:
+        seeds: (B,) int64 from :func:`sample_seeds`; the Philox key.
+        step: training step or sampling step, 0 ≤ step < 2³².
+        stream: what the numbers are for.
+        count: how many words each sample draws.
+
+    Returns:
+        (B, count) int64 with values in [0, 2³²).
+    """
+    blocks = torch.arange(-(-count // 4), device=seeds.device).expand(len(seeds), -1)
+    counter = (blocks, torch.full_like(blocks, step), torch.full_like(blocks, int(stream)), torch.zeros_like(blocks))
+    key = (seeds[:, None] & _LOW_32_BITS, (seeds[:, None] >> 32) & _LOW_32_BITS)
+    return torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :count]
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Apply Philox-4x32-10: a 128-bit counter and a 64-bit key to 128 random bits, as 32-bit words in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A product of two 32-bit words fills 64 bits; int64 wraps, which keeps every bit, and the mask drops the sign.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, low0 = (product0 >> 32) & _LOW_32_BITS, product0 & _LOW_32_BITS
+        high1, low1 = (product1 >> 32) & _LOW_32_BITS, product1 & _LOW_32_BITS
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW_32_BITS, (k1 + _KEY_INCREMENTS[1]) & _LOW_32_BITS
+    return c0, c1, c2, c3
+
+
+def uniform(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+    """Draw from the open interval (0, 1): (B, *shape) float32, multiples of 2⁻²⁴, never 0 and never 1."""
+    bits = random_bits(seeds, step, stream, math.prod(shape))
+    # 23 bits and a half: the largest value, 1 − 2⁻²⁴, is still a float32 below 1.
+    return (((bits >> 9) + 0.5) * 2.0**-23).float().reshape(len(seeds), *shape)
+
+
+def gumbel(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+    """Draw standard Gumbel noise: (B, *shape) float32. argmax(logits + Gumbel) is a sample from softmax(logits)."""
+    return -torch.log(-torch.log(uniform(seeds, step, stream, shape)))
+
+
+def integer(seed: int, step: int, stream: Stream, low: int, high: int) -> int:
+    """Draw one integer uniform on {low, …, high − 1} for a whole step: the same on every rank, known to the host."""
+    bits = int(random_bits(torch.tensor([seed << 32 | _LOW_32_BITS]), step, stream, 1))
+    return low + bits * (high - low) // 2**32

@@ -1,0 +1,58 @@
+"""Classifier-free guidance (Ho and Salimans 2022): uncond + s_k·(cond − uncond), both branches in one batch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elt_lightning.processes.conditioning import Condition
+
+Predict = Callable[[Tensor, Condition, int], Tensor]
+"""``predict(x, condition, loops)``: logits (B, T, V) for tokens x (B, T), or x̂ for noisy latents."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly each of K sampling steps is pushed towards the class.
+
+    Attributes:
+        scale: s; 1 is no guidance and costs one branch.
+        schedule: "constant" s_k = s; "linear" s_k = 1 + (s − 1)·(k + 1)/K; "power_cosine"
+            s_k = 1 + (s − 1)·½·(1 − cos(π·((k + 1)/K)^p)). Source: google-research/maskgit and its PyTorch successors.
+        power: p of the power-cosine schedule.
+    """
+
+    scale: float = 1.0
+    schedule: Literal["constant", "linear", "power_cosine"] = "constant"
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale < 0 or self.power <= 0:
+            raise ValueError(f"guidance needs scale >= 0 and power > 0, not scale {self.scale}, power {self.power}")
+
+    def scale_at(self, step: int, num_steps: int) -> float:
+        """s_k at step k (0-based) of K."""
+        progress = (step + 1) / num_steps
+        if self.schedule == "linear":
+            return 1 + (self.scale - 1) * progress
+        if self.schedule == "power_cosine":
+            return 1 + (self.scale - 1) * 0.5 * (1 - math.cos(math.pi * progress**self.power))
+        return self.scale
+
+    def branches(self) -> int:
+        """How many times the network sees each sample in one step."""
+        return 1 if self.scale == 1.0 else 2
+
+    def predict(
+        self, predict: Predict, x: Tensor, condition: Condition, null_class: int, loops: int, step: int, num_steps: int
+    ) -> Tensor:
+        """Give the guided prediction for x (B, …) at step k of K; without guidance the plain one."""
+        if self.branches() == 1:
+            return predict(x, condition, loops)
+        unconditional = condition.with_labels(torch.full_like(condition.labels, null_class))
+        both = predict(torch.cat([x, x]), condition.joined(unconditional), loops)
+        conditional, null = both.chunk(2)
+        return null + self.scale_at(step, num_steps) * (conditional - null)

@@ -1,0 +1,83 @@
+"""Iterative parallel decoding: start from masks, keep the most confident tokens, guess the rest again.
+
+Source: MaskGIT (google-research/maskgit, ``libml/parallel_decode.py``), with the paper's sampling temperature.
+"""
+
+import torch
+from torch import Tensor
+
+from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.masking import num_still_masked, ranks
+from elt_lightning.processes.noise import Stream, gumbel
+from elt_lightning.samplers.base import Loops, Sampler
+from elt_lightning.samplers.guidance import Guidance, Predict
+
+
+class MaskGITSampler(Sampler):
+    """Cosine unmasking in K steps.
+
+    At step k every masked token is sampled from softmax(logits / STemp_k), STemp_k = bias + scale·(1 − (k + 1)/K) (paper,
+    section 4.1). Its confidence is log p under the untempered, guided logits plus choice_temperature·(1 − (k + 1)/K)·Gumbel
+    noise; the least confident are masked again, as many as the cosine schedule says.
+
+    Letters: B batch, T tokens, V codes, K steps.
+
+    Args:
+        num_codes: V; the mask token is V.
+        num_classes: the null class of guidance.
+        steps: K; the paper uses 24 for images, 12 or 24 for videos.
+        temperature_bias: sampling temperature at the last step.
+        temperature_scale: what is added to it at the start.
+        choice_temperature: noise on the confidence; MaskGIT and MAGVIT use 4.5.
+        guidance: classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        num_classes: int,
+        steps: int = 24,
+        temperature_bias: float = 0.5,
+        temperature_scale: float = 0.8,
+        choice_temperature: float = 4.5,
+        guidance: Guidance | None = None,
+    ) -> None:
+        super().__init__(num_classes, steps, guidance)
+        if temperature_bias <= 0 or temperature_scale < 0 or choice_temperature < 0:
+            raise ValueError("sampling needs temperature_bias > 0, temperature_scale >= 0 and choice_temperature >= 0")
+        self.num_codes = num_codes
+        self.temperature_bias, self.temperature_scale = temperature_bias, temperature_scale
+        self.choice_temperature = choice_temperature
+
+    def sample(
+        self,
+        predict: Predict,
+        shape: tuple[int, ...],
+        condition: Condition,
+        loops: Loops,
+        seeds: Tensor,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See :meth:`Sampler.sample`."""
+        tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.num_codes)
+        num_unknown = (tokens == self.num_codes).sum(1)
+        for step, step_loops in enumerate(self.loops_per_step(loops)):
+            masked = tokens == self.num_codes
+            logits = self.guidance.predict(
+                predict, tokens, condition, self.num_classes, step_loops, step, self.steps
+            ).float()
+            guess = torch.where(masked, self._draw_tokens(logits, seeds, step), tokens)
+            confidence = self._confidence(logits, guess, seeds, step).masked_fill(~masked, torch.inf)
+            still_masked = num_still_masked(num_unknown, masked.sum(1), step, self.steps)
+            tokens = guess.masked_fill(ranks(confidence) < still_masked[:, None], self.num_codes)
+        return tokens
+
+    def _draw_tokens(self, logits: Tensor, seeds: Tensor, step: int) -> Tensor:
+        temperature = self.temperature_bias + self.temperature_scale * (1 - (step + 1) / self.steps)
+        noise = gumbel(seeds, step, Stream.SAMPLED_TOKENS, tuple(logits.shape[1:]))
+        return (logits / temperature + noise).argmax(-1)
+
+    def _confidence(self, logits: Tensor, tokens: Tensor, seeds: Tensor, step: int) -> Tensor:
+        log_probability = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        noise = gumbel(seeds, step, Stream.SAMPLED_CONFIDENCE, tuple(tokens.shape[1:]))
+        return log_probability + self.choice_temperature * (1 - (step + 1) / self.steps) * noise

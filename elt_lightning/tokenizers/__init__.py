@@ -1,0 +1,1 @@
+"""Pixels to tokens or latents, and back. Frozen: never trained with a generator, never in its checkpoints."""
