@@ -107,14 +107,33 @@ class ELTModule(LightningModule):
         return self.network(x, condition, loops)[loops]
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, loops: Loops, seeds: Tensor, known: Tensor | None = None) -> Tensor:
-        """Draw samples: labels (B,), per-sample seeds (B,), what is known (B, …) or None; to tokens or latents (B, …)."""
-        shape = self.network.sample_shape
-        return self.sampler.sample(self.predict, shape, Condition(labels), loops, seeds, known)  # type: ignore[arg-type]
+    def sample(
+        self,
+        labels: Tensor,
+        loops: Loops,
+        seeds: Tensor,
+        known: Tensor | None = None,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """Draw samples with the module's sampler or another one.
 
-    def macs_per_sample(self, loops: Loops) -> int:
+        Args:
+            labels: (B,) int64 in [0, num_classes].
+            loops: a number, or one per sampling step.
+            seeds: (B,) int64 from :func:`~elt_lightning.processes.noise.sample_seeds`.
+            known: (B, …) what is given and must stay, or None.
+            sampler: in place of the module's own.
+
+        Returns:
+            (B, …) tokens or latents; the data's tokenizer turns them into pixels.
+        """
+        shape: tuple[int, ...] = self.network.sample_shape  # type: ignore[assignment]
+        return (sampler or self.sampler).sample(self.predict, shape, Condition(labels), loops, seeds, known)
+
+    def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
         """Multiply–accumulates of drawing one sample: every step, both guidance branches."""
-        return sum(self.network.macs(count) for count in self.sampler.network_calls(loops))  # type: ignore[operator]
+        calls = (sampler or self.sampler).network_calls(loops)
+        return sum(self.network.macs(count) for count in calls)  # type: ignore[operator]
 
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: of the shared backbone, which the paper's tables report for ELT, and in all."""

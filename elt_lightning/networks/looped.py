@@ -70,6 +70,10 @@ class LoopedStack(nn.Module):
                 states[loop] = self.final_norm(_apply(self.coda, h, coda))
         return states
 
+    def effective_depth(self, loops: int) -> int:
+        """D = N·L, prelude and coda added where there are any: the layers that one pass goes through."""
+        return len(self.prelude) + loops * len(self.layers) + len(self.coda)
+
     def macs(self, num_tokens: int, loops: int) -> int:
         """Multiply–accumulates of one sample's pass with ``loops`` loops and no exit but the last."""
 

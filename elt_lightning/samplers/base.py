@@ -1,7 +1,10 @@
 """What a sampler offers: samples, and what they cost."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
 
 from torch import Tensor
 
@@ -52,6 +55,12 @@ class Sampler(ABC):
         Returns:
             (B, *shape) tokens or latents.
         """
+
+    def with_guidance_scale(self, scale: float) -> Self:
+        """Give the same sampler with another guidance scale."""
+        other = copy.copy(self)
+        other.guidance = replace(self.guidance, scale=scale)
+        return other
 
     def loops_per_step(self, loops: Loops) -> list[int]:
         """Write out the loop count of each step.

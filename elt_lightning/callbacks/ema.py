@@ -1,0 +1,127 @@
+"""Exponential moving average of the trained weights, used wherever the model is judged.
+
+Lightning's own averaging callback stores the average as the model's weights, copies frozen parts and averages integer
+buffers; this one keeps the average beside the model, under a key of its own in the checkpoint (``ema``).
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from elt_lightning.errors import UserError
+
+
+class EMA(Callback):
+    """Average the network's trainable parameters after every optimiser step; swap them in for validation, test and predict.
+
+    The decay warms up as min(decay, (1 + t)/(10 + t)) after t steps, so that a short run is not dominated by its
+    initial weights.
+
+    Args:
+        decay: of the average. MaskGIT 0.999.
+        weights: "ema" or "raw": which weights are judged.
+    """
+
+    def __init__(self, decay: float = 0.999, weights: Literal["ema", "raw"] = "ema") -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of the average must lie in [0, 1), not {decay}")
+        self.decay, self.weights = decay, weights
+        self.average: dict[str, Tensor] = {}
+        self.updates = 0
+        self._swapped = False
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the averaged weights stand in for the raw ones where the model is judged."""
+        return self.weights == "ema" and bool(self.average)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the initial weights, unless a checkpoint gave an average."""
+        for name, parameter in trainable_parameters(pl_module).items():
+            known = self.average.get(name, parameter.detach().clone())
+            self.average[name] = known.to(parameter.device)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the average when an optimiser step was taken (accumulated micro-batches take none)."""
+        if trainer.global_step == self.updates:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        parameters = trainable_parameters(pl_module)
+        torch._foreach_lerp_([self.average[name] for name in parameters], list(parameters.values()), 1 - decay)
+        self.updates = trainer.global_step
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_out(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_in(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_out(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_in(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._swap_out(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the raw weights back when validation is interrupted."""
+        self._swap_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the average as ``checkpoint["ema"]``; ``state_dict`` holds the raw weights even in the middle of validation."""
+        if not self.average:
+            return
+        average = self.average
+        if self._swapped:
+            raw, average = self.average, {n: p.detach() for n, p in trainable_parameters(pl_module).items()}
+            checkpoint["state_dict"].update(raw)
+        checkpoint["ema"] = {"updates": self.updates, "weights": average}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the average from a checkpoint."""
+        if "ema" in checkpoint:
+            self.average = {name: weight.clone() for name, weight in checkpoint["ema"]["weights"].items()}
+            self.updates = checkpoint["ema"]["updates"]
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if self.is_judged and not self._swapped:
+            self._swap(pl_module)
+
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        if self._swapped:
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        """Exchange the values of parameters and average in place, so that optimiser and graph keep their tensors."""
+        for name, parameter in trainable_parameters(pl_module).items():
+            average = self.average[name].to(parameter.device)
+            self.average[name] = parameter.detach().clone()
+            parameter.copy_(average)
+        self._swapped = not self._swapped
+
+
+def trainable_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
+    """List the trainable parameters under the names they have in the module's state dict."""
+    return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+
+
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Give a checkpoint's weights with the averaged ones in place of the raw.
+
+    Raises:
+        UserError: the checkpoint holds no average.
+    """
+    if "ema" not in checkpoint:
+        raise UserError("the checkpoint holds no averaged weights: ask for the raw ones with --weights raw")
+    return checkpoint["state_dict"] | checkpoint["ema"]["weights"]

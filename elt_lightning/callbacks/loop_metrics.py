@@ -1,0 +1,156 @@
+"""Metrics at every loop count: in validation to the logger, in test as the sweep with its report."""
+
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elt_lightning.callbacks.ema import EMA
+from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.evaluation import Row, Sweep
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.module import ELTModule
+from elt_lightning.reports import Report, picture_row
+
+logger = logging.getLogger(__name__)
+
+
+class LoopMetrics(Callback):
+    """Draw samples at every loop count, with the same labels and seeds at each, and score them.
+
+    In validation it logs ``val/<metric>@L<loops>`` and a picture whose rows are loop counts. ``elt test`` runs it as the
+    sweep: it prints a table and writes ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png`` into the run's folder.
+
+    Args:
+        loops: loop counts to measure; by default 1 … L_max.
+        guidance: guidance scales to sweep in test; by default the sampler's own. Validation uses the sampler's own.
+        num_samples: samples per repeat in test.
+        num_validation_samples: samples in each validation; 0 measures nothing there.
+        batch_size: samples drawn at once on one device.
+        repeats: independent repeats in test, for a standard deviation.
+        seed: of the first repeat.
+        num_pictures: samples shown for each loop count.
+        metrics: further metrics, beside those of the data module.
+    """
+
+    def __init__(
+        self,
+        loops: list[int] | None = None,
+        guidance: list[float] | None = None,
+        num_samples: int = 1000,
+        num_validation_samples: int = 200,
+        batch_size: int = 250,
+        repeats: int = 1,
+        seed: int = 0,
+        num_pictures: int = 10,
+        metrics: list[SampleMetric] | None = None,
+    ) -> None:
+        if loops is not None and (not loops or min(loops) < 1):
+            raise ValueError(f"loops must be numbers from 1 up, not {loops}")
+        if guidance is not None and (not guidance or min(guidance) < 0):
+            raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
+        if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
+            raise ValueError("need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1")
+        self.loops, self.guidance = loops, guidance
+        self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
+        self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
+        self.extra_metrics = metrics or []
+        self._metrics: list[SampleMetric] | None = None
+        self.report: Report | None = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score a few samples at each loop count, and log them."""
+        if trainer.sanity_checking or self.num_validation_samples < 2:
+            return
+        module = cast(ELTModule, pl_module)
+        sweep = self._sweep(trainer, self.num_validation_samples, repeats=1)
+        rows = [self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)]
+        for row in rows:
+            pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics})
+        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+            picture = torch.cat([picture_row(row.pictures) for row in rows])
+            layout = "HW" if picture.ndim == 2 else "HWC"
+            trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the sweep, print its table and write its files."""
+        module = cast(ELTModule, pl_module)
+        sweep = self._sweep(trainer, self.num_samples, self.repeats)
+        scales = self.guidance or [module.sampler.guidance.scale]
+        settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
+        console = Console(stderr=True)
+        columns = (TextColumn("sampling at {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=not (console.is_terminal and trainer.is_global_zero)) as bar:
+            task = bar.add_task("", total=len(settings) * self.repeats * self.num_samples)
+            rows = []
+            for loops, scale in settings:
+                bar.update(task, description=f"loops {loops}, guidance {scale:g}")
+                rows.append(self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n)))
+        self.report = self._report(trainer, module, rows)
+        if trainer.is_global_zero:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self.report.write(folder)
+            Console(width=None if Console().is_terminal else 140).print(self.report.table())
+            print("\n".join(str(folder / name) for name in ("loops.png", "pareto.png", "loops.csv", "loops.json")))
+
+    def _loops(self, module: ELTModule) -> list[int]:
+        return sorted(set(self.loops or range(1, module.max_loops + 1)))
+
+    def _sweep(self, trainer: Trainer, num_samples: int, repeats: int) -> Sweep:
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return Sweep(num_samples, self.batch_size, self.seed, repeats, self.num_pictures, rank, world_size)
+
+    def _measure(
+        self, trainer: Trainer, module: ELTModule, sweep: Sweep, loops: int, scale: float, progress: Any = lambda n: None
+    ) -> Row:
+        def precision() -> AbstractContextManager[Any]:
+            return trainer.precision_plugin.forward_context()
+
+        sampler = module.sampler.with_guidance_scale(scale)
+        tokenizer = _data(trainer).tokenizer.to(module.device)
+        return sweep.run(module, sampler, tokenizer, self._metrics_on(trainer, module.device), loops, precision, progress)
+
+    def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
+        """Build the metrics once; their reference statistics serve every loop count and every validation."""
+        if self._metrics is None:
+            self._metrics = [*_data(trainer).build_metrics(), *self.extra_metrics]
+        # Sums are kept in float64, which Apple's GPUs lack.
+        target = torch.device("cpu") if device.type == "mps" else device
+        return [metric.to(target) for metric in self._metrics]
+
+    def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
+        data = _data(trainer)
+        params_backbone, params_total = module.num_parameters()
+        backbone: Any = module.network.backbone
+        averaging = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        networks = [metric.feature_network for metric in self._metrics or [] if metric.feature_network]
+        return Report(
+            rows=rows,
+            primary_metric=data.primary_metric,
+            higher_is_better=data.higher_is_better,
+            feature_network=", ".join(networks) or None,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            train_loops=module.max_loops,
+            sampling_steps=module.sampler.steps,
+            weights="ema" if any(callback.is_judged for callback in averaging) else "raw",
+            params_backbone=params_backbone,
+            params_total=params_total,
+            macs_per_sample={
+                (row.loops, row.guidance): module.macs_per_sample(
+                    row.loops, module.sampler.with_guidance_scale(row.guidance)
+                )
+                for row in rows
+            },
+            effective_depth={row.loops: backbone.effective_depth(row.loops) for row in rows},
+        )
+
+
+def _data(trainer: Trainer) -> GenerativeDataModule:
+    return cast(GenerativeDataModule, trainer.datamodule)  # type: ignore[attr-defined]

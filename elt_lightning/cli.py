@@ -1,0 +1,92 @@
+"""The `elt` command. This file imports the standard library alone, so that help and version answer at once."""
+
+import difflib
+import importlib
+import os
+import sys
+
+from elt_lightning import __version__
+from elt_lightning.errors import UserError
+
+SUBCOMMANDS = {
+    "fit": "train a model from a config, or go on from a checkpoint",
+    "validate": "measure losses and metrics on held-out data, once",
+    "test": "sweep a checkpoint over loop counts: table, JSON, CSV, pictures",
+    "predict": "write many samples of a checkpoint to files, over all devices",
+    "sample": "draw a picture from a checkpoint alone, a row for each loop count",
+}
+_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
+    "sample": "elt_lightning.commands.sample"
+}
+
+HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L
+
+usage: elt COMMAND [--flag value ...]
+
+commands:
+{chr(10).join(f"  {name:<10}{line}" for name, line in SUBCOMMANDS.items())}
+
+options:
+  -h, --help  show this text; after a command, show that command's flags
+  --version   show the version
+  --debug     show the traceback when something goes wrong
+
+A first run:  elt fit --config configs/quickstart.yaml
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command: the exit status is 0, or 2 after one clear line on stderr about what the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [with_underscores(argument) for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"elt {__version__}")
+        return 0
+    try:
+        run_command(arguments[0], arguments[1:])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"elt: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("elt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: end without a second complaint
+        return 141
+    return 0
+
+
+def run_command(name: str, arguments: list[str]) -> None:
+    """Import the command's module, which may take seconds, and run it.
+
+    Raises:
+        UserError: there is no such command, or what the command itself refuses.
+    """
+    if name not in SUBCOMMANDS:
+        near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see elt --help"
+        raise UserError(f"there is no command {name!r}: {hint}")
+    importlib.import_module(_MODULES[name]).run(name, arguments)
+
+
+def with_underscores(argument: str) -> str:
+    """Accept dashes in the names of flags: --ckpt-path becomes --ckpt_path; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def one_line(error: Exception) -> str:
+    """Fold an error's message into one line."""
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the subcommands of `elt` do; each module offers ``run(name, arguments)``."""

@@ -1,0 +1,237 @@
+"""`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from elt_lightning.callbacks.ema import EMA
+from elt_lightning.callbacks.loop_metrics import LoopMetrics
+from elt_lightning.callbacks.plain_progress import PlainProgress
+from elt_lightning.callbacks.recipe import Recipe
+from elt_lightning.callbacks.throughput import Throughput
+from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
+from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.errors import UserError
+from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.module import ELTModule
+
+FROM_DATA = {
+    "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
+    "input_shape": ("model.network.init_args.input_shape",),
+    "num_codes": (
+        "model.network.init_args.num_codes",
+        "model.objective.init_args.num_codes",
+        "model.sampler.init_args.num_codes",
+    ),
+}
+"""What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
+
+SHORT_FLAGS = {
+    "--loops": "--loop_metrics.loops",
+    "--guidance": "--loop_metrics.guidance",
+    "--num_samples": "--loop_metrics.num_samples",
+    "--repeats": "--loop_metrics.repeats",
+    "--weights": "--ema.weights",
+}
+_LISTS = ("--loops", "--guidance")
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Run one of the trainer's commands.
+
+    Raises:
+        UserError: the command line, the config or a file is wrong.
+    """
+    if "-h" in arguments or "--help" in arguments:
+        ELTCommandLine.for_arguments([name, "--help"])
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = with_stored_config(long_flags(arguments), Path(scratch))
+            ELTCommandLine.for_arguments([name, *arguments])
+    except ArgumentError as error:
+        raise UserError(explain(str(error))) from error
+
+
+def long_flags(arguments: list[str]) -> list[str]:
+    """Write short flags out; lists may be given as 1,2,4."""
+    written: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in SHORT_FLAGS:
+            written.append(SHORT_FLAGS[name] + (f"={bracketed(value) if name in _LISTS else value}" if equals else ""))
+        elif written and written[-1] in [SHORT_FLAGS[flag] for flag in _LISTS]:
+            written[-1] += f"={bracketed(argument)}"
+        else:
+            written.append(argument)
+    return written
+
+
+def bracketed(value: str) -> str:
+    """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
+    return value if value.startswith("[") else f"[{value}]"
+
+
+class ELTCommandLine(LightningCLI):
+    """LightningCLI with what every run of this project has: links from data to model, EMA, loop metrics, a run folder."""
+
+    @classmethod
+    def for_arguments(cls, arguments: list[str]) -> "ELTCommandLine":
+        """Parse the arguments, build everything and run the command."""
+        return cls(
+            ELTModule,
+            GenerativeDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "elt"}
+            | {name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")},
+            trainer_defaults={
+                "max_epochs": -1,
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 20,
+            },
+            args=arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, the run's folder, and the links."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; a new one by default")
+        parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}", "checkpoint.auto_insert_metric_name": False})
+        for source, targets in FROM_DATA.items():
+            for target in targets:
+                parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder, and put there what the trainer writes."""
+        config = self.config[self.subcommand]
+        self.run_dir = choose_run_dir(config, str(self.subcommand))
+        config.trainer.default_root_dir = str(self.run_dir)
+        if self.subcommand == "predict":
+            config.return_predictions = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the trainer its logger, its progress display and the callbacks that need the config."""
+        config = self.config_init[self.subcommand]
+        logger = config.trainer.logger
+        if logger in (None, True):
+            # An empty name and version: TensorBoard's files lie in the run's folder itself.
+            kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
+        callbacks: list[Callback] = [Throughput(), Recipe(FORMAT_VERSION, *self.recipe())]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else PlainProgress())
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
+        return super().instantiate_trainer(**kwargs)
+
+    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
+        resolved = self.resolved_config()
+        for source, targets in FROM_DATA.items():
+            value = getattr(self.datamodule, source)
+            for target in targets:
+                *path, last = target.split(".")
+                section: Any = resolved
+                for key in path:
+                    section = section.get(key, {})
+                if last in section:
+                    section[last] = list(value) if isinstance(value, tuple) else value
+        return resolved["model"], resolved["data"]
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Every setting of this command after defaults, configs and flags, as plain data."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
+        return yaml.safe_load(text)
+
+    def after_instantiate_classes(self) -> None:
+        """Write the resolved config into the run's folder before anything is computed."""
+        if not self.trainer.is_global_zero:
+            return
+        path = self.run_dir / "config.yaml"
+        if path.exists():
+            path = next_numbered(self.run_dir, f"config_{self.subcommand}").with_suffix(".yaml")
+        with written_aside(path) as aside:
+            aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
+        print(f"{self.subcommand}: {self.run_dir}", flush=True)
+
+    def after_fit(self) -> None:
+        """Say where the model is, and what to do with it."""
+        if self.trainer.is_global_zero and self.trainer.state.finished:
+            checkpoint = self.trainer.checkpoint_callback
+            last = checkpoint.last_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+            print(f"trained {self.trainer.global_step} steps: {last}")
+            print(f"next: elt test --ckpt_path {last}")
+
+
+def choose_run_dir(config: Any, subcommand: str) -> Path:
+    """Choose the folder of a run, so that nothing that is there is overwritten.
+
+    ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
+    command on such a checkpoint works in ``RUN/<command>_<n>``, and everything else in ``runs/<command>_<n>``.
+
+    Raises:
+        UserError: the folder asked for already holds another run.
+    """
+    checkpoint = config.get("ckpt_path")
+    run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+        if (run_dir / "config.yaml").exists() and run_dir.resolve() != run_of_checkpoint:
+            raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
+        return run_dir
+    if run_of_checkpoint is None:
+        return next_numbered("runs", subcommand)
+    run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
+    return run_of_checkpoint if subcommand == "fit" else next_numbered(run_of_checkpoint, subcommand)
+
+
+def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
+    """Let a checkpoint's own ``model`` and ``data`` sections be the lowest layer: configs and flags win over them.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
+    if checkpoint in (None, "null"):
+        return arguments
+    recipe = read_checkpoint(checkpoint)["elt"]
+    stored = scratch / "checkpoint.yaml"
+    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
+    return ["--config", str(stored), *arguments]
+
+
+def without_links(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that links fill in, which a config may not hold."""
+    for target in ("model.seed", "data.init_args.seed", *(target for targets in FROM_DATA.values() for target in targets)):
+        *path, last = target.split(".")
+        section: Any = config
+        for key in path:
+            section = section.get(key, {})
+        section.pop(last, None)
+    return config
+
+
+def explain(message: str) -> str:
+    """Pick the telling line from the parser's message, which lists every class it tried."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    return " ".join(lines)

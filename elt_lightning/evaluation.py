@@ -1,0 +1,124 @@
+"""The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.module import ELTModule
+from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import Sampler
+from elt_lightning.tokenizers.base import Tokenizer, to_bytes
+
+
+@dataclass
+class Row:
+    """What was measured at one loop count and guidance scale.
+
+    Attributes:
+        loops: loop count.
+        guidance: guidance scale.
+        metrics: {name: one value per repeat}.
+        samples_per_second: drawing alone, over all devices, without decoding and scoring.
+        pictures: (n, C, H, W) uint8, the first samples; the same labels and seeds in every row.
+    """
+
+    loops: int
+    guidance: float
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    samples_per_second: float = 0.0
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def mean(self, name: str) -> float:
+        """Mean of a metric over repeats."""
+        return mean(self.metrics[name])
+
+    def std(self, name: str) -> float | None:
+        """Sample standard deviation over repeats, None for one."""
+        values = self.metrics[name]
+        return stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a sweep is run.
+
+    Attributes:
+        num_samples: samples per repeat; sample i asks for class i mod num_classes.
+        batch_size: samples drawn at once on one device; it changes speed and memory, not results.
+        seed: of the first repeat; repeat r uses seed + r.
+        repeats: independent repeats of every measurement.
+        num_pictures: samples kept as pictures.
+        rank: this process.
+        world_size: processes that share the samples.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    repeats: int = 1
+    num_pictures: int = 10
+    rank: int = 0
+    world_size: int = 1
+
+    def run(
+        self,
+        module: ELTModule,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        metrics: Sequence[SampleMetric],
+        loops: int,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> Row:
+        """Measure one loop count.
+
+        Args:
+            module: in eval mode, on its device.
+            sampler: with the guidance to measure.
+            tokenizer: turns codes into pixels, on the module's device.
+            metrics: reset and filled here, on the module's device.
+            loops: loop count.
+            context: the precision to run in.
+            progress: called with the number of samples drawn since the last call, over all ranks.
+        """
+        row = Row(loops, sampler.guidance.scale)
+        seconds = 0.0
+        for repeat in range(self.repeats):
+            for metric in metrics:
+                metric.reset()
+            for labels, index in self._share(module.num_classes, module.device):
+                began = _now(module.device)
+                with context():
+                    codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), sampler=sampler)
+                seconds += _now(module.device) - began
+                pixels = tokenizer.decode(codes)
+                for metric in metrics:
+                    metric.update(pixels, labels)
+                if repeat == 0 and len(row.pictures) < self.num_pictures:
+                    missing = self.num_pictures - len(row.pictures)
+                    row.pictures = torch.cat([row.pictures.to(torch.uint8).cpu().reshape(-1, *pixels.shape[1:]), to_bytes(pixels[:missing]).cpu()])
+                progress(len(labels) * self.world_size)
+            for metric in metrics:
+                for name, value in metric.compute().items():
+                    row.metrics.setdefault(name, []).append(float(value))
+        row.samples_per_second = self.num_samples * self.repeats / seconds
+        return row
+
+    def _share(self, num_classes: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give this rank's samples in batches: labels (B,) and index (B,)."""
+        mine = torch.arange(self.rank, self.num_samples, self.world_size, device=device)
+        for index in mine.split(self.batch_size):
+            yield index % num_classes, index
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

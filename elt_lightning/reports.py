@@ -1,0 +1,192 @@
+"""What a sweep leaves behind: a table on the terminal, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from elt_lightning.evaluation import Row
+from elt_lightning.files import written_aside
+
+matplotlib.use("Agg")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished sweep with everything needed to read it.
+
+    Attributes:
+        rows: one per loop count and guidance scale.
+        primary_metric: decides which row is best.
+        higher_is_better: direction of the primary metric.
+        feature_network: whose features the Fréchet distance compares, None without one.
+        num_samples: per repeat.
+        seed: of the first repeat.
+        train_loops: L_max of training.
+        sampling_steps: K.
+        weights: "ema" or "raw".
+        params_backbone: parameters inside the looped stack.
+        params_total: parameters of the whole network.
+        macs_per_sample: {(loops, guidance): multiply–accumulates of drawing one sample}.
+        effective_depth: {loops: layers passed through}.
+    """
+
+    rows: Sequence[Row]
+    primary_metric: str
+    higher_is_better: bool
+    feature_network: str | None
+    num_samples: int
+    seed: int
+    train_loops: int
+    sampling_steps: int
+    weights: str
+    params_backbone: int
+    params_total: int
+    macs_per_sample: dict[tuple[int, float], int]
+    effective_depth: dict[int, int]
+
+    def best(self, rows: Sequence[Row]) -> Row:
+        """Pick the row that is best in the primary metric."""
+        return (max if self.higher_is_better else min)(rows, key=lambda row: row.mean(self.primary_metric))
+
+    def best_per_loop(self) -> list[Row]:
+        """Pick the best guidance scale for each loop count, in order of loops."""
+        counts = sorted({row.loops for row in self.rows})
+        return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as plain data: the content of ``loops.json``."""
+        return {
+            "primary_metric": self.primary_metric,
+            "higher_is_better": self.higher_is_better,
+            "feature_network": self.feature_network,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "train_loops": self.train_loops,
+            "sampling_steps": self.sampling_steps,
+            "weights": self.weights,
+            "rows": [
+                {
+                    "loops": row.loops,
+                    "effective_depth": self.effective_depth[row.loops],
+                    "guidance": row.guidance,
+                    "metrics": {name: {"mean": row.mean(name), "std": row.std(name)} for name in row.metrics},
+                    "params_backbone": self.params_backbone,
+                    "params_total": self.params_total,
+                    "macs_per_sample": self.macs_per_sample[row.loops, row.guidance],
+                    "samples_per_second": row.samples_per_second,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def table(self) -> Table:
+        """Lay the rows out for a terminal; where guidance was swept, a star marks each loop count's best."""
+        names = list(self.rows[0].metrics)
+        swept = len({row.guidance for row in self.rows}) > 1
+        direction = "higher" if self.higher_is_better else "lower"
+        table = Table(
+            title=f"{self.num_samples} samples, {self.sampling_steps} steps, trained at {self.train_loops} loops",
+            caption=f"{self.primary_metric}: {direction} is better" + ("; * best guidance of its loop count" if swept else ""),
+        )
+        for heading in ("loops", "depth", "params", "guidance", *names, "GMACs/sample", "samples/s"):
+            table.add_column(heading, justify="right")
+        best = self.best_per_loop()
+        for row in self.rows:
+            mark = " *" if swept and any(row is chosen for chosen in best) else ""
+            table.add_row(
+                f"{row.loops}{mark}",
+                str(self.effective_depth[row.loops]),
+                _short(self.params_backbone),
+                f"{row.guidance:g}",
+                *(_value(row, name) for name in names),
+                f"{self.macs_per_sample[row.loops, row.guidance] / 1e9:.3g}",
+                f"{row.samples_per_second:.3g}",
+            )
+        return table
+
+    def write(self, folder: Path) -> None:
+        """Write the four files; each appears whole or not at all."""
+        with written_aside(folder / "loops.json") as aside:
+            aside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        with written_aside(folder / "loops.csv") as aside:
+            self._write_csv(aside)
+        best = self.best_per_loop()
+        with written_aside(folder / "loops.png") as aside:
+            loops_figure({f"L = {row.loops}": row.pictures for row in best}).savefig(aside, bbox_inches="tight")
+        with written_aside(folder / "pareto.png") as aside:
+            self.pareto_figure(best).savefig(aside, bbox_inches="tight")
+
+    def _write_csv(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            names = list(self.rows[0].metrics)
+            writer.writerow(
+                ["loops", "effective_depth", "guidance"]
+                + [column for name in names for column in (name, f"{name}_std")]
+                + ["params_backbone", "params_total", "macs_per_sample", "samples_per_second"]
+            )
+            for row in self.as_dict()["rows"]:
+                scores = [row["metrics"][name][part] for name in names for part in ("mean", "std")]
+                costs = [row[k] for k in ("params_backbone", "params_total", "macs_per_sample", "samples_per_second")]
+                writer.writerow([row["loops"], row["effective_depth"], row["guidance"], *scores, *costs])
+
+    def pareto_figure(self, rows: Sequence[Row]) -> Figure:
+        """Draw the primary metric against compute, one point per loop count: the any-time curve."""
+        figure = Figure(figsize=(5, 3.5), dpi=150)
+        axes = figure.add_subplot()
+        macs = [self.macs_per_sample[row.loops, row.guidance] / 1e9 for row in rows]
+        values = [row.mean(self.primary_metric) for row in rows]
+        axes.errorbar(macs, values, yerr=[row.std(self.primary_metric) or 0.0 for row in rows], marker="o", capsize=3)
+        for row, x, y in zip(rows, macs, values, strict=True):
+            label = f"L={row.loops}" + (" (trained)" if row.loops == self.train_loops else "")
+            axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8)
+        axes.set_xscale("log")
+        axes.margins(x=0.15, y=0.15)
+        axes.set_xlabel("compute per sample (10⁹ multiply–accumulates, log scale)")
+        axes.set_ylabel(f"{self.primary_metric} ({'higher' if self.higher_is_better else 'lower'} is better)")
+        axes.grid(alpha=0.3)
+        return figure
+
+
+def loops_figure(rows: dict[str, Tensor]) -> Figure:
+    """Draw one labelled row of pictures after another; a column shares class and seed.
+
+    Args:
+        rows: {label: (n, C, H, W) uint8}, C 1 or 3.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    figure = Figure(figsize=(1 + columns, len(rows)), dpi=100)
+    for place, (label, pictures) in enumerate(rows.items()):
+        axes = figure.add_axes((0.08, 1 - (place + 1) / len(rows), 0.92, 1 / len(rows)))
+        axes.imshow(picture_row(pictures), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_axis_off()
+        axes.text(-0.01, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=12)
+    return figure
+
+
+def picture_row(pictures: Tensor, gap: int = 2) -> Tensor:
+    """Lay pictures (n, C, H, W) uint8 side by side with white gaps: (H, n·(W + gap)) or with three channels (…, 3)."""
+    padded = torch.nn.functional.pad(pictures, (0, gap, 0, gap), value=255)
+    row = padded.permute(2, 0, 3, 1).flatten(1, 2)  # H (n W) C
+    return row.squeeze(-1)
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return str(count)
+
+
+def _value(row: Row, name: str) -> str:
+    std = row.std(name)
+    return f"{row.mean(name):.4g}" + (f" ± {std:.2g}" if std is not None else "")
