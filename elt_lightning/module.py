@@ -55,6 +55,7 @@ class ELTModule(LightningModule):
         self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
         self.make_optimizer = optimizer
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
+        self.prediction_loops: Loops = distillation.max_loops
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     @property
@@ -99,8 +100,8 @@ class ELTModule(LightningModule):
         self.log_dict(losses, batch_size=len(batch.x), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Draw the samples that a batch of (labels, index) asks for, at the loop count of the teacher."""
-        return self.sample(batch.labels, self.max_loops, sample_seeds(self.seed, batch.index))
+        """Draw the samples that a batch of (labels, index) asks for, at ``prediction_loops``: tokens or latents (B, …)."""
+        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.index))
 
     def predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
         """Call the network as samplers see it: one loop count, one prediction."""

@@ -1,23 +1,27 @@
 """`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from elt_lightning.callbacks.checkpoint import Checkpoint
 from elt_lightning.callbacks.ema import EMA
 from elt_lightning.callbacks.loop_metrics import LoopMetrics
 from elt_lightning.callbacks.plain_progress import PlainProgress
 from elt_lightning.callbacks.recipe import Recipe
+from elt_lightning.callbacks.sample_writer import SampleWriter
 from elt_lightning.callbacks.throughput import Throughput
 from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
 from elt_lightning.data.base import GenerativeDataModule
@@ -36,14 +40,18 @@ FROM_DATA = {
 }
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
 
+EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
+PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")}
 SHORT_FLAGS = {
-    "--loops": "--loop_metrics.loops",
-    "--guidance": "--loop_metrics.guidance",
-    "--num_samples": "--loop_metrics.num_samples",
-    "--repeats": "--loop_metrics.repeats",
-    "--weights": "--ema.weights",
+    "fit": {"--weights": "--ema.weights"},
+    "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
+    "test": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
+    "predict": PREDICTION_FLAGS | {"--weights": "--ema.weights"},
 }
-_LISTS = ("--loops", "--guidance")
+"""Short names for the settings that a command is mostly called with."""
+
+LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance")
+"""Settings that may be given as 1,2,4."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -52,27 +60,38 @@ def run(name: str, arguments: list[str]) -> None:
     Raises:
         UserError: the command line, the config or a file is wrong.
     """
+    quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = with_stored_config(long_flags(arguments), Path(scratch))
+            arguments = with_stored_config(long_flags(name, arguments), Path(scratch))
             ELTCommandLine.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
 
 
-def long_flags(arguments: list[str]) -> list[str]:
-    """Write short flags out; lists may be given as 1,2,4."""
+def quieten_libraries() -> None:
+    """Leave out what the libraries print that tells a user of this program nothing."""
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*The dirpath has changed.*", ".*barrier.*device_id.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+    )
+
+
+def long_flags(name: str, arguments: list[str]) -> list[str]:
+    """Write a command's short flags out, and its lists as the parser reads them: --loops 1,2 as --loop_metrics.loops=[1,2]."""
     written: list[str] = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name in SHORT_FLAGS:
-            written.append(SHORT_FLAGS[name] + (f"={bracketed(value) if name in _LISTS else value}" if equals else ""))
-        elif written and written[-1] in [SHORT_FLAGS[flag] for flag in _LISTS]:
+        flag, equals, value = argument.partition("=")
+        flag = SHORT_FLAGS[name].get(flag, flag)
+        if written and written[-1] in LISTS:
             written[-1] += f"={bracketed(argument)}"
+        elif equals:
+            written.append(f"{flag}={bracketed(value) if flag in LISTS else value}")
         else:
-            written.append(argument)
+            written.append(flag)
     return written
 
 
@@ -106,13 +125,17 @@ class ELTCommandLine(LightningCLI):
             args=arguments,
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what :func:`run` prepared; Lightning's own version warns when ``sys.argv`` is not what it is given."""
+        self.config = parser.parse_args(args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, the run's folder, and the links."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; a new one by default")
         parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
         parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}", "checkpoint.auto_insert_metric_name": False})
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleWriter, "samples")
         for source, targets in FROM_DATA.items():
             for target in targets:
                 parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
@@ -125,7 +148,9 @@ class ELTCommandLine(LightningCLI):
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
         if self.subcommand == "predict":
-            config.return_predictions = False
+            config.return_predictions = False  # they are written as they come, not kept in memory
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # the sweep prints a table of its own
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer its logger, its progress display and the callbacks that need the config."""
@@ -175,17 +200,16 @@ class ELTCommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Say where the model is, and what to do with it."""
         if self.trainer.is_global_zero and self.trainer.state.finished:
-            checkpoint = self.trainer.checkpoint_callback
-            last = checkpoint.last_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+            last = self.run_dir / "checkpoints" / "last.ckpt"
             print(f"trained {self.trainer.global_step} steps: {last}")
             print(f"next: elt test --ckpt_path {last}")
 
 
-def choose_run_dir(config: Any, subcommand: str) -> Path:
+def choose_run_dir(config: Namespace, subcommand: str) -> Path:
     """Choose the folder of a run, so that nothing that is there is overwritten.
 
     ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
-    command on such a checkpoint works in ``RUN/<command>_<n>``, and everything else in ``runs/<command>_<n>``.
+    command on such a checkpoint works in ``RUN/<command>_<n>``, and everything else in ``runs/<name of the config>_<n>``.
 
     Raises:
         UserError: the folder asked for already holds another run.
@@ -198,7 +222,8 @@ def choose_run_dir(config: Any, subcommand: str) -> Path:
             raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
         return run_dir
     if run_of_checkpoint is None:
-        return next_numbered("runs", subcommand)
+        configs = [str(path) for path in config.get("config") or []]
+        return next_numbered("runs", Path(configs[-1]).stem if configs else subcommand)
     run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
     return run_of_checkpoint if subcommand == "fit" else next_numbered(run_of_checkpoint, subcommand)
 

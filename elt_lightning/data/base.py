@@ -28,6 +28,31 @@ class Batch(NamedTuple):
     index: Tensor
 
 
+class Request(NamedTuple):
+    """Samples that are asked for.
+
+    Attributes:
+        labels: (B,) int64.
+        index: (B,) int64, each sample's number; with the seed it decides the sample.
+    """
+
+    labels: Tensor
+    index: Tensor
+
+
+class Requests(Dataset[Request]):
+    """Samples 0 … n − 1, sample i of class i mod ``num_classes``; indexed by a whole batch of numbers at once."""
+
+    def __init__(self, num_samples: int, num_classes: int) -> None:
+        self.num_samples, self.num_classes = num_samples, num_classes
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: Tensor) -> Request:  # type: ignore[override]
+        return Request(index % self.num_classes, index)
+
+
 class TensorBatches(Dataset[Batch]):
     """Codes and labels held in memory; indexed by a whole batch of places at once."""
 
@@ -162,6 +187,16 @@ class GenerativeDataModule(LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         return self.val_dataloader()
+
+    def request_samples(self, num_samples: int, batch_size: int) -> None:
+        """Say what :meth:`predict_dataloader` shall ask for: how many samples, drawn how many at once on one device."""
+        self._requests, self._request_batch_size = Requests(num_samples, self.num_classes), batch_size
+
+    def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
+        assert self.trainer is not None
+        size, world_size = self._request_batch_size, self.trainer.world_size
+        order = BatchOrder(len(self._requests), size * world_size, size, self.trainer.global_rank, world_size, None)
+        return DataLoader(self._requests, sampler=order, batch_size=None)
 
     def _loader(self, dataset: TensorBatches, order: BatchOrder) -> DataLoader[Batch]:
         return DataLoader(

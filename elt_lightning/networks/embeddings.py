@@ -1,18 +1,21 @@
 """Embeddings, which stand outside the loop and are applied once."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elt_lightning.processes.conditioning import Condition
 
-def initialise_truncated_normal(module: nn.Module, std: float = 0.02) -> None:
-    """Initialise linear layers and embeddings as MaskGIT does: normal, cut at two standard deviations; biases zero.
 
-    To be used as ``network.apply(initialise_truncated_normal)``.
-    """
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def initialise_truncated_normal(network: nn.Module, std: float = 0.02) -> None:
+    """Initialise linear layers and embeddings as MaskGIT does: normal, cut at two standard deviations; biases zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class MaskedTokenEmbedding(nn.Module):
@@ -41,3 +44,78 @@ class MaskedTokenEmbedding(nn.Module):
         """Embed: tokens (B, T) in [0, V], labels (B,) in [0, num_classes], to (B, 1 + T, D)."""
         h = torch.cat([self.classes(labels)[:, None], self.tokens(tokens)], dim=1)
         return self.dropout(self.norm(h + self.positions.weight))
+
+
+def sinusoids(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sines and cosines at ``count`` frequencies 10000^(−i/count), i = 0 … count − 1: (…) to twice (…, count)."""
+    exponents = torch.arange(count, dtype=values.dtype, device=values.device) / count
+    angles = values[..., None] * torch.exp(-math.log(10_000.0) * exponents)
+    return torch.sin(angles), torch.cos(angles)
+
+
+def sine_positions(grid: tuple[int, ...], width: int) -> Tensor:
+    """The fixed position of every token of a grid: (T, D), row-major, as facebookresearch/DiT for two axes.
+
+    Each axis has an equal share of the width, the last axis first: sines, then cosines of its coordinate. What the shares
+    leave over is zero.
+
+    Args:
+        grid: tokens along each axis, (height, width) or (frames, height, width).
+        width: D.
+    """
+    coordinates = torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in grid], indexing="ij")
+    count = width // (2 * len(grid))
+    parts = [part for axis in reversed(coordinates) for part in sinusoids(axis.flatten(), count)]
+    return F.pad(torch.cat(parts, dim=-1), (0, width - 2 * count * len(grid))).float()
+
+
+def patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Cut (B, C, *size) into patches: (B, T, C·∏patch), tokens row-major, each patch in the order channel, then its axes."""
+    grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
+    axes = len(patch)
+    split = [part for pair in zip(grid, patch, strict=True) for part in pair]
+    x = x.reshape(*x.shape[:2], *split)  # B C g₁ p₁ g₂ p₂ …
+    grid_axes, patch_axes = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+    return x.permute(0, *grid_axes, 1, *patch_axes).flatten(1, axes).flatten(2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+    """Undo :func:`patchify`: (B, T, C·∏patch) to (B, C, *size), size = grid·patch."""
+    axes = len(grid)
+    x = patches.reshape(len(patches), *grid, -1, *patch)  # B g₁ g₂ … C p₁ p₂ …
+    interleaved = [axis for i in range(axes) for axis in (1 + i, 2 + axes + i)]
+    size = [g * p for g, p in zip(grid, patch, strict=True)]
+    return x.permute(0, 1 + axes, *interleaved).reshape(len(patches), -1, *size)
+
+
+class TimeClassEmbedding(nn.Module):
+    """What a diffusion network is told besides its input: an embedded time plus an embedded class.
+
+    Source: facebookresearch/DiT: 256 sinusoids of 1000·t, linear → SiLU → linear; a row per class.
+
+    Args:
+        num_classes: row ``num_classes`` of the class table is the null class.
+        width: of the condition that comes out.
+    """
+
+    NUM_SINUSOIDS = 256
+    TIME_SCALE = 1000.0
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.time_in = nn.Linear(self.NUM_SINUSOIDS, width)
+        self.time_out = nn.Linear(width, width)
+        self.classes = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, condition: Condition) -> Tensor:
+        """Embed labels (B,) and times (B,) in [0, 1]: (B, width)."""
+        if condition.time is None:
+            raise ValueError("a diffusion network needs condition.time")
+        # In half precision neighbouring times would fall together: the sinusoids are computed in float32.
+        sine, cosine = sinusoids(condition.time.float() * self.TIME_SCALE, self.NUM_SINUSOIDS // 2)
+        sinusoid = torch.cat([cosine, sine], dim=-1).to(self.time_in.weight.dtype)
+        return self.time_out(F.silu(self.time_in(sinusoid))) + self.classes(condition.labels)
+
+    def macs(self) -> int:
+        """Multiply–accumulates for one sample."""
+        return (self.NUM_SINUSOIDS + self.time_out.in_features) * self.time_out.out_features

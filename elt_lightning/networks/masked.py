@@ -35,6 +35,8 @@ class LoopedMaskedTransformer(nn.Module):
         dropout: MaskGIT and MAGVIT use 0.1.
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
+        residual_scale: see :class:`~elt_lightning.networks.blocks.PostNormBlock`; MaskGIT has 1.
+        initial_std: standard deviation of the initial weights; MaskGIT has 0.02, which suits widths near a thousand.
     """
 
     def __init__(
@@ -50,18 +52,23 @@ class LoopedMaskedTransformer(nn.Module):
         dropout: float = 0.0,
         prelude_layers: int = 0,
         coda_layers: int = 0,
+        residual_scale: float = 1.0,
+        initial_std: float = 0.02,
     ) -> None:
         super().__init__()
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
         self.backbone = LoopedStack(
-            lambda: PostNormBlock(width, heads, mlp_width, dropout), num_layers, prelude_layers, coda_layers
+            lambda: PostNormBlock(width, heads, mlp_width, dropout, residual_scale),
+            num_layers,
+            prelude_layers,
+            coda_layers,
         )
         self.head_dense = nn.Linear(width, width)
         self.head_norm = nn.LayerNorm(width, eps=1e-12)
         self.head_bias = Parameter(self.head_dense.bias.new_zeros(num_codes))
-        self.apply(initialise_truncated_normal)
+        initialise_truncated_normal(self, initial_std)
 
     def forward(
         self, tokens: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()

@@ -1,4 +1,4 @@
-"""The paper's named sizes (section 4.1): width, MLP width, heads and the depth of the unlooped baseline."""
+"""The named sizes of the paper (section 4.1) and of DiT: width, MLP width, heads and the depth of the unlooped baseline."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class Scale:
     """Shape of one transformer layer, and how many of them the unlooped baseline stacks.
 
-    The MLP widths and head counts of B, H and G are inferred from the usual factor of four and 64 to 96 units per head.
+    The MLP widths and head counts of B, H and G are inferred from the usual factor of four and 64 to 96 units per head. S, B,
+    L and XL are also DiT's. ``wide`` is inferred from the parameter counts of the paper's Table 2 (diffusion), which it
+    explains with FiLM blocks and a condition of width 1024; its head count is a guess.
     """
 
     width: int
@@ -17,11 +19,13 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
+    "S": Scale(width=384, mlp_width=1536, heads=6, full_depth=12),
     "B": Scale(width=768, mlp_width=3072, heads=12, full_depth=12),
     "L": Scale(width=1024, mlp_width=4096, heads=16, full_depth=24),
     "XL": Scale(width=1152, mlp_width=4608, heads=16, full_depth=28),
     "H": Scale(width=1280, mlp_width=5120, heads=16, full_depth=32),
     "G": Scale(width=1536, mlp_width=6144, heads=16, full_depth=48),
+    "wide": Scale(width=2048, mlp_width=8192, heads=16, full_depth=32),
 }
 
 

@@ -28,6 +28,10 @@ class Stream(IntEnum):
     STUDENT_EXIT = 4
     SAMPLED_TOKENS = 5
     SAMPLED_CONFIDENCE = 6
+    TIME = 7
+    NOISE = 8
+    INITIAL_NOISE = 9
+    SAMPLER_NOISE = 10
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
@@ -97,6 +101,18 @@ def uniform(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = (
 def gumbel(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw standard Gumbel noise: (B, *shape) float32. argmax(logits + Gumbel) is a sample from softmax(logits)."""
     return -torch.log(-torch.log(uniform(seeds, step, stream, shape)))
+
+
+def normal(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+    """Draw standard normal noise: (B, *shape) float32, never beyond ±5.8.
+
+    Box and Muller 1958: √(−2·log u)·cos(2π·w) and √(−2·log u)·sin(2π·w) are independent and normal for uniform u and w.
+    """
+    count = math.prod(shape)
+    u, w = uniform(seeds, step, stream, (2, -(-count // 2))).unbind(1)
+    radius, angle = torch.sqrt(-2 * torch.log(u.contiguous())), (2 * math.pi) * w.contiguous()
+    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return pairs[:, :count].reshape(len(seeds), *shape)
 
 
 def integer(seed: int, step: int, stream: Stream, low: int, high: int) -> int:

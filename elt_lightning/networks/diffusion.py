@@ -1,0 +1,223 @@
+"""The looped diffusion transformer: DiT with its layers shared over loops."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elt_lightning.networks.embeddings import TimeClassEmbedding, patchify, sine_positions, unpatchify
+from elt_lightning.networks.looped import LoopedStack
+from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock, ModulatedBlock
+from elt_lightning.networks.scales import layer_shape
+from elt_lightning.processes.conditioning import Condition
+
+BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": AdaptiveNormBlock, "film": FiLMBlock}
+
+
+class LoopedDiT(nn.Module):
+    """Predict from a noisy image or video what its objective asks for, after any number of loops, with one head for all.
+
+    Source: facebookresearch/DiT around the paper's loop F_(N,L). With ``num_layers`` N and one loop it is DiT itself: see
+    :func:`from_dit_state_dict`. At the start of training every exit predicts zero.
+
+    Letters: B batch, C channels, H W height and width, F frames, T tokens, D width.
+
+    Args:
+        input_shape: (channels, height, width) or (channels, frames, height, width) of one sample.
+        num_classes: number of classes; class ``num_classes`` is the null class.
+        num_layers: N, the unique layers inside the loop.
+        patch_size: side of a patch, one number for all axes or one for each.
+        scale: one of the named sizes S, B, L, XL, H, G, wide; or give width and heads.
+        width: D.
+        heads: attention heads.
+        mlp_width: hidden units of the MLP; four times the width unless given.
+        block: "adaln_zero" as in DiT, or "film" as in "simple diffusion", which the paper's Table 2 points to.
+        condition_width: width of the time and class embedding; D unless given. Table 2 points to 1024.
+        positions: "sine" for a fixed table, "learned" for a trained one.
+        prelude_layers: layers before the loop; ELT has none.
+        coda_layers: layers after the loop; ELT has none.
+        out_channels: channels of the output; C unless given. DiT's published networks have 2·C, half of them for a
+            variance that no objective here uses.
+        checkpoint_loops: save memory in training by computing each loop again for its gradient.
+
+    Raises:
+        ValueError: the patch does not divide the input, or a choice is unknown.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        num_layers: int,
+        patch_size: int | tuple[int, ...] = 2,
+        scale: str | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+        mlp_width: int | None = None,
+        block: Literal["adaln_zero", "film"] = "adaln_zero",
+        condition_width: int | None = None,
+        positions: Literal["sine", "learned"] = "sine",
+        prelude_layers: int = 0,
+        coda_layers: int = 0,
+        out_channels: int | None = None,
+        checkpoint_loops: bool = False,
+    ) -> None:
+        super().__init__()
+        width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        condition_width = condition_width or width
+        channels, *size = input_shape
+        self.sample_shape = tuple(input_shape)
+        self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
+            raise ValueError(f"patch_size {patch_size} does not divide an input of shape {tuple(input_shape)}")
+        if block not in BLOCKS or positions not in ("sine", "learned"):
+            raise ValueError(f"need block from {', '.join(BLOCKS)} and positions sine or learned, not {block}, {positions}")
+        self.grid = tuple(n // p for n, p in zip(size, self.patch, strict=True))
+        patch_volume = math.prod(self.patch)
+        self.embedding = nn.Linear(channels * patch_volume, width)
+        table = sine_positions(self.grid, width)
+        if positions == "sine":
+            self.register_buffer("positions", table, persistent=False)
+        else:
+            self.positions = nn.Parameter(table)
+        self.condition = TimeClassEmbedding(num_classes, condition_width)
+        self.backbone = LoopedStack(
+            lambda: BLOCKS[block](width, heads, mlp_width, condition_width),
+            num_layers,
+            prelude_layers,
+            coda_layers,
+            checkpoint_loops=checkpoint_loops,
+        )
+        self.head = OutputHead(
+            width, (out_channels or channels) * patch_volume, condition_width if block == "adaln_zero" else None
+        )
+        self._initialise(learned_positions=positions == "learned")
+
+    def _initialise(self, learned_positions: bool) -> None:
+        """Initialise as DiT does; every block begins as the identity, every prediction as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.condition.classes.weight, self.condition.time_in.weight, self.condition.time_out.weight):
+            nn.init.normal_(weight, std=0.02)
+        if learned_positions:
+            nn.init.normal_(self.positions, std=0.02)
+        for module in self.modules():
+            if isinstance(module, ModulatedBlock | OutputHead):
+                module.start_as_identity()
+
+    def forward(self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()) -> dict[int, Tensor]:
+        """Predict at each exit of one pass.
+
+        Args:
+            x: (B, C, H, W) or (B, C, F, H, W) noisy input.
+            condition: labels (B,) in [0, num_classes] and time (B,) in [0, 1].
+            loops: L ≥ 1.
+            exits: further loop counts in [1, loops].
+
+        Returns:
+            {r: prediction (B, out_channels, …)} for every r in ``exits`` and for ``loops``.
+        """
+        h = self.embedding(patchify(x.to(self.embedding.weight.dtype), self.patch)) + self.positions
+        embedded = self.condition(condition)
+        modulation = self.head.modulation(embedded)
+        states = self.backbone(h, embedded, loops, exits)
+        return {
+            loop: unpatchify(self.head(state, modulation), self.grid, self.patch) for loop, state in states.items()
+        }
+
+    def macs(self, loops: int) -> int:
+        """Multiply–accumulates of one forward pass of one sample, attention products included."""
+        num_tokens = math.prod(self.grid)
+        once = [block.modulation_macs() for block in self.backbone.modules() if isinstance(block, ModulatedBlock)]
+        ends = num_tokens * self.embedding.in_features * self.embedding.out_features + self.head.macs(num_tokens)
+        return self.condition.macs() + sum(once) + self.backbone.macs(num_tokens, loops) + ends
+
+
+class OutputHead(nn.Module):
+    """Norm and linear layer from states to patches; with a condition the norm is adaptive, as in DiT's final layer.
+
+    Args:
+        width: D.
+        out_features: numbers in an output patch.
+        condition_width: width of the condition, or None for a norm with weights of its own.
+    """
+
+    def __init__(self, width: int, out_features: int, condition_width: int | None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=condition_width is None)
+        self.modulate = None if condition_width is None else nn.Linear(condition_width, 2 * width)
+        self.linear = nn.Linear(width, out_features)
+
+    def start_as_identity(self) -> None:
+        """Begin with predictions of zero and an unmodulated norm."""
+        for layer in (self.linear, self.modulate):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...] | None:
+        """Make shift and scale, each (B, 1, D), from the condition (B, condition width), or nothing."""
+        return None if self.modulate is None else self.modulate(F.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
+
+    def forward(self, h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        """Turn a state (B, T, D) into patches (B, T, out_features)."""
+        h = self.norm(h)
+        if modulation is not None:
+            shift, scale = modulation
+            h = h * (1 + scale) + shift
+        return self.linear(h)
+
+    def macs(self, num_tokens: int) -> int:
+        """Multiply–accumulates for one sample, the modulation included."""
+        modulate = 0 if self.modulate is None else self.modulate.in_features * self.modulate.out_features
+        return num_tokens * self.linear.in_features * self.linear.out_features + modulate
+
+
+_DIT_NAMES = (
+    (r"x_embedder\.proj", "embedding"),
+    (r"t_embedder\.mlp\.0", "condition.time_in"),
+    (r"t_embedder\.mlp\.2", "condition.time_out"),
+    (r"y_embedder\.embedding_table", "condition.classes"),
+    (r"blocks\.(\d+)\.attn\.qkv", r"backbone.layers.\1.attention.query_key_value"),
+    (r"blocks\.(\d+)\.attn\.proj", r"backbone.layers.\1.attention.output"),
+    (r"blocks\.(\d+)\.mlp\.fc1", r"backbone.layers.\1.mlp_in"),
+    (r"blocks\.(\d+)\.mlp\.fc2", r"backbone.layers.\1.mlp_out"),
+    (r"blocks\.(\d+)\.adaLN_modulation\.1", r"backbone.layers.\1.modulate"),
+    (r"final_layer\.linear", "head.linear"),
+    (r"final_layer\.adaLN_modulation\.1", "head.modulate"),
+)
+
+
+def from_dit_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a facebookresearch/DiT checkpoint for a :class:`LoopedDiT` of as many layers.
+
+    The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in the
+    order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
+
+    Raises:
+        ValueError: a name that no DiT has.
+    """
+    patch = state["x_embedder.proj.weight"].shape[2:]
+    renamed = {}
+    for name, value in state.items():
+        if name == "pos_embed":
+            continue
+        if name == "x_embedder.proj.weight":
+            value = value.flatten(1)
+        elif name.startswith("final_layer.linear."):
+            value = value.unflatten(0, (math.prod(patch), -1)).transpose(0, 1).flatten(0, 1)
+        stem, _, kind = name.rpartition(".")
+        for pattern, replacement in _DIT_NAMES:
+            if re.fullmatch(pattern, stem):
+                renamed[f"{re.sub(pattern, replacement, stem)}.{kind}"] = value
+                break
+        else:
+            raise ValueError(f"{name} is not a weight of facebookresearch/DiT")
+    return renamed

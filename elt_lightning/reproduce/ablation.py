@@ -1,0 +1,198 @@
+"""`make ablation`: train every arm of an ablation over several seeds, sweep each over loop counts, gather one JSON and one figure.
+
+Every run is an `elt fit` and an `elt test` in processes of their own. A run whose ``loops.json`` is there is not done
+again, so that an interrupted ablation goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from elt_lightning import __version__
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+
+BEYOND_TRAINING = 2
+"""Loop counts are measured up to so many above L_max."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        name: of its runs.
+        label: in figure and table.
+        num_layers: N.
+        max_loops: L_max; 1 is unlooped.
+        mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
+    """
+
+    name: str
+    label: str
+    num_layers: int
+    max_loops: int
+    mode: str
+
+    def loops(self) -> list[int]:
+        """Loop counts to measure; a model that never looped is measured as it was trained."""
+        return [1] if self.max_loops == 1 else list(range(1, self.max_loops + BEYOND_TRAINING + 1))
+
+    def flags(self) -> list[str]:
+        """What sets this arm apart on the command line of `elt fit`."""
+        return [
+            f"--model.network.init_args.num_layers={self.num_layers}",
+            f"--model.distillation.max_loops={self.max_loops}",
+            f"--model.distillation.mode={self.mode}",
+        ]
+
+
+def main() -> None:
+    """Run what is missing, then write ``ablation.json``, ``ablation.png`` and ``ablation.md``."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where the runs lie")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/ablation"), help="folder of the results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, one thread each")
+    parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="settings for every run")
+    options = parser.parse_args()
+    config = yaml.safe_load(options.config.read_text())
+    config["settings"] |= dict(setting.split("=", 1) for setting in options.override)
+    arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
+    # Longest first, so that no core waits at the end.
+    pairs = sorted(((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for number, line in enumerate(pool.map(lambda pair: run_arm(*pair, config, options.runs), pairs), start=1):
+            print(f"[{number}/{len(pairs)}] {line}", flush=True)
+    summary = gather(arms, config, options.runs)
+    write_results(summary, arms, options.output)
+
+
+def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path) -> str:
+    """Train and sweep one arm with one seed, unless it is done: a line that says what happened."""
+    folder = runs / f"{arm.name}_seed{seed}"
+    if (folder / "test" / "loops.json").is_file():
+        return f"{folder}: done before"
+    began = time.perf_counter()
+    settings = [f"--{name}={value}" for name, value in config["settings"].items()]
+    common = ["--config", config["base"], "--seed_everything", str(seed), *settings, *arm.flags()]
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not (folder / "trained.json").is_file():
+        unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
+        elt("fit", *common, "--run_dir", str(folder), *unfinished)
+        with written_aside(folder / "trained.json") as aside:
+            aside.write_text(json.dumps({"seconds": time.perf_counter() - began}))
+    loops = ",".join(map(str, arm.loops()))
+    elt("test", *common, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
+    return f"{folder}: {time.perf_counter() - began:.0f} s"
+
+
+def elt(*arguments: str) -> None:
+    """Run `elt` with one thread.
+
+    Raises:
+        UserError: it failed; with the end of what it said.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "elt_lightning", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise UserError(f"elt {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+
+
+def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any]:
+    """Read every run's ``loops.json`` into one summary: for each arm and loop count, each metric's value per seed."""
+    summary: dict[str, Any] = {
+        "command": "make ablation",
+        "config": config,
+        "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "arms": {},
+    }
+    for arm in arms:
+        folders = [runs / f"{arm.name}_seed{seed}" for seed in config["seeds"]]
+        reports = [json.loads((folder / "test" / "loops.json").read_text()) for folder in folders]
+        seconds = [json.loads((folder / "trained.json").read_text())["seconds"] for folder in folders]
+        rows = []
+        for same_loops in zip(*(report["rows"] for report in reports), strict=True):
+            first = same_loops[0]
+            metrics = {name: [row["metrics"][name]["mean"] for row in same_loops] for name in first["metrics"]}
+            costs = {name: first[name] for name in ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")}
+            rows.append(costs | {"metrics": metrics})
+        summary["arms"][arm.name] = {"label": arm.label, "training_seconds": seconds, "rows": rows}
+    summary |= {name: reports[0][name] for name in ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")}
+    return summary
+
+
+def write_results(summary: dict[str, Any], arms: list[Arm], folder: Path) -> None:
+    """Write the summary, its figure and its table."""
+    with written_aside(folder / "ablation.json") as aside:
+        aside.write_text(json.dumps(summary, indent=1) + "\n")
+    with written_aside(folder / "ablation.png") as aside:
+        figure(summary, arms).savefig(aside, bbox_inches="tight")
+    with written_aside(folder / "ablation.md") as aside:
+        aside.write_text(table(summary, arms))
+    print("\n".join(str(folder / f"ablation.{ending}") for ending in ("png", "md", "json")))
+
+
+def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
+    """Draw the primary metric against the loop count: a line for each looped arm, a level for each unlooped one."""
+    drawing = Figure(figsize=(7, 4.5), dpi=150)
+    axes = drawing.add_subplot()
+    metric = summary["primary_metric"]
+    for arm in arms:
+        rows = summary["arms"][arm.name]["rows"]
+        values = [row["metrics"][metric] for row in rows]
+        if arm.max_loops == 1:
+            level = mean(values[0])
+            axes.axhline(level, color="gray", linestyle=":", linewidth=1)
+            axes.annotate(arm.label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color="gray")
+        else:
+            errors = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+            axes.errorbar([row["loops"] for row in rows], [mean(v) for v in values], yerr=errors, marker="o", capsize=3, label=arm.label)
+            axes.axvline(arm.max_loops, color="black", linewidth=0.5, alpha=0.3)
+    axes.set_xlabel("loops at inference (thin line: the loop count of training)")
+    axes.set_ylabel(f"{metric}, mean ± std over {len(summary['config']['seeds'])} seeds")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return drawing
+
+
+def table(summary: dict[str, Any], arms: list[Arm]) -> str:
+    """Write the primary metric as a Markdown table: arms down, loop counts across."""
+    metric = summary["primary_metric"]
+    columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
+    lines = [
+        f"| {metric}, % | backbone parameters | " + " | ".join(f"L = {loops}" for loops in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for arm in arms:
+        rows = {row["loops"]: row for row in summary["arms"][arm.name]["rows"]}
+        cells = [percentage(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
+        lines.append(f"| {arm.label} | {next(iter(rows.values()))['params_backbone']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def percentage(values: list[float]) -> str:
+    """Write mean and sample standard deviation over seeds in percent."""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"ablation: error: {error}")
