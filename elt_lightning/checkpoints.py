@@ -1,8 +1,8 @@
 """Checkpoints that say how to build what they hold.
 
-Beside Lightning's own entries, a checkpoint of this project has ``elt``: the format's version, the resolved ``model`` and
-``data`` sections of the config, and the tokenizer's description; and ``ema``, the averaged weights. All of it is plain
-data: checkpoints are read with ``weights_only=True``, which runs no code from the file.
+Beside Lightning's own entries, a checkpoint of this project has ``elt``: the format's version, the resolved ``model``
+and ``data`` sections of the config, and the tokenizer's description; and ``ema``, the averaged weights. All of it is
+plain data: checkpoints are read with ``weights_only=True``, which runs no code from the file.
 """
 
 import pickle
@@ -60,7 +60,7 @@ def build_tokenizer(checkpoint: dict[str, Any], path: str | None = None) -> Toke
     Raises:
         UserError: the file is missing, or its content is not what the model was trained with.
     """
-    description = {key: value for key, value in checkpoint["elt"]["tokenizer"].items()}
+    description = dict(checkpoint["elt"]["tokenizer"])
     expected = description.pop("sha256", None)
     if expected is not None:
         if path is not None:

@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("elt: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: end without a second complaint
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nobody reads on: end without a second complaint
         return 141
     return 0
 

@@ -100,15 +100,20 @@ class Sweep:
                 seconds += _now(module.device) - began
                 pixels = tokenizer.decode(codes)
                 for metric in metrics:
-                    metric.update(pixels, labels)
+                    metric.update(pixels.to(metric.device), labels.to(metric.device))
                 if repeat == 0 and len(row.pictures) < self.num_pictures:
                     missing = self.num_pictures - len(row.pictures)
-                    row.pictures = torch.cat([row.pictures.to(torch.uint8).cpu().reshape(-1, *pixels.shape[1:]), to_bytes(pixels[:missing]).cpu()])
+                    row.pictures = torch.cat(
+                        [
+                            row.pictures.to(torch.uint8).cpu().reshape(-1, *pixels.shape[1:]),
+                            to_bytes(pixels[:missing]).cpu(),
+                        ]
+                    )
                 progress(len(labels) * self.world_size)
             for metric in metrics:
                 for name, value in metric.compute().items():
                     row.metrics.setdefault(name, []).append(float(value))
-        row.samples_per_second = self.num_samples * self.repeats / seconds
+        row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
 
     def _share(self, num_classes: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

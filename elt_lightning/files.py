@@ -34,10 +34,7 @@ def sha256(path: str | Path) -> str:
 
 
 def next_numbered(folder: str | Path, stem: str) -> Path:
-    """Give ``folder/stem_N`` with the smallest N from 0 up that is above every one that exists."""
-    taken = [int(p.name.removeprefix(f"{stem}_")) for p in Path(folder).glob(f"{stem}_*") if _ends_in_number(p, stem)]
+    """Give ``folder/stem_N`` with the smallest N from 0 up that is above every one that exists, whatever its suffix."""
+    endings = [path.stem.removeprefix(f"{stem}_") for path in Path(folder).glob(f"{stem}_*")]
+    taken = [int(ending) for ending in endings if ending.isdecimal()]
     return Path(folder) / f"{stem}_{max(taken, default=-1) + 1}"
-
-
-def _ends_in_number(path: Path, stem: str) -> bool:
-    return path.name.removeprefix(f"{stem}_").isdigit()

@@ -1,4 +1,4 @@
-"""The LightningModule: it wires network, objective, distillation, sampler and optimiser together, and does no mathematics."""
+"""The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +51,10 @@ class ELTModule(LightningModule):
         super().__init__()
         if not 0 <= label_drop <= 1:
             raise ValueError(f"label_drop must lie in [0, 1], not {label_drop}")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed_everything must lie in [0, 2^31), not {seed}")
+        if getattr(objective, "schedule", None) != getattr(sampler, "schedule", None):
+            raise ValueError("objective and sampler have different noise schedules: give both the same")
         self.network, self.objective, self.distillation, self.sampler = network, objective, distillation, sampler
         self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
         self.make_optimizer = optimizer
@@ -71,7 +75,7 @@ class ELTModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Take one step of Algorithm 1: corrupt, one forward pass with exits, combine the losses."""
         step = self.global_step
-        seeds = sample_seeds(self.seed, batch.index)
+        seeds = sample_seeds(self.seed, batch.indices)
         labels = drop_labels(batch.labels, seeds, step, self.label_drop, self.num_classes)
         corrupted = self.objective.corrupt(batch.x, seeds, step)
         exits = self.distillation.student_exits(self.seed, step)
@@ -90,7 +94,7 @@ class ELTModule(LightningModule):
         self._log_losses("test", batch)
 
     def _log_losses(self, stage: str, batch: Any) -> None:
-        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.index), HELD_OUT_STEP)
+        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), HELD_OUT_STEP)
         condition = Condition(batch.labels, corrupted.time)
         predictions = self.network(corrupted.inputs, condition, self.max_loops, range(1, self.max_loops))
         losses = {
@@ -100,12 +104,12 @@ class ELTModule(LightningModule):
         self.log_dict(losses, batch_size=len(batch.x), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Draw the samples that a batch of (labels, index) asks for, at ``prediction_loops``: tokens or latents (B, …)."""
-        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.index))
+        """Draw what a batch of (labels, indices) asks for, at ``prediction_loops``: tokens or latents (B, …)."""
+        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.indices))
 
     def predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
-        """Call the network as samplers see it: one loop count, one prediction."""
-        return self.network(x, condition, loops)[loops]
+        """Call the network as samplers see it: at one loop count, to logits or x̂."""
+        return self.objective.denoised(self.network(x, condition, loops)[loops], x, condition)
 
     @torch.no_grad()
     def sample(

@@ -8,7 +8,9 @@ from torch import nn
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Split the trainable parameters: kernels of linear and convolution layers decay; biases, norms and embeddings do not.
+    """Split the trainable parameters: kernels of linear and convolution layers decay; all others do not.
+
+    The others are biases, norms and embeddings.
 
     Returns:
         two groups for an optimiser; the second has ``weight_decay`` 0.

@@ -1,7 +1,8 @@
-"""What a sweep leaves behind: a table on the terminal, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
+"""What a sweep leaves behind: a table, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,12 @@ class Report:
 
     def best(self, rows: Sequence[Row]) -> Row:
         """Pick the row that is best in the primary metric."""
-        return (max if self.higher_is_better else min)(rows, key=lambda row: row.mean(self.primary_metric))
+
+        def goodness(row: Row) -> float:
+            value = row.mean(self.primary_metric)
+            return -math.inf if math.isnan(value) else value if self.higher_is_better else -value
+
+        return max(rows, key=goodness)
 
     def best_per_loop(self) -> list[Row]:
         """Pick the best guidance scale for each loop count, in order of loops."""
@@ -95,7 +101,8 @@ class Report:
         direction = "higher" if self.higher_is_better else "lower"
         table = Table(
             title=f"{self.num_samples} samples, {self.sampling_steps} steps, trained at {self.train_loops} loops",
-            caption=f"{self.primary_metric}: {direction} is better" + ("; * best guidance of its loop count" if swept else ""),
+            caption=f"{self.primary_metric}: {direction} is better"
+            + ("; * best guidance of its loop count" if swept else ""),
         )
         for heading in ("loops", "depth", "params", "guidance", *names, "GMACs/sample", "samples/s"):
             table.add_column(heading, justify="right")
@@ -167,14 +174,14 @@ def loops_figure(rows: dict[str, Tensor]) -> Figure:
     figure = Figure(figsize=(1 + columns, len(rows)), dpi=100)
     for place, (label, pictures) in enumerate(rows.items()):
         axes = figure.add_axes((0.08, 1 - (place + 1) / len(rows), 0.92, 1 / len(rows)))
-        axes.imshow(picture_row(pictures), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(picture_row(pictures).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_axis_off()
         axes.text(-0.01, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=12)
     return figure
 
 
 def picture_row(pictures: Tensor, gap: int = 2) -> Tensor:
-    """Lay pictures (n, C, H, W) uint8 side by side with white gaps: (H, n·(W + gap)) or with three channels (…, 3)."""
+    """Lay pictures (n, C, H, W) uint8 side by side with white gaps: (H + gap, n·(W + gap)), or (…, …, 3) in colour."""
     padded = torch.nn.functional.pad(pictures, (0, gap, 0, gap), value=255)
     row = padded.permute(2, 0, 3, 1).flatten(1, 2)  # H (n W) C
     return row.squeeze(-1)

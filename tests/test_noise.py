@@ -1,6 +1,6 @@
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -85,7 +85,9 @@ def test_random_bits_are_philox_of_block_step_stream_under_index_and_seed(case: 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (25,), (7, 11), (64, 17), (5, 3, 2)])
 @pytest.mark.parametrize("draw", [uniform, gumbel])
-def test_a_sample_draws_the_same_bits_whatever_stands_beside_it(draw: noise.Callable, shape: tuple[int, ...]) -> None:
+def test_a_sample_draws_the_same_bits_whatever_stands_beside_it(
+    draw: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
     seeds = sample_seeds(17, torch.randint(0, WORD, (37,)))
     together = draw(seeds, 5, Stream.MASK_ORDER, shape)
     assert together.shape == (37, *shape)
@@ -98,9 +100,7 @@ def test_a_sample_draws_the_same_bits_whatever_stands_beside_it(draw: noise.Call
 
 def test_more_numbers_of_a_sample_begin_with_the_same_ones() -> None:
     seeds = sample_seeds(3, torch.arange(4))
-    assert torch.equal(
-        uniform(seeds, 9, Stream.LABEL_DROP, (13,)), uniform(seeds, 9, Stream.LABEL_DROP, (40,))[:, :13]
-    )
+    assert torch.equal(uniform(seeds, 9, Stream.LABEL_DROP, (13,)), uniform(seeds, 9, Stream.LABEL_DROP, (40,))[:, :13])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])

@@ -14,7 +14,7 @@ from elt_lightning.errors import UserError
 
 
 class EMA(Callback):
-    """Average the network's trainable parameters after every optimiser step; swap them in for validation, test and predict.
+    """Average the trainable parameters after every optimiser step; swap the average in wherever the model is judged.
 
     The decay warms up as min(decay, (1 + t)/(10 + t)) after t steps, so that a short run is not dominated by its
     initial weights.
@@ -78,7 +78,7 @@ class EMA(Callback):
         self._swap_out(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the average as ``checkpoint["ema"]``; ``state_dict`` holds the raw weights even in the middle of validation."""
+        """Store the average as ``checkpoint["ema"]``; ``state_dict`` holds the raw weights even during validation."""
         if not self.average:
             return
         average = self.average

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 class LoopMetrics(Callback):
     """Draw samples at every loop count, with the same labels and seeds at each, and score them.
 
-    In validation it logs ``val/<metric>@L<loops>`` and a picture whose rows are loop counts. ``elt test`` runs it as the
-    sweep: it prints a table and writes ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png`` into the run's folder.
+    In validation it logs ``val/<metric>@L<loops>`` and a picture whose rows are loop counts. ``elt test`` runs it as
+    the sweep: it prints a table and writes ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png`` into the
+    run's folder.
 
     Args:
         loops: loop counts to measure; by default 1 … L_max.
@@ -56,7 +57,9 @@ class LoopMetrics(Callback):
         if guidance is not None and (not guidance or min(guidance) < 0):
             raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
         if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
-            raise ValueError("need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1")
+            raise ValueError(
+                "need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1"
+            )
         self.loops, self.guidance = loops, guidance
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
@@ -70,7 +73,9 @@ class LoopMetrics(Callback):
             return
         module = cast(ELTModule, pl_module)
         sweep = self._sweep(trainer, self.num_validation_samples, repeats=1)
-        rows = [self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)]
+        rows = [
+            self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)
+        ]
         for row in rows:
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics})
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
@@ -85,7 +90,12 @@ class LoopMetrics(Callback):
         scales = self.guidance or [module.sampler.guidance.scale]
         settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
         console = Console(stderr=True)
-        columns = (TextColumn("sampling at {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("sampling at {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, disable=not (console.is_terminal and trainer.is_global_zero)) as bar:
             task = bar.add_task("", total=len(settings) * self.repeats * self.num_samples)
             rows = []
@@ -107,14 +117,22 @@ class LoopMetrics(Callback):
         return Sweep(num_samples, self.batch_size, self.seed, repeats, self.num_pictures, rank, world_size)
 
     def _measure(
-        self, trainer: Trainer, module: ELTModule, sweep: Sweep, loops: int, scale: float, progress: Any = lambda n: None
+        self,
+        trainer: Trainer,
+        module: ELTModule,
+        sweep: Sweep,
+        loops: int,
+        scale: float,
+        progress: Any = lambda n: None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()
 
         sampler = module.sampler.with_guidance_scale(scale)
         tokenizer = _data(trainer).tokenizer.to(module.device)
-        return sweep.run(module, sampler, tokenizer, self._metrics_on(trainer, module.device), loops, precision, progress)
+        return sweep.run(
+            module, sampler, tokenizer, self._metrics_on(trainer, module.device), loops, precision, progress
+        )
 
     def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
         """Build the metrics once; their reference statistics serve every loop count and every validation."""

@@ -60,12 +60,12 @@ class SampleWriter(BasePredictionWriter):
         """Decode a batch and write it: as pictures, or as one part of the array."""
         pixels = _data(trainer).tokenizer.to(pl_module.device).decode(prediction)
         pictures = to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()
-        labels, index = batch.labels.cpu().numpy(), batch.index.cpu().numpy()
+        labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self.format == "npz":
-            with written_aside(self.folder / "samples" / f"part_{index[0]:08d}.npz") as aside:
-                np.savez(aside, pictures=pictures, labels=labels, index=index)
+            with written_aside(self.folder / "samples" / f"part_{indices[0]:08d}.npz") as aside:
+                np.savez(aside, pictures=pictures, labels=labels, indices=indices)
             return
-        for picture, label, number in zip(pictures, labels, index, strict=True):
+        for picture, label, number in zip(pictures, labels, indices, strict=True):
             with written_aside(self.folder / "samples" / f"{number:08d}_class_{label}.png") as aside:
                 Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(aside)
 
@@ -79,7 +79,7 @@ class SampleWriter(BasePredictionWriter):
             return
         paths = sorted((self.folder / "samples").glob("part_*.npz"))
         parts: list[dict[str, Any]] = [dict(np.load(path)) for path in paths]
-        order = np.argsort(np.concatenate([part["index"] for part in parts]))
+        order = np.argsort(np.concatenate([part["indices"] for part in parts]))
         with written_aside(self.folder / "samples.npz") as aside:
             np.savez(
                 aside,

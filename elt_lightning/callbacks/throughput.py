@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Throughput(Callback):
-    """Log ``train/samples_per_second`` over all devices, and peak memory in GiB: of the device, or of the process on a CPU."""
+    """Log samples per second over all devices, and peak memory in GiB: of the device, or of the process on a CPU."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start_again()
@@ -22,9 +22,11 @@ class Throughput(Callback):
     ) -> None:
         """Count the batch, and log once every ``log_every_n_steps`` batches."""
         self._samples += len(batch.x) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             speed = self._samples / (time.perf_counter() - self._since)
-            pl_module.log_dict({"train/samples_per_second": speed, "train/peak_memory_gib": peak_memory(pl_module.device)})
+            pl_module.log_dict(
+                {"train/samples_per_second": speed, "train/peak_memory_gib": peak_memory(pl_module.device)}
+            )
             self._start_again()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

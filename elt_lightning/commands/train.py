@@ -1,8 +1,11 @@
 """`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
 
 import argparse
+import inspect
 import logging
 import os
+import pydoc
+import re
 import sys
 import tempfile
 import warnings
@@ -15,6 +18,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from elt_lightning.callbacks.checkpoint import Checkpoint
 from elt_lightning.callbacks.ema import EMA
@@ -73,7 +77,12 @@ def run(name: str, arguments: list[str]) -> None:
 
 def quieten_libraries() -> None:
     """Leave out what the libraries print that tells a user of this program nothing."""
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*The dirpath has changed.*", ".*barrier.*device_id.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*The dirpath has changed.*",
+        ".*barrier.*device_id.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
@@ -81,7 +90,7 @@ def quieten_libraries() -> None:
 
 
 def long_flags(name: str, arguments: list[str]) -> list[str]:
-    """Write a command's short flags out, and its lists as the parser reads them: --loops 1,2 as --loop_metrics.loops=[1,2]."""
+    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2]."""
     written: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -101,7 +110,7 @@ def bracketed(value: str) -> str:
 
 
 class ELTCommandLine(LightningCLI):
-    """LightningCLI with what every run of this project has: links from data to model, EMA, loop metrics, a run folder."""
+    """LightningCLI with what every run of this project has: links from data to model, callbacks, a run folder."""
 
     @classmethod
     def for_arguments(cls, arguments: list[str]) -> "ELTCommandLine":
@@ -115,7 +124,9 @@ class ELTCommandLine(LightningCLI):
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "elt"}
-            | {name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")},
+            | {
+                name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")
+            },
             trainer_defaults={
                 "max_epochs": -1,
                 "use_distributed_sampler": False,
@@ -145,12 +156,27 @@ class ELTCommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder, and put there what the trainer writes."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
+            raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
+        if self.subcommand != "fit" and config.ckpt_path is None:
+            raise UserError(f"elt {self.subcommand} needs a trained model: --ckpt_path PATH")
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come, not kept in memory
         if self.subcommand in ("validate", "test"):
             config.verbose = False  # the sweep prints a table of its own
+
+    def instantiate_classes(self) -> None:
+        """Build data module, model and trainer.
+
+        Raises:
+            UserError: a class refused its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(explain(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer its logger, its progress display and the callbacks that need the config."""
@@ -172,11 +198,8 @@ class ELTCommandLine(LightningCLI):
         for source, targets in FROM_DATA.items():
             value = getattr(self.datamodule, source)
             for target in targets:
-                *path, last = target.split(".")
-                section: Any = resolved
-                for key in path:
-                    section = section.get(key, {})
-                if last in section:
+                section, last = find_section(resolved, target)
+                if section is not None:
                     section[last] = list(value) if isinstance(value, tuple) else value
         return resolved["model"], resolved["data"]
 
@@ -209,7 +232,7 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
     """Choose the folder of a run, so that nothing that is there is overwritten.
 
     ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
-    command on such a checkpoint works in ``RUN/<command>_<n>``, and everything else in ``runs/<name of the config>_<n>``.
+    command on such a checkpoint works in ``RUN/<command>_<n>``, and a fresh fit in ``runs/<name of the config>_<n>``.
 
     Raises:
         UserError: the folder asked for already holds another run.
@@ -247,16 +270,40 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
 
 def without_links(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings that links fill in, which a config may not hold."""
-    for target in ("model.seed", "data.init_args.seed", *(target for targets in FROM_DATA.values() for target in targets)):
-        *path, last = target.split(".")
-        section: Any = config
-        for key in path:
-            section = section.get(key, {})
-        section.pop(last, None)
+    for target in (
+        "model.seed",
+        "data.init_args.seed",
+        *(target for targets in FROM_DATA.values() for target in targets),
+    ):
+        section, last = find_section(config, target)
+        if section is not None:
+            section.pop(last, None)
     return config
 
 
+def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | None, str]:
+    """Find the section that holds a dotted setting: (section, last name); None where the class has no such setting."""
+    *path, last = target.split(".")
+    section, class_path = config, ""
+    for key in path:
+        class_path = section.get("class_path", "")
+        section = section[key]
+    if path[-1] == "init_args" and last not in inspect.signature(pydoc.locate(class_path)).parameters:  # type: ignore[arg-type]
+        return None, last
+    return section, last
+
+
 def explain(message: str) -> str:
-    """Pick the telling line from the parser's message, which lists every class it tried."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return " ".join(lines)
+    """Pick the telling part of the parser's message, which lists every type that it tried."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    place = re.match(r'Parser key "([^"]+)"', lines[0])
+    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+    unknown = re.search(
+        r"Expected a dot import path string: *(\S+)|No module named (\S+)|has no attribute (\S+)", message
+    )
+    if unknown:
+        name = next(part for part in unknown.groups() if part).strip("'.")
+        reasons = [f"there is no class {name!r}: a class_path is written package.module.Class"]
+    if not reasons:
+        return " ".join(lines)
+    return f"{place.group(1)}: {reasons[0]}" if place else reasons[0]

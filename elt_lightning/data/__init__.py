@@ -1,1 +1,1 @@
-"""LightningDataModules. A data module owns its tokenizer and its metrics, since what codes mean is a property of data."""
+"""LightningDataModules. Each owns its tokenizer and its metrics, since what codes mean is a property of data."""

@@ -1,7 +1,7 @@
-"""What every data module of this project shares: batches whose order is a function of (seed, epoch), and nothing hidden."""
+"""What every data module of this project shares: batches whose order is a function of (seed, step)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers.base import Tokenizer
 
 
@@ -20,12 +21,12 @@ class Batch(NamedTuple):
     Attributes:
         x: tokens (B, T) int64, or latents (B, C, H, W) float.
         labels: (B,) int64.
-        index: (B,) int64, each sample's place in its data set; the noise a sample meets in training is keyed by it.
+        indices: (B,) int64, each sample's place in its data set; the noise a sample meets in training is keyed by it.
     """
 
     x: Tensor
     labels: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 class Request(NamedTuple):
@@ -33,11 +34,11 @@ class Request(NamedTuple):
 
     Attributes:
         labels: (B,) int64.
-        index: (B,) int64, each sample's number; with the seed it decides the sample.
+        indices: (B,) int64, each sample's number; with the seed it decides the sample.
     """
 
     labels: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 class Requests(Dataset[Request]):
@@ -49,8 +50,8 @@ class Requests(Dataset[Request]):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, index: Tensor) -> Request:  # type: ignore[override]
-        return Request(index % self.num_classes, index)
+    def __getitem__(self, indices: Tensor) -> Request:
+        return Request(indices % self.num_classes, indices)
 
 
 class TensorBatches(Dataset[Batch]):
@@ -62,57 +63,73 @@ class TensorBatches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: Tensor) -> Batch:  # type: ignore[override]
-        x = self.x[index]
-        return Batch(x if x.is_floating_point() else x.long(), self.labels[index].long(), index)
+    def __getitem__(self, indices: Tensor) -> Batch:
+        x = self.x[indices]
+        return Batch(x if x.is_floating_point() else x.long(), self.labels[indices].long(), indices)
 
 
-class BatchOrder(Sampler[Tensor]):
-    """Which samples make up each micro-batch of this rank: a function of (seed, epoch, rank, world size).
+class TrainingOrder(Sampler[Tensor]):
+    """Which samples make up each micro-batch of this rank: a function of (seed, optimiser step, rank, world size).
 
     Every epoch is one shuffle, cut into equal global batches; what does not fill a batch is left out of that epoch. A
-    global batch is the same set of samples for every number of ranks and micro-batches.
+    global batch is the same set of samples for every number of ranks and micro-batches. Where a pass begins is asked of
+    the trainer when it begins, so that a resumed run goes on with the very batch that was next.
 
     Args:
-        num_samples: size of the data set.
+        num_samples: size of the data set, at least ``batch_size``.
         batch_size: global batch, samples per optimiser step.
         micro_batch_size: samples per forward pass of this rank.
         rank: this process.
         world_size: number of processes.
-        seed: of the shuffle; None keeps the stored order, with the last, smaller batch.
+        seed: of the shuffles.
+        current_step: gives the optimiser steps done so far.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int, seed: int | None
+        self,
+        num_samples: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        current_step: Callable[[], int] = lambda: 0,
     ) -> None:
         self.num_samples, self.batch_size, self.micro_batch_size = num_samples, batch_size, micro_batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.epoch, self.first_batch = 0, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle; Lightning calls this before every epoch."""
-        self.epoch = epoch
-
-    def skip_to(self, micro_batch: int) -> None:
-        """Begin the next pass, and that one alone, at this micro-batch: where a run was interrupted."""
-        self.first_batch = micro_batch
+        self.rank, self.world_size, self.seed, self.current_step = rank, world_size, seed, current_step
 
     def __len__(self) -> int:
-        if self.seed is None:
-            return -(-self.num_samples // (self.micro_batch_size * self.world_size))
+        """Count the micro-batches of a whole epoch."""
         return self.num_samples // self.batch_size * (self.batch_size // (self.micro_batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Tensor]:
-        first, self.first_batch = self.first_batch, 0
-        if self.seed is None:
-            order = torch.arange(self.num_samples)
-        else:
-            # Lightning's own seeds are below 2³²: the epoch stands above them.
-            generator = torch.Generator().manual_seed(self.seed + (self.epoch << 32))
-            order = torch.randperm(self.num_samples, generator=generator)
+        epoch, first_step = divmod(self.current_step(), self.num_samples // self.batch_size)
+        seeds = sample_seeds(self.seed, torch.arange(self.num_samples))
+        order = random_bits(seeds, epoch, Stream.DATA_ORDER, 1)[:, 0].argsort(stable=True)
         share = self.micro_batch_size * self.world_size
-        for batch in range(first, len(self)):
+        for batch in range(first_step * self.batch_size // share, len(self)):
             yield order[batch * share : (batch + 1) * share][self.rank :: self.world_size]
+
+
+class HeldOutOrder(Sampler[Tensor]):
+    """This rank's share of samples 0 … n − 1 in order, every one once over all ranks.
+
+    Args:
+        num_samples: n.
+        batch_size: samples at once on this rank; the last batch may be smaller.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        mine = torch.arange(num_samples)[rank::world_size]
+        self.batches = mine.split(batch_size) if len(mine) else ()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
 
 
 class GenerativeDataModule(LightningDataModule, ABC):
@@ -141,8 +158,15 @@ class GenerativeDataModule(LightningDataModule, ABC):
     def __init__(self, batch_size: int, micro_batch_size: int | None, num_workers: int, seed: int) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0 or (micro_batch_size is not None and micro_batch_size < 1):
-            raise ValueError(f"batch sizes must be at least 1 and num_workers at least 0, not {batch_size}, {num_workers}")
-        self.batch_size, self.micro_batch_size, self.num_workers, self.seed = batch_size, micro_batch_size, num_workers, seed
+            raise ValueError(
+                f"batch sizes must be at least 1 and num_workers at least 0, not {batch_size}, {num_workers}"
+            )
+        self.batch_size, self.micro_batch_size, self.num_workers, self.seed = (
+            batch_size,
+            micro_batch_size,
+            num_workers,
+            seed,
+        )
 
     @property
     @abstractmethod
@@ -169,20 +193,22 @@ class GenerativeDataModule(LightningDataModule, ABC):
         dataset = self.training_set()
         if len(dataset) < self.batch_size:
             raise UserError(f"the training set has {len(dataset)} samples, fewer than batch_size {self.batch_size}")
-        order = BatchOrder(
-            len(dataset), self.batch_size, micro_batch_size, trainer.global_rank, trainer.world_size, self.seed
+        order = TrainingOrder(
+            len(dataset),
+            self.batch_size,
+            micro_batch_size,
+            trainer.global_rank,
+            trainer.world_size,
+            self.seed,
+            lambda: trainer.global_step,
         )
-        # On resuming inside an epoch, Lightning has restored its progress by now: go on where it stopped.
-        order.skip_to(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
         return self._loader(dataset, order)
 
     def val_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         assert self.trainer is not None
         micro_batch_size, _ = self._share_batch(self.trainer.world_size)
         dataset = self.held_out_set()
-        order = BatchOrder(
-            len(dataset), self.batch_size, micro_batch_size, self.trainer.global_rank, self.trainer.world_size, None
-        )
+        order = HeldOutOrder(len(dataset), micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(dataset, order)
 
     def test_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
@@ -194,11 +220,11 @@ class GenerativeDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
         assert self.trainer is not None
-        size, world_size = self._request_batch_size, self.trainer.world_size
-        order = BatchOrder(len(self._requests), size * world_size, size, self.trainer.global_rank, world_size, None)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
-    def _loader(self, dataset: TensorBatches, order: BatchOrder) -> DataLoader[Batch]:
+    def _loader(self, dataset: TensorBatches, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             sampler=order,

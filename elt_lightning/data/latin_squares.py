@@ -1,4 +1,4 @@
-"""Latin squares written by hand: pictures that only a network of some depth can get right, from data that need no download.
+"""Latin squares written by hand: pictures that take a network of some depth to get right, without a download.
 
 A 40×40 picture shows a 5×5 Latin square (each of the digits 1–5 once in every row and column), every cell a real
 handwritten digit. The label is the digit in the centre. Whether a sample is right can be read off exactly.
@@ -87,9 +87,16 @@ class LatinSquaresDataModule(GenerativeDataModule):
             self._held_out_set = self._encode(self.num_held_out, held_out=True)
 
     def _encode(self, count: int, held_out: bool) -> TensorBatches:
-        pictures, labels = draw_pictures(count, load_handwriting(held_out), seed=int(held_out))
+        readable = self._readable(load_handwriting(held_out))
+        pictures, labels = draw_pictures(count, readable, seed=int(held_out))
         codes = torch.cat([self._tokenizer.encode(part.float()) for part in pictures.split(1000)])
         return TensorBatches(codes, labels)
+
+    def _readable(self, handwriting: Handwriting) -> Handwriting:
+        """Leave out the few writings whose nearest code is another digit's: their tokens would not be Latin squares."""
+        codes = self._tokenizer.nearest(handwriting.images[:, 0])
+        kept = codes // self.codes_per_digit + 1 == handwriting.labels
+        return Handwriting(handwriting.images[kept], handwriting.labels[kept])
 
     @property
     def tokenizer(self) -> PatchVQTokenizer:  # noqa: D102
@@ -104,7 +111,7 @@ class LatinSquaresDataModule(GenerativeDataModule):
     def build_metrics(self) -> list[SampleMetric]:
         """``valid_squares``, ``valid_lines``; and ``fd_digits``, of the digit network's features averaged over cells.
 
-        The reference of ``fd_digits`` is untokenised pictures of held-out handwriting, so that what the tokenizer loses counts.
+        The reference of ``fd_digits`` is untokenised pictures of held-out handwriting: what the tokenizer loses counts.
         """
         network = self.load_digit_network()
 
@@ -138,12 +145,14 @@ def draw_pictures(count: int, handwriting: Handwriting, seed: int) -> tuple[Tens
 def draw_latin_squares(count: int, generator: torch.Generator) -> Tensor:
     """Draw Latin squares uniformly: (count, 5, 5) int64 in 1…5.
 
-    Each of the 56 reduced squares (first row and column in order), its columns permuted (5!) and its rows after the first
-    permuted (4!), gives every one of the 161,280 Latin squares of order 5 once.
+    Each of the 56 reduced squares (first row and column in order), its columns permuted (5!) and its rows after the
+    first permuted (4!), gives every one of the 161,280 Latin squares of order 5 once.
     """
     reduced = torch.tensor(reduced_latin_squares(ORDER))
     chosen = reduced[torch.randint(len(reduced), (count,), generator=generator)]
-    rows = torch.cat([torch.zeros(count, 1), 1 + torch.rand(count, ORDER - 1, generator=generator)], dim=1).argsort(dim=1)
+    rows = torch.cat([torch.zeros(count, 1), 1 + torch.rand(count, ORDER - 1, generator=generator)], dim=1).argsort(
+        dim=1
+    )
     columns = torch.rand(count, ORDER, generator=generator).argsort(dim=1)
     chosen = chosen.gather(1, rows[:, :, None].expand_as(chosen))
     return chosen.gather(2, columns[:, None, :].expand_as(chosen))

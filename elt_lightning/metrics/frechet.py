@@ -5,7 +5,7 @@
 It is called FID only for Inception features and FVD only for I3D features; any other network gives its own name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +58,14 @@ class FrechetDistance(SampleMetric):
         self.name, self.features, self.feature_network = name, features, feature_network
         self.reference: Moments | None = None
         self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total_outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "total_outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> "FrechetDistance":
-        """Keep the float64 sums, whatever is asked."""
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "FrechetDistance":
+        """Follow to another device, but keep the sums in float64 whatever precision is asked for."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)  # type: ignore[return-value]
 
     def set_reference(self, batches: Iterable[Tensor]) -> None:
         """Take the reference moments from real pixels, batch by batch."""

@@ -12,8 +12,8 @@ from elt_lightning.tokenizers.patch_vq import cut_patches
 class LatinSquareScores(SampleMetric):
     """Read every cell, then judge the square.
 
-    ``valid_squares``: share of pictures with every digit 1…n once in each row and column, and the asked digit at the centre.
-    ``valid_lines``: share of all rows and columns that hold every digit once.
+    ``valid_squares``: share of pictures with every digit 1…n once in each row and column, and the asked one at the
+    centre. ``valid_lines``: share of all rows and columns that hold every digit once.
 
     Args:
         network: reads one cell.

@@ -1,4 +1,4 @@
-"""Transformer blocks. A block offers two things to :class:`~elt_lightning.networks.looped.LoopedStack`:
+"""Transformer blocks, and what a looped stack asks of them.
 
 - ``modulation(condition)``: what the block derives from the condition, computed once per pass however often it loops;
 - ``forward(h, modulation)``: one application.
@@ -20,7 +20,7 @@ class Block(nn.Module):
         return None
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates of one application to one sample of ``num_tokens`` tokens, attention products included."""
+        """Multiply–accumulates of one application to one sample of ``num_tokens`` tokens, attention included."""
         raise NotImplementedError
 
 

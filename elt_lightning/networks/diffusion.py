@@ -18,9 +18,9 @@ BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": Ad
 
 
 class LoopedDiT(nn.Module):
-    """Predict from a noisy image or video what its objective asks for, after any number of loops, with one head for all.
+    """Predict from a noisy image or video what the objective asks for, after any number of loops, with one head.
 
-    Source: facebookresearch/DiT around the paper's loop F_(N,L). With ``num_layers`` N and one loop it is DiT itself: see
+    Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep: see
     :func:`from_dit_state_dict`. At the start of training every exit predicts zero.
 
     Letters: B batch, C channels, H W height and width, F frames, T tokens, D width.
@@ -76,7 +76,9 @@ class LoopedDiT(nn.Module):
         if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(f"patch_size {patch_size} does not divide an input of shape {tuple(input_shape)}")
         if block not in BLOCKS or positions not in ("sine", "learned"):
-            raise ValueError(f"need block from {', '.join(BLOCKS)} and positions sine or learned, not {block}, {positions}")
+            raise ValueError(
+                f"need block from {', '.join(BLOCKS)} and positions sine or learned, not {block}, {positions}"
+            )
         self.grid = tuple(n // p for n, p in zip(size, self.patch, strict=True))
         patch_volume = math.prod(self.patch)
         self.embedding = nn.Linear(channels * patch_volume, width)
@@ -128,9 +130,7 @@ class LoopedDiT(nn.Module):
         embedded = self.condition(condition)
         modulation = self.head.modulation(embedded)
         states = self.backbone(h, embedded, loops, exits)
-        return {
-            loop: unpatchify(self.head(state, modulation), self.grid, self.patch) for loop, state in states.items()
-        }
+        return {loop: unpatchify(self.head(state, modulation), self.grid, self.patch) for loop, state in states.items()}
 
     def macs(self, loops: int) -> int:
         """Multiply–accumulates of one forward pass of one sample, attention products included."""
@@ -198,8 +198,8 @@ _DIT_NAMES = (
 def from_dit_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a facebookresearch/DiT checkpoint for a :class:`LoopedDiT` of as many layers.
 
-    The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in the
-    order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
+    The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in
+    the order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
 
     Raises:
         ValueError: a name that no DiT has.

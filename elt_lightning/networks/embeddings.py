@@ -48,16 +48,17 @@ class MaskedTokenEmbedding(nn.Module):
 
 def sinusoids(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sines and cosines at ``count`` frequencies 10000^(−i/count), i = 0 … count − 1: (…) to twice (…, count)."""
-    exponents = torch.arange(count, dtype=values.dtype, device=values.device) / count
-    angles = values[..., None] * torch.exp(-math.log(10_000.0) * exponents)
+    # Multiplied before it is divided, as in DiT: its weights see times of up to 1000, which show the order of rounding.
+    exponents = -math.log(10_000.0) * torch.arange(count, dtype=values.dtype, device=values.device) / count
+    angles = values[..., None] * torch.exp(exponents)
     return torch.sin(angles), torch.cos(angles)
 
 
 def sine_positions(grid: tuple[int, ...], width: int) -> Tensor:
     """The fixed position of every token of a grid: (T, D), row-major, as facebookresearch/DiT for two axes.
 
-    Each axis has an equal share of the width, the last axis first: sines, then cosines of its coordinate. What the shares
-    leave over is zero.
+    Each axis has an equal share of the width, the last axis first: sines, then cosines of its coordinate. What the
+    shares leave over is zero.
 
     Args:
         grid: tokens along each axis, (height, width) or (frames, height, width).
@@ -70,7 +71,7 @@ def sine_positions(grid: tuple[int, ...], width: int) -> Tensor:
 
 
 def patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Cut (B, C, *size) into patches: (B, T, C·∏patch), tokens row-major, each patch in the order channel, then its axes."""
+    """Cut (B, C, *size) into patches: (B, T, C·∏patch), tokens row-major, each patch ordered (channel, *patch axes)."""
     grid = [n // p for n, p in zip(x.shape[2:], patch, strict=True)]
     axes = len(patch)
     split = [part for pair in zip(grid, patch, strict=True) for part in pair]

@@ -13,8 +13,8 @@ from elt_lightning.networks.blocks import Block
 class LoopedStack(nn.Module):
     """Prelude layers once, N shared layers L times, coda layers once; the state at any loop from one pass.
 
-    ELT has neither prelude nor coda; its neighbour Looped-DiT (arXiv 2609.40305) has both. No layer is told which loop it
-    is in, so ``loops`` is free at every call: below, at or above what training used.
+    ELT has neither prelude nor coda; its neighbour Looped-DiT (arXiv 2609.40305) has both. No layer is told which
+    loop it is in, so ``loops`` is free at every call: below, at or above what training used.
 
     Args:
         make_block: builds one layer.
@@ -22,8 +22,8 @@ class LoopedStack(nn.Module):
         prelude_layers: layers before the loop.
         coda_layers: layers after the loop, applied to every exit.
         final_norm: applied to every exit after the coda.
-        checkpoint_loops: in training, keep only the state between loops and compute each loop again for its gradient. Memory
-            no longer grows with the layers of a loop, a step takes about a third longer, gradients are the same.
+        checkpoint_loops: in training, keep only the state between loops and compute each loop again for its gradient.
+            Memory no longer grows with layers times loops, a step takes about a third longer, gradients are the same.
 
     Raises:
         ValueError: no layer inside the loop.
@@ -59,14 +59,17 @@ class LoopedStack(nn.Module):
             exits: further loop counts, each in [1, loops], whose state is wanted.
 
         Returns:
-            {r: (B, T, D)} for every r in ``exits`` and for ``loops``. The state at r equals a fresh pass with ``loops=r``.
+            {r: (B, T, D)} for every r in ``exits`` and for ``loops``. The state at r equals a fresh pass with
+            ``loops=r``.
 
         Raises:
             ValueError: loops below 1, or an exit outside [1, loops].
         """
         wanted = {*exits, loops}
         if loops < 1 or min(wanted) < 1 or max(wanted) > loops:
-            raise ValueError(f"loops must be at least 1 and exits lie in [1, loops]: loops {loops}, exits {tuple(exits)}")
+            raise ValueError(
+                f"loops must be at least 1 and exits lie in [1, loops]: loops {loops}, exits {tuple(exits)}"
+            )
         h = _apply(self.prelude, h, _modulations(self.prelude, condition))
         shared, coda = _modulations(self.layers, condition), _modulations(self.coda, condition)
         recompute = self.checkpoint_loops and self.training and torch.is_grad_enabled()

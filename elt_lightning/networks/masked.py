@@ -35,6 +35,7 @@ class LoopedMaskedTransformer(nn.Module):
         dropout: MaskGIT and MAGVIT use 0.1.
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
+        checkpoint_loops: recompute each loop's activations in the backward pass: less memory, more time.
         residual_scale: see :class:`~elt_lightning.networks.blocks.PostNormBlock`; MaskGIT has 1.
         initial_std: standard deviation of the initial weights; MaskGIT has 0.02, which suits widths near a thousand.
     """
@@ -52,6 +53,7 @@ class LoopedMaskedTransformer(nn.Module):
         dropout: float = 0.0,
         prelude_layers: int = 0,
         coda_layers: int = 0,
+        checkpoint_loops: bool = False,
         residual_scale: float = 1.0,
         initial_std: float = 0.02,
     ) -> None:
@@ -64,15 +66,14 @@ class LoopedMaskedTransformer(nn.Module):
             num_layers,
             prelude_layers,
             coda_layers,
+            checkpoint_loops=checkpoint_loops,
         )
         self.head_dense = nn.Linear(width, width)
         self.head_norm = nn.LayerNorm(width, eps=1e-12)
         self.head_bias = Parameter(self.head_dense.bias.new_zeros(num_codes))
         initialise_truncated_normal(self, initial_std)
 
-    def forward(
-        self, tokens: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()
-    ) -> dict[int, Tensor]:
+    def forward(self, tokens: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()) -> dict[int, Tensor]:
         """Predict the tokens at each exit of one pass.
 
         Args:

@@ -45,9 +45,9 @@ class ModulatedBlock(Block):
 class AdaptiveNormBlock(ModulatedBlock):
     """DiT's adaLN-Zero layer: h + gate·attention(norm(h)·(1 + scale) + shift), then the same with an MLP.
 
-    Source: Peebles and Xie 2023 (facebookresearch/DiT, ``models.py``). The norms have no weights of their own; shift, scale
-    and gate of both branches are linear in SiLU(condition), in the order shift, scale, gate of attention, then of the MLP.
-    Parameters for a condition of width D and an MLP of 4·D: 18·D² + 15·D.
+    Source: Peebles and Xie 2023 (facebookresearch/DiT, ``models.py``). The norms have no weights of their own; shift,
+    scale and gate of both branches are linear in SiLU(condition), in the order shift, scale, gate of attention, then of
+    the MLP. Parameters for a condition of width D and an MLP of 4·D: 18·D² + 15·D.
 
     Args:
         width: D.
@@ -79,7 +79,7 @@ class AdaptiveNormBlock(ModulatedBlock):
 
 
 class NormalisedAttention(SelfAttention):
-    """Self-attention whose queries and keys are layer-normalised within each head, so that their products stay bounded."""
+    """Self-attention with queries and keys layer-normalised within each head, so that their products stay bounded."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads)
@@ -97,9 +97,10 @@ class FiLMBlock(ModulatedBlock):
     """The transformer layer of "simple diffusion": the condition scales and shifts the MLP's hidden units (FiLM).
 
     Source: Hoogeboom, Heek and Salimans 2023 (arXiv 2301.11093, appendix): norms with a scale and no bias, normalised
-    queries and keys, SiLU, then hidden·(1 + scale) + shift, and zeros at the start in the last layer of both branches. That
-    ELT's diffusion transformer uses this block is inferred from the parameter counts of its Table 2. The order, attention
-    before MLP, is that of the other blocks here. Parameters, without norms and biases: 4·D² + 2·D·M + 2·M·condition width.
+    queries and keys, SiLU, then hidden·(1 + scale) + shift, and zeros at the start in the last layer of both branches.
+    That ELT's diffusion transformer uses this block is inferred from the parameter counts of its Table 2. The order,
+    attention before MLP, is that of the other blocks here. Parameters, without norms and biases:
+    4·D² + 2·D·M + 2·M·condition width.
 
     Args:
         width: D.

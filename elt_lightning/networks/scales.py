@@ -1,4 +1,4 @@
-"""The named sizes of the paper (section 4.1) and of DiT: width, MLP width, heads and the depth of the unlooped baseline."""
+"""The named sizes of the paper (section 4.1) and of DiT: width, MLP width, heads, depth of the unlooped baseline."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Scale:
     """Shape of one transformer layer, and how many of them the unlooped baseline stacks.
 
-    The MLP widths and head counts of B, H and G are inferred from the usual factor of four and 64 to 96 units per head. S, B,
-    L and XL are also DiT's. ``wide`` is inferred from the parameter counts of the paper's Table 2 (diffusion), which it
-    explains with FiLM blocks and a condition of width 1024; its head count is a guess.
+    The MLP widths and head counts of B, H and G are inferred from the usual factor of four and 64 to 96 units per
+    head. S, B, L and XL are also DiT's. ``wide`` is inferred from the parameter counts of the paper's Table 2
+    (diffusion), which it explains with FiLM blocks and a condition of width 1024; its head count is a guess.
     """
 
     width: int
@@ -29,13 +29,12 @@ SCALES: dict[str, Scale] = {
 }
 
 
-def layer_shape(
-    scale: str | None, width: int | None, heads: int | None, mlp_width: int | None
-) -> tuple[int, int, int]:
+def layer_shape(scale: str | None, width: int | None, heads: int | None, mlp_width: int | None) -> tuple[int, int, int]:
     """Resolve (width, heads, mlp_width) from a named scale, from explicit numbers, or from a scale with some replaced.
 
     Raises:
-        ValueError: the scale is unknown, or neither a scale nor width and heads were given, or heads do not divide width.
+        ValueError: the scale is unknown, or neither a scale nor width and heads were given, or heads do not divide
+            width.
     """
     if scale is not None:
         if scale not in SCALES:

@@ -1,1 +1,1 @@
-"""What is learned: corruption, the loss against the data, the loss against the teacher, and ILSD. Imports torch alone."""
+"""What is learned: corruption, losses against the data and against the teacher, ILSD. Imports torch alone."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from elt_lightning.processes.conditioning import Condition
+
 
 @dataclass(frozen=True)
 class Corrupted:
@@ -13,7 +15,8 @@ class Corrupted:
     Attributes:
         inputs: what the network sees: tokens (B, T) or noisy latents (B, C, H, W).
         target: what it should find, in the same shape.
-        weight: for masked generation, (B, T) in {0, 1}: the positions that count; for diffusion, (B,) weights w(t).
+        weight: for masked generation, (B, T) in {0, 1}: the positions that count; for diffusion, (B,) weights of the
+            squared error of what the network predicts.
         time: (B,) times of diffusion, None for masked generation.
     """
 
@@ -24,7 +27,7 @@ class Corrupted:
 
 
 class Objective(ABC):
-    """Corrupts a batch and scores predictions; each loss is one number per sample, and the caller averages the batch."""
+    """Corrupts a batch and scores predictions; a loss is one number per sample, and the caller averages the batch."""
 
     @abstractmethod
     def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
@@ -36,4 +39,8 @@ class Objective(ABC):
 
     @abstractmethod
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
-        """L_dist of the paper: (B,) losses of the student's prediction against the teacher's, which is detached here."""
+        """L_dist of the paper: (B,) losses of the student's prediction against the teacher's, detached here."""
+
+    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
+        """Turn a network's output for ``noisy`` into what samplers see: logits as they are, or x̂ for diffusion."""
+        return prediction

@@ -1,12 +1,14 @@
 """Intra-Loop Self Distillation, Algorithm 1 of the paper: the full loop count teaches a random smaller one.
 
-    L_ILSD = L_GT(F_(N,L_max)(x), y) + λ·L_GT(F_(N,L_int)(x), y) + (1 − λ)·L_dist(F_(N,L_int)(x), stopgrad F_(N,L_max)(x))
+    L_ILSD = L_GT(F_(N,L_max)(x), y)
+             + λ·L_GT(F_(N,L_int)(x), y) + (1 − λ)·L_dist(F_(N,L_int)(x), stopgrad(F_(N,L_max)(x)))
 
 Teacher and student are two exits of one forward pass; their gradients meet in the one set of shared weights.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from elt_lightning.objectives.base import Corrupted, Objective
@@ -26,8 +28,8 @@ class ILSD:
             "vanilla": the teacher's term alone.
             "ground_truth": the student learns from the data only (λ ≡ 1).
             "distillation": the student learns from the teacher only (λ ≡ 0).
-            "deep_supervision": every loop count from L_min learns from the data in every step: weight 1 for the last and
-            1 / (L_max − L_min) for each of the others (as Looped-DiT, arXiv 2609.40305).
+            "deep_supervision": every loop count from L_min learns from the data in every step: weight 1 for the last
+            and 1 / (L_max − L_min) for each of the others (as Looped-DiT, arXiv 2609.40305).
 
     Raises:
         ValueError: not 1 ≤ L_min < L_max (or both 1).
@@ -35,7 +37,11 @@ class ILSD:
 
     def __init__(self, max_loops: int, min_loops: int = 1, mode: Mode = "ilsd") -> None:
         if not (1 <= min_loops < max_loops or min_loops == max_loops == 1):
-            raise ValueError(f"need 1 <= min_loops < max_loops (or both 1), not min_loops {min_loops}, max_loops {max_loops}")
+            raise ValueError(
+                f"need 1 <= min_loops < max_loops (or both 1), not min_loops {min_loops}, max_loops {max_loops}"
+            )
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
         self.max_loops, self.min_loops, self.mode = max_loops, min_loops, mode
 
     def student_exits(self, seed: int, step: int) -> tuple[int, ...]:
@@ -68,24 +74,24 @@ class ILSD:
 
         Returns:
             the scalar loss, and its named terms, detached: ``loss``, ``loss_teacher``, and with a student
-            ``loss_student``, ``loss_distill``, ``lambda``, ``student_loops`` (the mean over students where there are many).
+            ``lambda``, ``student_loops`` and, where the mode trains them, ``loss_student``, ``loss_distill`` (means over
+            students).
         """
         teacher = predictions[self.max_loops]
-        teacher_loss = objective.ground_truth(teacher, corrupted).mean()
-        terms: dict[str, Tensor | float] = {"loss_teacher": teacher_loss.detach()}
-        loss = teacher_loss
-        students = sorted(predictions.keys() - {self.max_loops})
+        loss = objective.ground_truth(teacher, corrupted).mean()
+        terms: dict[str, Tensor | float] = {"loss_teacher": loss.detach()}
+        students = {loops: prediction for loops, prediction in predictions.items() if loops != self.max_loops}
         if students:
             λ = self.ground_truth_weight(progress)
-            student_loss, distill_loss = teacher_loss.new_zeros(()), teacher_loss.new_zeros(())
-            for exit_loops in students:
-                prediction = predictions[exit_loops]
-                if λ > 0:
-                    student_loss = student_loss + objective.ground_truth(prediction, corrupted).mean() / len(students)
-                if λ < 1:
-                    distillation = objective.distillation(prediction, teacher, corrupted)
-                    distill_loss = distill_loss + distillation.mean() / len(students)
-            loss = teacher_loss + λ * student_loss + (1 - λ) * distill_loss
             terms |= {"lambda": λ, "student_loops": sum(students) / len(students)}
-            terms |= {"loss_student": student_loss.detach(), "loss_distill": distill_loss.detach()}
+            if self.mode != "distillation":
+                from_data = [objective.ground_truth(student, corrupted).mean() for student in students.values()]
+                student_loss = torch.stack(from_data).mean()
+                loss = loss + λ * student_loss
+                terms["loss_student"] = student_loss.detach()
+            if self.mode in ("ilsd", "distillation"):
+                from_teacher = [objective.distillation(s, teacher, corrupted).mean() for s in students.values()]
+                distillation_loss = torch.stack(from_teacher).mean()
+                loss = loss + (1 - λ) * distillation_loss
+                terms["loss_distill"] = distillation_loss.detach()
         return loss, {"loss": loss.detach()} | terms

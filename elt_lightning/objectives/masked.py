@@ -14,8 +14,8 @@ from elt_lightning.processes.noise import Stream, batch_seed, uniform
 class MaskedObjective(Objective):
     """Cross-entropy on hidden tokens, after a cosine share of them was hidden.
 
-    The paper writes sums over masked positions; here each sample's loss is the mean over its positions, as in MaskGIT, so
-    that its scale does not depend on how many were hidden.
+    The paper writes sums over masked positions; here each sample's loss is the mean over its positions, as in MaskGIT,
+    so that its scale does not depend on how many were hidden.
 
     Args:
         num_codes: V; the mask token is V.

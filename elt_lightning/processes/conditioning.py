@@ -31,7 +31,7 @@ class Condition:
 
 
 def drop_labels(labels: Tensor, seeds: Tensor, step: int, probability: float, num_classes: int) -> Tensor:
-    """Replace each label by the null class with the given probability, so that one network learns both guidance branches.
+    """Replace each label by the null class with some probability, so that one network learns both guidance branches.
 
     Args:
         labels: (B,) int64 in [0, num_classes).

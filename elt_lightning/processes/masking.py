@@ -1,6 +1,6 @@
 """Mask-ratio schedules of masked generation: how much is hidden in training, how much is still hidden in sampling.
 
-Source: MaskGIT (Chang et al. 2022; google-research/maskgit, ``libml/mask_schedule.py`` and ``libml/parallel_decode.py``).
+Source: MaskGIT (Chang et al. 2022; google-research/maskgit, ``libml/mask_schedule.py``, ``libml/parallel_decode.py``).
 """
 
 import math
@@ -44,7 +44,7 @@ def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_ste
     """
     if step + 1 == num_steps:
         return torch.zeros_like(num_masked)
-    scheduled = (num_unknown * math.cos(math.pi / 2 * (step + 1) / num_steps)).floor().long()
+    scheduled = (num_unknown.float() * math.cos(math.pi / 2 * (step + 1) / num_steps)).floor().long()
     return torch.minimum(scheduled, num_masked - 1).clamp(min=1).where(num_masked > 0, num_masked)
 
 

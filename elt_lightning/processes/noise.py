@@ -32,6 +32,7 @@ class Stream(IntEnum):
     NOISE = 8
     INITIAL_NOISE = 9
     SAMPLER_NOISE = 10
+    DATA_ORDER = 11
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def uniform(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = (
     """Draw from the open interval (0, 1): (B, *shape) float32, multiples of 2⁻²⁴, never 0 and never 1."""
     bits = random_bits(seeds, step, stream, math.prod(shape))
     # 23 bits and a half: the largest value, 1 − 2⁻²⁴, is still a float32 below 1.
-    return (((bits >> 9) + 0.5) * 2.0**-23).float().reshape(len(seeds), *shape)
+    return (((bits >> 9).float() + 0.5) * 2.0**-23).reshape(len(seeds), *shape)
 
 
 def gumbel(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:

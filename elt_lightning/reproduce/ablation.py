@@ -1,4 +1,4 @@
-"""`make ablation`: train every arm of an ablation over several seeds, sweep each over loop counts, gather one JSON and one figure.
+"""`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
 Every run is an `elt fit` and an `elt test` in processes of their own. A run whose ``loops.json`` is there is not done
 again, so that an interrupted ablation goes on where it stopped.
@@ -73,9 +73,12 @@ def main() -> None:
     config["settings"] |= dict(setting.split("=", 1) for setting in options.override)
     arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
     # Longest first, so that no core waits at the end.
-    pairs = sorted(((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops)
+    pairs = sorted(
+        ((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops
+    )
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, line in enumerate(pool.map(lambda pair: run_arm(*pair, config, options.runs), pairs), start=1):
+        lines = pool.map(lambda pair: run_arm(pair[0], pair[1], config, options.runs), pairs)
+        for number, line in enumerate(lines, start=1):
             print(f"[{number}/{len(pairs)}] {line}", flush=True)
     summary = gather(arms, config, options.runs)
     write_results(summary, arms, options.output)
@@ -129,10 +132,15 @@ def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any
         for same_loops in zip(*(report["rows"] for report in reports), strict=True):
             first = same_loops[0]
             metrics = {name: [row["metrics"][name]["mean"] for row in same_loops] for name in first["metrics"]}
-            costs = {name: first[name] for name in ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")}
+            costs = {
+                name: first[name]
+                for name in ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")
+            }
             rows.append(costs | {"metrics": metrics})
         summary["arms"][arm.name] = {"label": arm.label, "training_seconds": seconds, "rows": rows}
-    summary |= {name: reports[0][name] for name in ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")}
+    summary |= {
+        name: reports[0][name] for name in ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
+    }
     return summary
 
 
@@ -158,10 +166,25 @@ def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
         if arm.max_loops == 1:
             level = mean(values[0])
             axes.axhline(level, color="gray", linestyle=":", linewidth=1)
-            axes.annotate(arm.label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color="gray")
+            axes.annotate(
+                arm.label,
+                (0.99, level),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=7,
+                color="gray",
+            )
         else:
             errors = [stdev(v) if len(v) > 1 else 0.0 for v in values]
-            axes.errorbar([row["loops"] for row in rows], [mean(v) for v in values], yerr=errors, marker="o", capsize=3, label=arm.label)
+            axes.errorbar(
+                [row["loops"] for row in rows],
+                [mean(v) for v in values],
+                yerr=errors,
+                marker="o",
+                capsize=3,
+                label=arm.label,
+            )
             axes.axvline(arm.max_loops, color="black", linewidth=0.5, alpha=0.3)
     axes.set_xlabel("loops at inference (thin line: the loop count of training)")
     axes.set_ylabel(f"{metric}, mean ± std over {len(summary['config']['seeds'])} seeds")

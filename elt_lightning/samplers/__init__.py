@@ -1,1 +1,1 @@
-"""How samples are drawn from a network that is called again and again. Imports torch alone; knows no module or trainer."""
+"""How samples are drawn by calling a network again and again. Imports torch alone; knows no module or trainer."""

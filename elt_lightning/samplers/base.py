@@ -45,12 +45,12 @@ class Sampler(ABC):
         """Draw samples.
 
         Args:
-            predict: the network as a function of (x, condition, loops).
+            predict: the network as a function of (x, condition, loops); for diffusion it gives x̂.
             shape: shape of one sample.
             condition: labels (B,).
             loops: a number, or one per sampling step.
             seeds: (B,) int64 per-sample seeds; sample i depends on seeds[i] alone.
-            known: (B, *shape) what is given and must stay; None for nothing.
+            known: (B, *shape) what is given and must stay, marked as the sampler says; None for nothing.
 
         Returns:
             (B, *shape) tokens or latents.
@@ -70,9 +70,12 @@ class Sampler(ABC):
         """
         per_step = [loops] * self.steps if isinstance(loops, int) else list(loops)
         if len(per_step) != self.steps or min(per_step) < 1:
-            raise ValueError(f"loops must be a number from 1 up, or {self.steps} of them, one per sampling step: {loops}")
+            raise ValueError(
+                f"loops must be a number from 1 up, or {self.steps} of them, one per sampling step: {loops}"
+            )
         return per_step
 
     def network_calls(self, loops: Loops) -> list[int]:
         """List the loop count of every forward pass that one sample costs, both guidance branches included."""
-        return [count for count in self.loops_per_step(loops) for _ in range(self.guidance.branches())]
+        per_step = enumerate(self.loops_per_step(loops))
+        return [count for step, count in per_step for _ in range(self.guidance.branches(step, self.steps))]

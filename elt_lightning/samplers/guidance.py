@@ -23,15 +23,20 @@ class Guidance:
         schedule: "constant" s_k = s; "linear" s_k = 1 + (s − 1)·(k + 1)/K; "power_cosine"
             s_k = 1 + (s − 1)·½·(1 − cos(π·((k + 1)/K)^p)). Source: google-research/maskgit and its PyTorch successors.
         power: p of the power-cosine schedule.
+        interval: the share of the steps in which guidance acts, from and to: step k of K is guided where
+            from ≤ k/K < to. The others cost one branch (Kynkäänniemi et al. 2024, arXiv 2404.07724).
     """
 
     scale: float = 1.0
     schedule: Literal["constant", "linear", "power_cosine"] = "constant"
     power: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.scale < 0 or self.power <= 0:
             raise ValueError(f"guidance needs scale >= 0 and power > 0, not scale {self.scale}, power {self.power}")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"guidance needs an interval (from, to) with 0 <= from < to <= 1, not {self.interval}")
 
     def scale_at(self, step: int, num_steps: int) -> float:
         """s_k at step k (0-based) of K."""
@@ -42,15 +47,16 @@ class Guidance:
             return 1 + (self.scale - 1) * 0.5 * (1 - math.cos(math.pi * progress**self.power))
         return self.scale
 
-    def branches(self) -> int:
-        """How many times the network sees each sample in one step."""
-        return 1 if self.scale == 1.0 else 2
+    def branches(self, step: int, num_steps: int) -> int:
+        """How many times the network sees each sample at step k of K."""
+        first, end = self.interval
+        return 2 if self.scale != 1.0 and first <= step / num_steps < end else 1
 
     def predict(
         self, predict: Predict, x: Tensor, condition: Condition, null_class: int, loops: int, step: int, num_steps: int
     ) -> Tensor:
-        """Give the guided prediction for x (B, …) at step k of K; without guidance the plain one."""
-        if self.branches() == 1:
+        """Give the guided prediction for x (B, …) at step k of K; where guidance does not act, the plain one."""
+        if self.branches(step, num_steps) == 1:
             return predict(x, condition, loops)
         unconditional = condition.with_labels(torch.full_like(condition.labels, null_class))
         both = predict(torch.cat([x, x]), condition.joined(unconditional), loops)

@@ -16,9 +16,10 @@ from elt_lightning.samplers.guidance import Guidance, Predict
 class MaskGITSampler(Sampler):
     """Cosine unmasking in K steps.
 
-    At step k every masked token is sampled from softmax(logits / STemp_k), STemp_k = bias + scale·(1 − (k + 1)/K) (paper,
-    section 4.1). Its confidence is log p under the untempered, guided logits plus choice_temperature·(1 − (k + 1)/K)·Gumbel
-    noise; the least confident are masked again, as many as the cosine schedule says.
+    At step k every masked token is sampled from softmax(logits / STemp_k), STemp_k = bias + scale·(1 − (k + 1)/K)
+    (paper, section 4.1). Its confidence is log p under the untempered, guided logits plus
+    choice_temperature·(1 − (k + 1)/K)·Gumbel noise; the least confident are masked again, as many as the cosine
+    schedule says.
 
     Letters: B batch, T tokens, V codes, K steps.
 
@@ -58,7 +59,7 @@ class MaskGITSampler(Sampler):
         seeds: Tensor,
         known: Tensor | None = None,
     ) -> Tensor:
-        """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See :meth:`Sampler.sample`."""
+        """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See the base class."""
         tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.num_codes)
         num_unknown = (tokens == self.num_codes).sum(1)
         for step, step_loops in enumerate(self.loops_per_step(loops)):

@@ -23,7 +23,7 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """Say in plain data how to build this tokenizer again: ``class_path``, ``init_args`` and, with a file, its ``sha256``."""
+        """Say in plain data how to build this tokenizer again: ``class_path``, ``init_args``, a file's ``sha256``."""
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

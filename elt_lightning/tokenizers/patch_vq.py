@@ -31,14 +31,18 @@ class PatchVQTokenizer(Tokenizer):
         super().__init__()
         self.path = path
         if not Path(path).is_file():
-            raise UserError(f"the tokenizer's codebook {path} does not exist: run `elt fit` on its data, or point to it with --tokenizer_path")
+            raise UserError(
+                f"the codebook {path} does not exist: `elt fit` makes it; `elt sample` takes --tokenizer_path"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 codebook, grid = file.get_tensor("codebook"), file.get_tensor("grid")
         except SafetensorError as error:
-            raise UserError(f"{path} is not a patch codebook ({error}): delete it, and the next `elt fit` makes it anew") from error
+            raise UserError(
+                f"{path} is not a patch codebook ({error}): delete it, and the next `elt fit` makes it anew"
+            ) from error
         self.register_buffer("codebook", codebook)
-        self.grid: tuple[int, int] = tuple(grid.tolist())  # type: ignore[assignment]
+        self.grid: tuple[int, int] = tuple(grid.tolist())
 
     @staticmethod
     def save(path: str | Path, codebook: Tensor, grid: tuple[int, int]) -> None:
@@ -48,8 +52,11 @@ class PatchVQTokenizer(Tokenizer):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 1, G·P, G·P) float in [0, 1] to the nearest entries, (B, T) int64 in [0, V), row-major."""
-        patches = cut_patches(pixels, self.codebook.shape[-1])
-        return torch.cdist(patches.flatten(2), self.codebook.flatten(1)[None]).argmin(-1)
+        return self.nearest(cut_patches(pixels, self.codebook.shape[-1]))
+
+    def nearest(self, patches: Tensor) -> Tensor:
+        """Find each patch's nearest entry by squared distance: (…, P, P) to (…,) int64 in [0, V)."""
+        return torch.cdist(patches.flatten(-2), self.codebook.flatten(1)).argmin(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T) int64 to (B, 1, G·P, G·P) float in [0, 1]."""

@@ -1,0 +1,70 @@
+"""Single handwritten digits: the smallest real data there is, for tests and first steps."""
+
+from pathlib import Path
+
+from elt_lightning.data.base import GenerativeDataModule, TensorBatches
+from elt_lightning.data.handwriting import LEVELS, SIDE, load_handwriting
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.digits import DigitNetwork, RecognisedShare, load_or_train_digit_network
+from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.tokenizers.pixels import PixelTokenizer
+
+
+class DigitsDataModule(GenerativeDataModule):
+    """8×8 digits as 64 tokens, one of 17 grey levels each; the label is the digit.
+
+    Args:
+        root: folder where the digit network is cached.
+        batch_size: global batch per optimiser step.
+        micro_batch_size: samples per forward pass on one device; None for no accumulation.
+        num_workers: loader processes; the data is in memory, so 0 is fastest.
+        seed: of the order of training samples.
+    """
+
+    num_classes = 10
+    input_shape = (SIDE, SIDE)
+    num_codes = LEVELS
+    primary_metric = "recognised"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        root: str = "data/digits",
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, micro_batch_size, num_workers, seed)
+        self.root = Path(root)
+
+    def prepare_data(self) -> None:
+        """Train the digit network, once."""
+        self.load_digit_network()
+
+    def load_digit_network(self) -> DigitNetwork:
+        """Load the network that recognises digits, training it where there is no cached one."""
+        path = self.root / "digit_network.safetensors"
+        return load_or_train_digit_network(path, load_handwriting(held_out=False), load_handwriting(held_out=True))
+
+    @property
+    def tokenizer(self) -> PixelTokenizer:  # noqa: D102
+        return PixelTokenizer(LEVELS, (SIDE, SIDE))
+
+    def training_set(self) -> TensorBatches:  # noqa: D102
+        return self._encode(held_out=False)
+
+    def held_out_set(self) -> TensorBatches:  # noqa: D102
+        return self._encode(held_out=True)
+
+    def _encode(self, held_out: bool) -> TensorBatches:
+        handwriting = load_handwriting(held_out)
+        return TensorBatches(self.tokenizer.encode(handwriting.images), handwriting.labels)
+
+    def build_metrics(self) -> list[SampleMetric]:
+        """``recognised``, the share read as the asked digit; and ``fd_digits`` against held-out handwriting."""
+        network = self.load_digit_network()
+        distance = FrechetDistance("fd_digits", network.features, network.num_features, "digit_network")
+        distance.network = network  # a module inside a metric moves to the samples' device with it
+        distance.set_reference([load_handwriting(held_out=True).images])
+        return [RecognisedShare(network), distance]

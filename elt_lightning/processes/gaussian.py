@@ -1,0 +1,175 @@
+"""Gaussian corruption z = a·x + s·ε in continuous time: schedules, weights, and what a network may predict.
+
+Letters: x clean data, ε standard normal noise, z their mixture, a and s their amounts, logsnr = log(a²/s²), B batch.
+Time 0 is clean, time 1 is noise. Everything is computed in float32, or float64 where that is what comes in, whatever
+precision a network runs in: at the ends of time a or s is only 5·10⁻⁴.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Prediction = Literal["x", "v", "epsilon"]
+"""What a network predicts: the clean data x, the noise ε, or v = a·ε − s·x (Salimans and Ho 2022)."""
+
+
+class NoiseSchedule(ABC):
+    """How much of z is noise at a time in [0, 1]."""
+
+    @abstractmethod
+    def logsnr(self, time: Tensor) -> Tensor:
+        """Give log(a²/s²) at times of any shape; finite at 0 and at 1, and falling."""
+
+    @abstractmethod
+    def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """Give (a, s) at a log signal-to-noise ratio of any shape."""
+
+
+@dataclass(frozen=True)
+class ShiftedCosine(NoiseSchedule):
+    """The cosine schedule, shifted for resolution; variance preserving, a² + s² = 1.
+
+    logsnr(t) = −2·log tan(t_min + t·(t_max − t_min)) + 2·log shift, with t_min = atan(e^(−highest/2)) and
+    t_max = atan(e^(−lowest/2)). Source: "simple diffusion" (arXiv 2301.11093) and SiD2 (arXiv 2410.19324).
+
+    Attributes:
+        shift: reference resolution / data resolution. Below 1 there is more noise at every time. ELT's value is not
+            published; 1 is our default for latents (inferred).
+        lowest: logsnr at time 1, before the shift.
+        highest: logsnr at time 0, before the shift.
+    """
+
+    shift: float = 1.0
+    lowest: float = -15.0
+    highest: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0 or self.lowest >= self.highest:
+            raise ValueError(f"need shift > 0 and lowest < highest: {self}")
+
+    def logsnr(self, time: Tensor) -> Tensor:
+        """Evaluate the equation above."""
+        angle, complement, _ = self._angles(time)
+        # tan(angle) = sin(angle) / sin(π/2 − angle): both sines keep their digits at their own end of time.
+        return 2 * (torch.log(torch.sin(complement)) - torch.log(torch.sin(angle))) + 2 * math.log(self.shift)
+
+    def logsnr_slope(self, time: Tensor) -> Tensor:
+        """Give d logsnr/dt = −2·(t_max − t_min) / (sin·cos) of the angle: negative, any shape."""
+        angle, complement, span = self._angles(time)
+        return -2 * span / (torch.sin(angle) * torch.sin(complement))
+
+    def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """Give a = √sigmoid(logsnr) and s = √sigmoid(−logsnr)."""
+        logsnr = _precise(logsnr)
+        return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+    def _angles(self, time: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Give the angle that belongs to a time, π/2 less that angle, and the angle between times 0 and 1."""
+        time = _precise(time)
+        first = math.atan(math.exp(-self.highest / 2))
+        rest = math.atan(math.exp(self.lowest / 2))
+        span = math.pi / 2 - first - rest
+        return first + time * span, rest + (1 - time) * span, span
+
+
+@dataclass(frozen=True)
+class StraightPath(NoiseSchedule):
+    """The straight path of flow matching: s = s₀ + t·(1 − 2·s₀) and a = 1 − s.
+
+    The margin s₀ = sigmoid(−limit/2) keeps a and s from vanishing at the ends; without it s would be t.
+
+    Attributes:
+        limit: logsnr at time 0, and less the sign at time 1; 15 makes s₀ 5·10⁻⁴.
+    """
+
+    limit: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.limit <= 0:
+            raise ValueError(f"need limit > 0: {self}")
+
+    def logsnr(self, time: Tensor) -> Tensor:
+        """Give 2·log(a/s)."""
+        time = _precise(time)
+        margin = 1 / (1 + math.exp(self.limit / 2))
+        span = 1 - 2 * margin
+        return 2 * (torch.log(margin + (1 - time) * span) - torch.log(margin + time * span))
+
+    def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """Give a = sigmoid(logsnr/2) and s = 1 − a."""
+        logsnr = _precise(logsnr)
+        return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
+
+
+def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:
+    """Give the weight of a prediction's squared error under the sigmoid weighting of SiD2.
+
+    On x: −d logsnr/dt · e^b · sigmoid(logsnr − b). A squared error of v or ε is s⁻² or (a/s)² times the one of x that
+    it makes, so the same loss has the weight s² or (s/a)² times that one.
+
+    Args:
+        prediction: whose error.
+        logsnr: any shape.
+        slope: d logsnr/dt, the same shape.
+        bias: b. A larger one gives more weight to times with little noise.
+    """
+    logsnr, slope = _precise(logsnr), _precise(slope)
+    if prediction == "epsilon":
+        return -slope * torch.sigmoid(bias - logsnr)  # e^b·sigmoid(logsnr − b)·e^(−logsnr), without the large factors
+    weight = -slope * math.exp(bias) * torch.sigmoid(logsnr - bias)
+    return weight * torch.sigmoid(-logsnr) if prediction == "v" else weight
+
+
+def mix(clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """Corrupt: z = a·x + s·ε for (B, …), a and s (B,)."""
+    return _per_sample(a, clean) * clean + _per_sample(s, clean) * noise
+
+
+def predicted(prediction: Prediction, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """Give what a network should predict where x and ε, each (B, …), are known: x, ε, or v = a·ε − s·x."""
+    if prediction == "v":
+        return _per_sample(a, clean) * noise - _per_sample(s, clean) * clean
+    return clean if prediction == "x" else noise
+
+
+def clean_and_noise(
+    prediction: Prediction, value: Tensor, noisy: Tensor, a: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turn a prediction into both x̂ and ε̂, so that z = a·x̂ + s·ε̂; for a² + s² = 1.
+
+    From v: x̂ = a·z − s·v and ε̂ = s·z + a·v. Any other pair of quantities is turned into one another through
+    :func:`predicted`.
+
+    Args:
+        prediction: what ``value`` is.
+        value: (B, …) the prediction, of any precision.
+        noisy: (B, …) z.
+        a: (B,).
+        s: (B,).
+    """
+    value, noisy = _precise(value), _precise(noisy)
+    a, s = _per_sample(a, noisy), _per_sample(s, noisy)
+    if prediction == "v":
+        return a * noisy - s * value, s * noisy + a * value
+    if prediction == "x":
+        return value, (noisy - a * value) / s
+    return (noisy - s * value) / a, value
+
+
+def weighted_square_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """w·‖prediction − target‖² as a mean over each sample's elements: (B, …) twice and (B,) to (B,)."""
+    error = F.mse_loss(_precise(prediction), _precise(target), reduction="none")
+    return weight * error.flatten(1).mean(1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
