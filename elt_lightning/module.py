@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from elt_lightning.errors import UserError
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.optim import LearningRateSchedule, parameter_groups
@@ -61,6 +62,22 @@ class ELTModule(LightningModule):
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.prediction_loops: Loops = distillation.max_loops
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another network before anything is loaded.
+
+        Raises:
+            UserError: names or shapes of the weights differ.
+        """
+        there = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        here = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
+        different = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if different:
+            name = different[0]
+            raise UserError(
+                f"the checkpoint is of another network: {len(different)} weights differ, for example {name} has shape "
+                f"{there.get(name, 'none')} there and {here.get(name, 'none')} here"
+            )
 
     @property
     def max_loops(self) -> int:

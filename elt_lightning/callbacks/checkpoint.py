@@ -1,5 +1,6 @@
 """When checkpoints are written."""
 
+import os
 from datetime import timedelta
 
 from lightning import LightningModule, Trainer
@@ -31,13 +32,33 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(
             filename="step_{step}",
             auto_insert_metric_name=False,
-            save_last="link",
+            # Without a monitored value the newest file is also the last: a link saves writing it twice.
+            save_last="link" if monitor is None else True,
+            # A resumed run goes on writing last.ckpt; Lightning would begin a last-v1.ckpt beside the old one.
+            enable_version_counter=False,
             every_n_train_steps=every_n_train_steps,
             train_time_interval=train_time_interval,
             save_top_k=save_top_k,
             monitor=monitor,
             mode=mode,
         )
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Point last.ckpt to the new file before the old one goes: killed at any moment, last.ckpt is whole."""
+        super()._save_checkpoint(trainer, filepath)
+        if self.save_last == "link":
+            self._link_checkpoint(trainer, filepath, os.path.join(os.path.dirname(filepath), "last.ckpt"))
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Replace the link in one step; Lightning removes the old one first."""
+        if trainer.is_global_zero:
+            aside = f"{linkpath}.new"
+            if os.path.lexists(aside):
+                os.remove(aside)
+            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), aside)
+            os.replace(aside, linkpath)
+        trainer.strategy.barrier()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, if it is not saved yet."""

@@ -206,7 +206,7 @@ class ELTCommandLine(LightningCLI):
     def resolved_config(self) -> dict[str, Any]:
         """Every setting of this command after defaults, configs and flags, as plain data."""
         parser = self._parser(self.subcommand)
-        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
+        text = parser.dump(self.config[self.subcommand], skip_unset=False, skip_link_targets=False)
         return yaml.safe_load(text)
 
     def after_instantiate_classes(self) -> None:

@@ -7,6 +7,8 @@ from elt_lightning.data.handwriting import LEVELS, SIDE, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, RecognisedShare, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.pixels import PixelTokenizer
 
 
@@ -22,8 +24,8 @@ class DigitsDataModule(GenerativeDataModule):
     """
 
     num_classes = 10
-    input_shape = (SIDE, SIDE)
-    num_codes = LEVELS
+    input_shape: tuple[int, ...] = (SIDE, SIDE)
+    num_codes: int | None = LEVELS
     primary_metric = "recognised"
     higher_is_better = True
 
@@ -48,7 +50,7 @@ class DigitsDataModule(GenerativeDataModule):
         return load_or_train_digit_network(path, load_handwriting(held_out=False), load_handwriting(held_out=True))
 
     @property
-    def tokenizer(self) -> PixelTokenizer:  # noqa: D102
+    def tokenizer(self) -> Tokenizer:  # noqa: D102
         return PixelTokenizer(LEVELS, (SIDE, SIDE))
 
     def training_set(self) -> TensorBatches:  # noqa: D102
@@ -68,3 +70,14 @@ class DigitsDataModule(GenerativeDataModule):
         distance.network = network  # a module inside a metric moves to the samples' device with it
         distance.set_reference([load_handwriting(held_out=True).images])
         return [RecognisedShare(network), distance]
+
+
+class DigitImagesDataModule(DigitsDataModule):
+    """The same digits as continuous 1×8×8 images in [−1, 1], for diffusion; the same settings, metrics, references."""
+
+    input_shape = (1, SIDE, SIDE)
+    num_codes = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:  # noqa: D102
+        return PixelScaling()

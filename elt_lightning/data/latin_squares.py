@@ -16,6 +16,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
 from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.patch_vq import PatchVQTokenizer, cut_patches, join_patches
 
 ORDER = 5
@@ -39,7 +40,7 @@ class LatinSquaresDataModule(GenerativeDataModule):
     """
 
     num_classes = ORDER
-    input_shape = (ORDER, ORDER)
+    input_shape: tuple[int, ...] = (ORDER, ORDER)
     primary_metric = "valid_squares"
     higher_is_better = True
 
@@ -80,26 +81,33 @@ class LatinSquaresDataModule(GenerativeDataModule):
 
     def setup(self, stage: str) -> None:
         """Draw the pictures and encode them."""
-        self._tokenizer = PatchVQTokenizer(str(self.codebook_path))
+        self._tokenizer = self.load_tokenizer()
         if stage == "fit":
             self._training_set = self._encode(self.num_train, held_out=False)
         if stage != "predict":
             self._held_out_set = self._encode(self.num_held_out, held_out=True)
 
     def _encode(self, count: int, held_out: bool) -> TensorBatches:
-        readable = self._readable(load_handwriting(held_out))
-        pictures, labels = draw_pictures(count, readable, seed=int(held_out))
+        pictures, labels = draw_pictures(count, self.load_writings(held_out), seed=int(held_out))
         codes = torch.cat([self._tokenizer.encode(part.float()) for part in pictures.split(1000)])
         return TensorBatches(codes, labels)
 
-    def _readable(self, handwriting: Handwriting) -> Handwriting:
-        """Leave out the few writings whose nearest code is another digit's: their tokens would not be Latin squares."""
-        codes = self._tokenizer.nearest(handwriting.images[:, 0])
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the patch tokenizer."""
+        return PatchVQTokenizer(str(self.codebook_path))
+
+    def load_writings(self, held_out: bool) -> Handwriting:
+        """Load what pictures are made of.
+
+        The few writings whose nearest code is another digit's are left out: their tokens would not be Latin squares.
+        """
+        handwriting = load_handwriting(held_out)
+        codes = PatchVQTokenizer(str(self.codebook_path)).nearest(handwriting.images[:, 0])
         kept = codes // self.codes_per_digit + 1 == handwriting.labels
         return Handwriting(handwriting.images[kept], handwriting.labels[kept])
 
     @property
-    def tokenizer(self) -> PatchVQTokenizer:  # noqa: D102
+    def tokenizer(self) -> Tokenizer:  # noqa: D102
         return self._tokenizer
 
     def training_set(self) -> TensorBatches:  # noqa: D102

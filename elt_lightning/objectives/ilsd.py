@@ -74,8 +74,8 @@ class ILSD:
 
         Returns:
             the scalar loss, and its named terms, detached: ``loss``, ``loss_teacher``, and with a student
-            ``lambda``, ``student_loops`` and, where the mode trains them, ``loss_student``, ``loss_distill`` (means over
-            students).
+            ``lambda``, ``student_loops`` and, where the mode trains them, ``loss_student`` and ``loss_distill``, means
+            over the students.
         """
         teacher = predictions[self.max_loops]
         loss = objective.ground_truth(teacher, corrupted).mean()

@@ -1,0 +1,52 @@
+"""The Latin squares as continuous images: the same pictures and the same exact scores, for diffusion."""
+
+from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
+from elt_lightning.data.latin_squares import ORDER, LatinSquaresDataModule
+from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.continuous import PixelScaling
+
+
+class LatinSquareImagesDataModule(LatinSquaresDataModule):
+    """Latin squares of handwritten digits as 1×40×40 images in [−1, 1]; patches of 8×8 are a token for each cell.
+
+    Nothing is quantised, so every writing is used. Metrics and their references are those of the tokens, so that both
+    families can be compared.
+
+    Args:
+        root: folder of the cached digit network; it may be the tokens' own.
+        batch_size: global batch per optimiser step.
+        micro_batch_size: samples per forward pass on one device; None for no accumulation.
+        num_train: pictures to train on, 6.4 kB each in memory.
+        num_held_out: pictures of held-out handwriting, the reference of the metrics.
+        num_workers: loader processes; the data is in memory, so 0 is fastest.
+        seed: of the order of training samples; what the pictures are does not depend on it.
+    """
+
+    input_shape = (1, ORDER * SIDE, ORDER * SIDE)
+
+    def __init__(
+        self,
+        root: str = "data/latin_squares",
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        num_train: int = 20_000,
+        num_held_out: int = 2_000,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root, batch_size, micro_batch_size, num_train, num_held_out, num_workers=num_workers, seed=seed
+        )
+        self.num_codes = None
+
+    def prepare_data(self) -> None:
+        """Train the digit network, once."""
+        self.load_digit_network()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Scale pixels, without a file."""
+        return PixelScaling()
+
+    def load_writings(self, held_out: bool) -> Handwriting:
+        """Load all handwriting of one side of the split."""
+        return load_handwriting(held_out)

@@ -1,0 +1,22 @@
+"""Pixels as continuous values: what a diffusion model without an autoencoder is trained on."""
+
+from typing import Any
+
+from torch import Tensor
+
+from elt_lightning.tokenizers.base import Tokenizer
+
+
+class PixelScaling(Tokenizer):
+    """Move pixels from [0, 1] to [−1, 1], where data are about as large as the noise that diffusion adds; and back."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) float in [0, 1] to the same shape in [−1, 1]."""
+        return 2 * pixels - 1
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, C, H, W) float to the same shape in [0, 1]; a sample's values beyond ±1 are cut off."""
+        return ((codes + 1) / 2).clamp(0, 1)
+
+    def description(self) -> dict[str, Any]:  # noqa: D102
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": {}}
