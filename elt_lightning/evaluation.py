@@ -14,7 +14,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.module import ELTModule
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
-from elt_lightning.tokenizers.base import Tokenizer, to_bytes
+from elt_lightning.tokenizers.base import Tokenizer
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Row:
         metrics: {name: one value per repeat}.
         samples_per_second: drawing alone, over all devices, without decoding and scoring.
         pictures: (n, C, H, W) uint8, the first samples; the same labels and seeds in every row.
+        correct: (n,) bool, which of the pictures are right; empty where no metric can say.
     """
 
     loops: int
@@ -34,6 +35,7 @@ class Row:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     samples_per_second: float = 0.0
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    correct: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def mean(self, name: str) -> float:
         """Mean of a metric over repeats."""
@@ -101,14 +103,9 @@ class Sweep:
                 pixels = tokenizer.decode(codes)
                 for metric in metrics:
                     metric.update(pixels.to(metric.device), labels.to(metric.device))
-                if repeat == 0 and len(row.pictures) < self.num_pictures:
-                    missing = self.num_pictures - len(row.pictures)
-                    row.pictures = torch.cat(
-                        [
-                            row.pictures.to(torch.uint8).cpu().reshape(-1, *pixels.shape[1:]),
-                            to_bytes(pixels[:missing]).cpu(),
-                        ]
-                    )
+                missing = self.num_pictures - len(row.pictures)
+                if repeat == 0 and missing > 0:
+                    keep_pictures(row, pixels[:missing], labels[:missing], tokenizer, metrics)
                 progress(len(labels) * self.world_size)
             for metric in metrics:
                 for name, value in metric.compute().items():
@@ -121,6 +118,18 @@ class Sweep:
         mine = torch.arange(self.rank, self.num_samples, self.world_size, device=device)
         for index in mine.split(self.batch_size):
             yield index % num_classes, index
+
+
+def keep_pictures(
+    row: Row, pixels: Tensor, labels: Tensor, tokenizer: Tokenizer, metrics: Sequence[SampleMetric]
+) -> None:
+    """Add pixels (n, C, H, W) to the pictures of a row, and what a metric says of each."""
+    pictures = tokenizer.present(pixels).cpu()
+    row.pictures = torch.cat([row.pictures, pictures]) if len(row.pictures) else pictures
+    for metric in metrics:
+        correct = metric.correct(pixels.to(metric.device), labels.to(metric.device))
+        if correct is not None:
+            row.correct = torch.cat([row.correct, correct.cpu()]) if len(row.correct) else correct.cpu()
 
 
 def _now(device: torch.device) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.table import Table
 from torch import Tensor
 
@@ -128,7 +129,8 @@ class Report:
             self._write_csv(aside)
         best = self.best_per_loop()
         with written_aside(folder / "loops.png") as aside:
-            loops_figure({f"L = {row.loops}": row.pictures for row in best}).savefig(aside, bbox_inches="tight")
+            pictures = {f"L = {row.loops}": row.pictures for row in best}
+            loops_figure(pictures, [row.correct for row in best]).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
 
@@ -148,35 +150,52 @@ class Report:
 
     def pareto_figure(self, rows: Sequence[Row]) -> Figure:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""
-        figure = Figure(figsize=(5, 3.5), dpi=150)
+        figure = Figure(figsize=(6, 4), dpi=120)
         axes = figure.add_subplot()
         macs = [self.macs_per_sample[row.loops, row.guidance] / 1e9 for row in rows]
         values = [row.mean(self.primary_metric) for row in rows]
-        axes.errorbar(macs, values, yerr=[row.std(self.primary_metric) or 0.0 for row in rows], marker="o", capsize=3)
+        errors = [row.std(self.primary_metric) or 0.0 for row in rows]
+        axes.errorbar(macs, values, yerr=errors, marker="o", capsize=3, color="tab:blue")
         for row, x, y in zip(rows, macs, values, strict=True):
-            label = f"L={row.loops}" + (" (trained)" if row.loops == self.train_loops else "")
-            axes.annotate(label, (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8)
-        axes.set_xscale("log")
-        axes.margins(x=0.15, y=0.15)
-        axes.set_xlabel("compute per sample (10⁹ multiply–accumulates, log scale)")
+            trained = row.loops == self.train_loops
+            axes.annotate(
+                f"L={row.loops}" + ("\ntrained" if trained else ""),
+                (x, y),
+                textcoords="offset points",
+                xytext=(0, -10),
+                ha="center",
+                va="top",
+                fontsize=9,
+                weight="bold" if trained else "normal",
+            )
+        axes.margins(x=0.1, y=0.2)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("compute per sample (10⁹ multiply–accumulates)")
         axes.set_ylabel(f"{self.primary_metric} ({'higher' if self.higher_is_better else 'lower'} is better)")
         axes.grid(alpha=0.3)
         return figure
 
 
-def loops_figure(rows: dict[str, Tensor]) -> Figure:
+def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:
     """Draw one labelled row of pictures after another; a column shares class and seed.
 
     Args:
         rows: {label: (n, C, H, W) uint8}, C 1 or 3.
+        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one.
     """
     columns = max(len(pictures) for pictures in rows.values())
-    figure = Figure(figsize=(1 + columns, len(rows)), dpi=100)
+    figure = Figure(figsize=(1 + 1.4 * columns, 1.4 * len(rows)), dpi=100)
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
     for place, (label, pictures) in enumerate(rows.items()):
-        axes = figure.add_axes((0.08, 1 - (place + 1) / len(rows), 0.92, 1 / len(rows)))
-        axes.imshow(picture_row(pictures).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_axis_off()
-        axes.text(-0.01, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=12)
+        for axes in grid[place]:
+            axes.set_axis_off()
+        grid[place, 0].text(-0.15, 0.5, label, transform=grid[place, 0].transAxes, ha="right", va="center", fontsize=14)
+        for number, picture in enumerate(pictures):
+            axes = grid[place, number]
+            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            if place < len(correct) and len(correct[place]):
+                colour = "tab:green" if correct[place][number] else "tab:red"
+                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, color=colour, linewidth=4))
     return figure
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -199,10 +200,20 @@ def test_a_row_of_pictures_lies_side_by_side(channels: int, gap: int) -> None:
 
 
 def test_the_figure_has_one_row_of_pictures_for_each_label() -> None:
-    figure = loops_figure({"L = 1": random_pictures(4), "L = 2": random_pictures(4), "L = 8": random_pictures(4)})
-    assert [axes.texts[0].get_text() for axes in figure.axes] == ["L = 1", "L = 2", "L = 8"]
-    tops = [axes.get_position().y1 for axes in figure.axes]
+    pictures = {"L = 1": random_pictures(4), "L = 2": random_pictures(4), "L = 8": random_pictures(4)}
+    figure = loops_figure(pictures)
+    first_of_row, tops = figure.axes[::4], [axes.get_position().y1 for axes in figure.axes]
+    assert [axes.texts[0].get_text() for axes in first_of_row] == ["L = 1", "L = 2", "L = 8"]
     assert tops == sorted(tops, reverse=True)
+    for axes, picture in zip(figure.axes, torch.cat(list(pictures.values())), strict=True):
+        assert np.array_equal(np.squeeze(axes.images[0].get_array()), picture.permute(1, 2, 0).squeeze(-1))
+
+
+def test_the_figure_frames_right_pictures_green_and_wrong_ones_red() -> None:
+    figure = loops_figure({"L = 1": random_pictures(2)}, [torch.tensor([True, False])])
+    green, red = (axes.patches[0].get_edgecolor() for axes in figure.axes)
+    assert green[1] > green[0]
+    assert red[0] > red[1]
 
 
 class Recorder(SampleMetric):

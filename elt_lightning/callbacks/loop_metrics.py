@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elt_lightning.callbacks.ema import EMA
-from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.data.base import HELD_OUT_LOSS, GenerativeDataModule
 from elt_lightning.evaluation import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.module import ELTModule
@@ -49,7 +49,7 @@ class LoopMetrics(Callback):
         batch_size: int = 250,
         repeats: int = 1,
         seed: int = 0,
-        num_pictures: int = 10,
+        num_pictures: int = 8,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
@@ -66,6 +66,11 @@ class LoopMetrics(Callback):
         self.extra_metrics = metrics or []
         self._metrics: list[SampleMetric] | None = None
         self.report: Report | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let held-out losses be measured at the same loop counts."""
+        module = cast(ELTModule, pl_module)
+        module.held_out_loops = self._loops(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a few samples at each loop count, and log them."""
@@ -102,6 +107,9 @@ class LoopMetrics(Callback):
             for loops, scale in settings:
                 bar.update(task, description=f"loops {loops}, guidance {scale:g}")
                 rows.append(self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n)))
+        if _data(trainer).primary_metric == HELD_OUT_LOSS:
+            for row in rows:
+                row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
         self.report = self._report(trainer, module, rows)
         if trainer.is_global_zero:
             folder = Path(trainer.log_dir or trainer.default_root_dir)

@@ -12,7 +12,6 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reports import loops_figure
-from elt_lightning.tokenizers.base import to_bytes
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +48,7 @@ def run(name: str, arguments: list[str]) -> None:
     rows = {}
     for loops in options.loops or [module.max_loops]:
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), sampler=sampler)
-        rows[f"L = {loops}"] = to_bytes(tokenizer.decode(codes)).cpu()
+        rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     with written_aside(options.output) as aside:
         loops_figure(rows).savefig(aside, bbox_inches="tight")
     print(options.output)

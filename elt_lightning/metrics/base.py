@@ -20,6 +20,10 @@ class SampleMetric(Metric):
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Take in pixels (B, C, H, W) float in [0, 1] and the classes (B,) that were asked for."""
 
+    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor | None:
+        """Say of each picture whether it is right, (B,) bool, where a single one can be; None otherwise."""
+        return None
+
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
         """Give the named scores of all that was taken in."""

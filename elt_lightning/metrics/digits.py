@@ -95,8 +95,11 @@ class RecognisedShare(SampleMetric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
-        self.right += (self.network(pixels).argmax(1) == labels).sum()
+        self.right += self.correct(pixels, labels).sum()
         self.count += len(labels)
+
+    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        return self.network(pixels).argmax(1) == labels
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         return {"recognised": self.right / self.count}

@@ -37,11 +37,16 @@ class LatinSquareScores(SampleMetric):
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         digits = self.read(pixels)
-        valid = valid_lines(digits)
-        centre = digits[:, self.order // 2, self.order // 2] - 1
-        self.squares += (valid.all(1) & (centre == labels)).sum()
-        self.lines += valid.sum()
+        self.squares += self._valid_squares(digits, labels).sum()
+        self.lines += valid_lines(digits).sum()
         self.count += len(pixels)
+
+    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        return self._valid_squares(self.read(pixels), labels)
+
+    def _valid_squares(self, digits: Tensor, labels: Tensor) -> Tensor:
+        centre = digits[:, self.order // 2, self.order // 2] - 1
+        return valid_lines(digits).all(1) & (centre == labels)
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         return {"valid_squares": self.squares / self.count, "valid_lines": self.lines / (self.count * 2 * self.order)}

@@ -21,6 +21,10 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into pixels (B, C, H, W) float in [0, 1]."""
 
+    def present(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (B, C, H, W) into bytes for people to look at: the pixels themselves, or with help to the eye."""
+        return to_bytes(pixels)
+
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """Say in plain data how to build this tokenizer again: ``class_path``, ``init_args``, a file's ``sha256``."""

@@ -7,10 +7,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
-from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.base import Tokenizer, to_bytes
+
+LINE = 110
+"""Grey of the lines between patches, where they are shown to people."""
 
 
 class PatchVQTokenizer(Tokenizer):
@@ -61,6 +65,12 @@ class PatchVQTokenizer(Tokenizer):
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T) int64 to (B, 1, G·P, G·P) float in [0, 1]."""
         return join_patches(self.codebook[codes], self.grid)
+
+    def present(self, pixels: Tensor) -> Tensor:
+        """Show the patches with a line between them: (B, 1, G·(P + 1) + 1, G·(P + 1) + 1) uint8."""
+        patches = cut_patches(to_bytes(pixels), self.codebook.shape[-1])
+        lined = join_patches(F.pad(patches, (0, 1, 0, 1), value=LINE), self.grid)
+        return F.pad(lined, (1, 0, 1, 0), value=LINE)
 
     def description(self) -> dict[str, Any]:  # noqa: D102
         class_path = f"{type(self).__module__}.{type(self).__qualname__}"
