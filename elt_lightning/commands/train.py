@@ -66,6 +66,7 @@ def run(name: str, arguments: list[str]) -> None:
     """
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
+        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch:
