@@ -309,6 +309,31 @@ def test_killed_training_resumes_to_the_same_weights() -> None:
     assert_same(whole["lr_schedulers"], resumed["lr_schedulers"])
 
 
+def test_two_processes_train_and_measure_as_one_does() -> None:
+    settings = ["--config", str(DIGITS), *SMALL, "--data.init_args.batch_size=32", "--loop_metrics.num_samples=15"]
+    settings += ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    assert main(["fit", *settings, "--run_dir=runs/one"]) == 0
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = elt("fit", *settings, *two, "--run_dir=runs/two")
+    assert done.returncode == 0, done.stderr
+    one_state, two_state = (
+        torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+    )
+    for name in one_state:
+        torch.testing.assert_close(two_state[name], one_state[name], rtol=1e-4, atol=1e-6)
+
+    checkpoint = ["--ckpt_path=runs/one/checkpoints/last.ckpt", "--loops=2"]
+    assert main(["test", *settings, *checkpoint, "--run_dir=runs/tested_by_one"]) == 0
+    done = elt("test", *settings, *two, *checkpoint, "--run_dir=runs/tested_by_two")
+    assert done.returncode == 0, done.stderr
+    one_row, two_row = (
+        json.loads(Path(f"runs/tested_by_{name}/loops.json").read_text())["rows"][0]["metrics"]
+        for name in ("one", "two")
+    )
+    for name in one_row:
+        assert two_row[name]["mean"] == pytest.approx(one_row[name]["mean"], rel=1e-5)
+
+
 def assert_same(first: object, second: object) -> None:
     if isinstance(first, torch.Tensor):
         assert torch.equal(first, second)

@@ -82,7 +82,8 @@ class LoopMetrics(Callback):
             self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)
         ]
         for row in rows:
-            pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics})
+            # Every rank has the merged value already; sync_dist only says so to Lightning.
+            pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             picture = torch.cat([picture_row(row.pictures) for row in rows])
             layout = "HW" if picture.ndim == 2 else "HWC"
@@ -111,8 +112,8 @@ class LoopMetrics(Callback):
             for row in rows:
                 row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
         self.report = self._report(trainer, module, rows)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
         if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             self.report.write(folder)
             Console(width=None if Console().is_terminal else 140).print(self.report.table())
             print("\n".join(str(folder / name) for name in ("loops.png", "pareto.png", "loops.csv", "loops.json")))

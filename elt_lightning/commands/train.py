@@ -18,6 +18,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from elt_lightning.callbacks.checkpoint import Checkpoint
@@ -242,7 +243,10 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
     run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
-        if (run_dir / "config.yaml").exists() and run_dir.resolve() != run_of_checkpoint:
+        # Of several processes the first decides; the others meet its config here, and take its folder over broadcasts.
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        taken = first and (run_dir / "config.yaml").exists()
+        if taken and run_dir.resolve() != run_of_checkpoint:
             raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
         return run_dir
     if run_of_checkpoint is None:
