@@ -1,6 +1,6 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class ELTModule(LightningModule):
         self.make_optimizer = optimizer
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.prediction_loops: Loops = distillation.max_loops
+        self.held_out_loops: Sequence[int] = range(1, distillation.max_loops + 1)
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -103,7 +104,7 @@ class ELTModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the ground-truth loss of every trained loop count, all from one pass."""
+        """Log the ground-truth loss at each of ``held_out_loops``, all from one pass."""
         self._log_losses("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -113,7 +114,7 @@ class ELTModule(LightningModule):
     def _log_losses(self, stage: str, batch: Any) -> None:
         corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), HELD_OUT_STEP)
         condition = Condition(batch.labels, corrupted.time)
-        predictions = self.network(corrupted.inputs, condition, self.max_loops, range(1, self.max_loops))
+        predictions = self.network(corrupted.inputs, condition, max(self.held_out_loops), self.held_out_loops)
         losses = {
             f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
             for loops, prediction in predictions.items()

@@ -370,6 +370,14 @@ def test_checkpointed_loops_give_equal_gradients_for_less_memory(block: str) -> 
     assert run(checkpoint_loops=True)[2] == 6
 
 
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_the_class_table_begins_as_loud_as_it_is_told(std: float) -> None:
+    torch.manual_seed(0)
+    condition = LoopedDiT((1, 4, 4), 100, 1, width=64, heads=2, class_std=std).condition
+    assert condition.classes.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert condition.time_in.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_checkpointing_is_a_setting_of_the_network() -> None:
     assert small_network(checkpoint_loops=True).backbone.checkpoint_loops
     assert not small_network().backbone.checkpoint_loops

@@ -54,8 +54,24 @@ class Requests(Dataset[Request]):
         return Request(indices % self.num_classes, indices)
 
 
-class TensorBatches(Dataset[Batch]):
-    """Codes and labels held in memory; indexed by a whole batch of places at once."""
+HELD_OUT_LOSS = "loss"
+"""The primary metric of data that have none of their own: the held-out loss of each loop count."""
+
+
+class BatchDataset(Dataset[Batch]):
+    """Samples 0 … n − 1, indexed by a whole batch of places (B,) int64 at once."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the samples."""
+
+    @abstractmethod
+    def __getitem__(self, indices: Tensor) -> Batch:
+        """Fetch samples; ``indices`` of the batch are the places asked for."""
+
+
+class TensorBatches(BatchDataset):
+    """Codes and labels held in memory, or mapped into it."""
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.x, self.labels = x, labels
@@ -145,7 +161,7 @@ class GenerativeDataModule(LightningDataModule, ABC):
         num_classes: number of classes.
         input_shape: the token grid (height, width), or latents (channels, height, width).
         num_codes: codebook size, None for continuous latents.
-        primary_metric: the score that matters most.
+        primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`HELD_OUT_LOSS`.
         higher_is_better: its direction.
     """
 
@@ -174,11 +190,11 @@ class GenerativeDataModule(LightningDataModule, ABC):
         """The frozen tokenizer; usable after :meth:`setup`."""
 
     @abstractmethod
-    def training_set(self) -> TensorBatches:
+    def training_set(self) -> BatchDataset:
         """What is trained on."""
 
     @abstractmethod
-    def held_out_set(self) -> TensorBatches:
+    def held_out_set(self) -> BatchDataset:
         """What validation and test losses are measured on."""
 
     @abstractmethod
@@ -224,7 +240,7 @@ class GenerativeDataModule(LightningDataModule, ABC):
         order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
-    def _loader(self, dataset: TensorBatches, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
+    def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return DataLoader(
             dataset,
             sampler=order,

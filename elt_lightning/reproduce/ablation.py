@@ -1,5 +1,6 @@
 """`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
+`make ablation-diffusion` does the same with another config, whose name is also that of the folders of runs and results.
 Every run is an `elt fit` and an `elt test` in processes of their own. A run whose ``loops.json`` is there is not done
 again, so that an interrupted ablation goes on where it stopped.
 """
@@ -64,11 +65,13 @@ def main() -> None:
     """Run what is missing, then write ``ablation.json``, ``ablation.png`` and ``ablation.md``."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where the runs lie")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/ablation"), help="folder of the results")
+    parser.add_argument("--runs", type=Path, help="where the runs lie; by default runs/<config>")
+    parser.add_argument("--output", type=Path, help="folder of the results; by default docs/results/<config>")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, one thread each")
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="settings for every run")
     options = parser.parse_args()
+    title = options.config.stem
+    runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
     config = yaml.safe_load(options.config.read_text())
     config["settings"] |= dict(setting.split("=", 1) for setting in options.override)
     arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
@@ -77,11 +80,11 @@ def main() -> None:
         ((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops
     )
     with ThreadPoolExecutor(options.jobs) as pool:
-        lines = pool.map(lambda pair: run_arm(pair[0], pair[1], config, options.runs), pairs)
+        lines = pool.map(lambda pair: run_arm(pair[0], pair[1], config, runs), pairs)
         for number, line in enumerate(lines, start=1):
             print(f"[{number}/{len(pairs)}] {line}", flush=True)
-    summary = gather(arms, config, options.runs)
-    write_results(summary, arms, options.output)
+    summary = {"command": f"make {title.replace('_', '-')}"} | gather(arms, config, runs)
+    write_results(summary, arms, output)
 
 
 def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path) -> str:
@@ -119,7 +122,6 @@ def elt(*arguments: str) -> None:
 def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any]:
     """Read every run's ``loops.json`` into one summary: for each arm and loop count, each metric's value per seed."""
     summary: dict[str, Any] = {
-        "command": "make ablation",
         "config": config,
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "arms": {},

@@ -1,0 +1,112 @@
+"""How much each loop changes the hidden state at each sampling step: the measurement of the paper's Figure 14.
+
+python -m elt_lightning.reproduce.update_norms --ckpt_path runs/quickstart_0/checkpoints/last.ckpt
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.errors import UserError
+from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.module import ELTModule
+from elt_lightning.processes.noise import sample_seeds
+
+
+def main() -> None:
+    """Measure one checkpoint, and write ``update_norms.csv`` and ``update_norms.png``.
+
+    Raises:
+        UserError: the checkpoint cannot be read.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of elt fit")
+    parser.add_argument("--loops", type=int, help="loops of every sampling step; by default the count of training")
+    parser.add_argument("--num", type=int, default=200, help="samples to average over (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="decides every sample (default 0)")
+    parser.add_argument("--output", type=Path, help="folder; by default a new one beside the run's checkpoints")
+    options = parser.parse_args()
+    if options.num < 1 or (options.loops is not None and options.loops < 1):
+        raise UserError("--num and --loops must be at least 1")
+    module = build_module(read_checkpoint(options.ckpt_path))
+    folder = options.output or next_numbered(options.ckpt_path.resolve().parent.parent, "update_norms")
+    norms = update_norms(module, options.num, options.loops or module.max_loops, options.seed)
+    write_results(norms, module.max_loops, folder)
+
+
+def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int) -> Tensor:
+    """Draw samples, and measure ‖h_r − h_(r−1)‖₂ for every loop r of every sampling step.
+
+    The state h has D numbers for each token; its norm is averaged over tokens and samples, and where guidance acts over
+    both of its branches. Prelude and coda layers are outside the loop and are left out.
+
+    Args:
+        module: in eval mode, of either family.
+        num_samples: drawn all at once; sample i is of class i mod num_classes.
+        loops: L, at every sampling step.
+        seed: decides every sample.
+
+    Returns:
+        (K, L) float32, sampling steps and loops.
+    """
+    before: list[Tensor] = []
+    norms: list[Tensor] = []
+
+    def enter(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        before.append(arguments[0])
+
+    def leave(layer: nn.Module, arguments: tuple[Tensor, ...], after: Tensor) -> None:
+        norms.append((after - before.pop()).float().norm(dim=-1).mean())
+
+    layers: nn.ModuleList = module.network.backbone.layers  # type: ignore[assignment, union-attr]
+    hooks = [layers[0].register_forward_pre_hook(enter), layers[-1].register_forward_hook(leave)]
+    try:
+        index = torch.arange(num_samples, device=module.device)
+        module.sample(index % module.num_classes, loops, sample_seeds(seed, index))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(norms).view(-1, loops).cpu()  # a sampler calls the network once a step
+
+
+def write_results(norms: Tensor, train_loops: int, folder: Path) -> None:
+    """Write the norms (K, L) as a table, a line for each step and loop, and as a figure."""
+    with written_aside(folder / "update_norms.csv") as aside, aside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "loop", "update_norm"])
+        for step, row in enumerate(norms.tolist(), start=1):
+            writer.writerows([step, loop, norm] for loop, norm in enumerate(row, start=1))
+    with written_aside(folder / "update_norms.png") as aside:
+        figure(norms, train_loops).savefig(aside, bbox_inches="tight")
+    print("\n".join(str(folder / f"update_norms.{ending}") for ending in ("png", "csv")))
+
+
+def figure(norms: Tensor, train_loops: int) -> Figure:
+    """Draw the norms (K, L): a line for each loop against the sampling step; dashed beyond the loops of training."""
+    drawing = Figure(figsize=(5, 3.5), dpi=150)
+    axes = drawing.add_subplot()
+    num_steps, num_loops = norms.shape
+    for loop, values in enumerate(norms.T.tolist(), start=1):
+        color = colormaps["viridis"]((loop - 1) / max(1, num_loops))
+        style = "-" if loop <= train_loops else "--"
+        axes.plot(range(1, num_steps + 1), values, style, color=color, marker=".", label=f"loop {loop}")
+    axes.set_xlabel("sampling step")
+    axes.set_ylabel("L2 norm of the loop's update, mean over tokens")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return drawing
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"update_norms: error: {error}")
