@@ -123,6 +123,7 @@ def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any
     """Read every run's ``loops.json`` into one summary: for each arm and loop count, each metric's value per seed."""
     summary: dict[str, Any] = {
         "config": config,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads_per_run": 1},
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "arms": {},
     }
@@ -164,13 +165,13 @@ def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
     metric = summary["primary_metric"]
     for arm in arms:
         rows = summary["arms"][arm.name]["rows"]
-        values = [row["metrics"][metric] for row in rows]
+        values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
+        means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
         if arm.max_loops == 1:
-            level = mean(values[0])
-            axes.axhline(level, color="gray", linestyle=":", linewidth=1)
+            axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
             axes.annotate(
                 arm.label,
-                (0.99, level),
+                (0.99, means[0]),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",
@@ -178,18 +179,12 @@ def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
                 color="gray",
             )
         else:
-            errors = [stdev(v) if len(v) > 1 else 0.0 for v in values]
-            axes.errorbar(
-                [row["loops"] for row in rows],
-                [mean(v) for v in values],
-                yerr=errors,
-                marker="o",
-                capsize=3,
-                label=arm.label,
-            )
-            axes.axvline(arm.max_loops, color="black", linewidth=0.5, alpha=0.3)
-    axes.set_xlabel("loops at inference (thin line: the loop count of training)")
-    axes.set_ylabel(f"{metric}, mean ± std over {len(summary['config']['seeds'])} seeds")
+            (line,) = axes.plot(loops, means, marker="o", label=arm.label)
+            for seed in zip(*values, strict=True):
+                axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
+            axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
+    axes.set_xlabel("loops at inference (dashed: the loop count of training)")
+    axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return drawing
