@@ -25,10 +25,10 @@ test: $(BIN)/elt ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-ablation: $(BIN)/elt ## ILSD against vanilla looping and unlooped models, 3 seeds (50 minutes on 2 cores; resumes)
+ablation: $(BIN)/elt ## ILSD against vanilla looping and unlooped models, 3 seeds (under 50 minutes on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation
 
-ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (50 minutes on 2 cores; resumes)
+ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (an estimated hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_diffusion.yaml
 
 clean: ## remove caches and the virtual environment; runs and data stay

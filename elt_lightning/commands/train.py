@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from elt_lightning.callbacks.checkpoint import Checkpoint
 from elt_lightning.callbacks.ema import EMA
 from elt_lightning.callbacks.loop_metrics import LoopMetrics
-from elt_lightning.callbacks.plain_progress import PlainProgress
+from elt_lightning.callbacks.progress import PlainProgress, TerminalProgress
 from elt_lightning.callbacks.recipe import Recipe
 from elt_lightning.callbacks.sample_writer import SampleWriter
 from elt_lightning.callbacks.throughput import Throughput
@@ -189,7 +188,7 @@ class ELTCommandLine(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
         callbacks: list[Callback] = [Throughput(), Recipe(FORMAT_VERSION, *self.recipe())]
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar() if sys.stdout.isatty() else PlainProgress())
+            callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
         return super().instantiate_trainer(**kwargs)

@@ -1,10 +1,19 @@
-"""Progress for logs and pipes, where a progress bar would print nothing or too much."""
+"""Progress of training: a bar on a terminal, a line now and then in logs and pipes."""
 
 import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar over the batches of an epoch, with the optimiser steps of the whole training beside it."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        total = int(self.trainer.estimated_stepping_batches)
+        return f"epoch {current_epoch}, from step {self.trainer.global_step} of {total}"
 
 
 class PlainProgress(Callback):
