@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,22 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import SMALL, SMALL_SQUARES, train_small_squares
 
 from elt_lightning.cli import main
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART, DIGITS = REPOSITORY / "configs" / "quickstart.yaml", REPOSITORY / "configs" / "digits.yaml"
-
-SMALL = [
-    "--model.network.init_args.width=16",
-    "--model.network.init_args.heads=2",
-    "--model.network.init_args.mlp_width=32",
-    "--model.sampler.init_args.steps=3",
-    "--loop_metrics.num_validation_samples=4",
-    "--loop_metrics.num_samples=12",
-    "--data.init_args.batch_size=16",
-]
-SMALL_SQUARES = [*SMALL, "--data.init_args.num_train=64", "--data.init_args.num_held_out=40"]
 
 
 @pytest.fixture(scope="session")
@@ -46,14 +35,7 @@ def work_at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(home: Path) -> Path:
     """A model trained for six steps on Latin squares."""
-    before = Path.cwd()
-    os.chdir(home)
-    try:
-        settings = ["--trainer.max_steps=6", "--trainer.val_check_interval=4", "--run_dir=runs/small"]
-        assert main(["fit", "--config", str(QUICKSTART), *SMALL_SQUARES, *settings]) == 0
-    finally:
-        os.chdir(before)
-    return home / "runs" / "small" / "checkpoints" / "last.ckpt"
+    return train_small_squares(QUICKSTART, home)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from small_runs import SMALL, train_small_squares
 
 from elt_lightning.checkpoints import build_module, build_tokenizer, read_checkpoint
 from elt_lightning.cli import main
@@ -17,17 +17,6 @@ from elt_lightning.tokenizers.continuous import PixelScaling
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART, DIGITS = CONFIGS / "quickstart_diffusion.yaml", CONFIGS / "digits_diffusion.yaml"
-
-SMALL = [
-    "--model.network.init_args.width=16",
-    "--model.network.init_args.heads=2",
-    "--model.network.init_args.mlp_width=32",
-    "--model.sampler.init_args.steps=3",
-    "--loop_metrics.num_validation_samples=4",
-    "--loop_metrics.num_samples=12",
-    "--data.init_args.batch_size=16",
-]
-SMALL_SQUARES = [*SMALL, "--data.init_args.num_train=64", "--data.init_args.num_held_out=40"]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +33,7 @@ def work_at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(home: Path) -> Path:
     """A diffusion model trained for six steps on images of Latin squares."""
-    before = Path.cwd()
-    os.chdir(home)
-    try:
-        settings = ["--trainer.max_steps=6", "--trainer.val_check_interval=4", "--run_dir=runs/small"]
-        assert main(["fit", "--config", str(QUICKSTART), *SMALL_SQUARES, *settings]) == 0
-    finally:
-        os.chdir(before)
-    return home / "runs" / "small" / "checkpoints" / "last.ckpt"
+    return train_small_squares(QUICKSTART, home)
 
 
 def trained_weights(folder: str, *settings: str) -> dict[str, torch.Tensor]:
