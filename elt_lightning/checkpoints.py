@@ -55,21 +55,22 @@ def build_tokenizer(checkpoint: dict[str, Any], path: str | None = None) -> Toke
 
     Args:
         checkpoint: from :func:`read_checkpoint`.
-        path: where its file lies now, when it has moved.
+        path: where its file or folder lies now, when it has moved.
 
     Raises:
         UserError: the file is missing, or its content is not what the model was trained with.
     """
     description = dict(checkpoint["elt"]["tokenizer"])
     expected = description.pop("sha256", None)
-    if expected is not None:
-        if path is not None:
-            description["init_args"] = description["init_args"] | {"path": path}
-        found = description["init_args"]["path"]
-        if not Path(found).is_file():
-            raise UserError(f"the model's tokenizer {found} does not exist: say where it is with --tokenizer_path")
-        if sha256(found) != expected:
-            raise UserError(f"{found} is not the tokenizer that the model was trained with (its sha256 differs)")
+    if expected is not None and path is not None:
+        description["init_args"] = description["init_args"] | {"path": path}
+    found = description["init_args"].get("path")
+    another = UserError(f"{found} is not the tokenizer that the model was trained with (its sha256 differs)")
+    if expected is not None and Path(found).is_file() and sha256(found) != expected:
+        raise another  # without asking the constructor, which might take it for a damaged file of its own kind
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Tokenizer, "tokenizer")
-    return parser.instantiate(parser.parse_object({"tokenizer": description})).tokenizer.eval()
+    parser.add_argument("--tokenizer", type=Tokenizer)  # add_subclass_arguments would hide the constructor's UserError
+    tokenizer: Tokenizer = parser.instantiate(parser.parse_object({"tokenizer": description})).tokenizer
+    if expected is not None and tokenizer.description().get("sha256") != expected:
+        raise another  # a folder, or a name on Hugging Face
+    return tokenizer.eval()

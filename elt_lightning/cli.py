@@ -14,9 +14,12 @@ SUBCOMMANDS = {
     "test": "sweep a checkpoint over loop counts: table, JSON, CSV, pictures",
     "predict": "write many samples of a checkpoint to files, over all devices",
     "sample": "draw a picture from a checkpoint alone, a row for each loop count",
+    "encode": "turn pictures into tokens or latents: WebDataset shards to train on",
+    "stats": "measure a folder of pictures as FID's reference",
+    "plan": "say what a config will need: memory, disk, steps, GPU-hours",
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
-    "sample": "elt_lightning.commands.sample"
+    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan")
 }
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elt_lightning.archives import SampleArchive, picture_array
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.module import ELTModule
 from elt_lightning.processes.noise import sample_seeds
@@ -78,6 +79,7 @@ class Sweep:
         loops: int,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[int], None] = lambda count: None,
+        archive: SampleArchive | None = None,
     ) -> Row:
         """Measure one loop count.
 
@@ -89,6 +91,7 @@ class Sweep:
             loops: loop count.
             context: the precision to run in.
             progress: called with the number of samples drawn since the last call, over all ranks.
+            archive: takes the pictures of the first repeat.
         """
         row = Row(loops, sampler.guidance.scale)
         seconds = 0.0
@@ -106,6 +109,8 @@ class Sweep:
                 missing = self.num_pictures - len(row.pictures)
                 if repeat == 0 and missing > 0:
                     keep_pictures(row, pixels[:missing], labels[:missing], tokenizer, metrics)
+                if archive is not None and repeat == 0:
+                    archive.add(picture_array(pixels), labels.cpu().numpy())
                 progress(len(labels) * self.world_size)
             for metric in metrics:
                 for name, value in metric.compute().items():

@@ -38,3 +38,14 @@ def next_numbered(folder: str | Path, stem: str) -> Path:
     endings = [path.stem.removeprefix(f"{stem}_") for path in Path(folder).glob(f"{stem}_*")]
     taken = [int(ending) for ending in endings if ending.isdecimal()]
     return Path(folder) / f"{stem}_{max(taken, default=-1) + 1}"
+
+
+def claim_numbered(folder: str | Path, stem: str) -> Path:
+    """Make the folder :func:`next_numbered` gives; of several processes that ask at once each gets its own."""
+    while True:
+        path = next_numbered(folder, stem)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path

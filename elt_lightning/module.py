@@ -112,6 +112,8 @@ class ELTModule(LightningModule):
         self._log_losses("test", batch)
 
     def _log_losses(self, stage: str, batch: Any) -> None:
+        if not self.held_out_loops:
+            return
         corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), HELD_OUT_STEP)
         condition = Condition(batch.labels, corrupted.time)
         predictions = self.network(corrupted.inputs, condition, max(self.held_out_loops), self.held_out_loops)

@@ -176,6 +176,14 @@ class Report:
         return figure
 
 
+def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
+    """Print the scores of pictures that were only encoded and decoded, and write them to ``reconstruction.json``."""
+    with written_aside(folder / "reconstruction.json") as aside:
+        aside.write_text(json.dumps(scores, indent=2) + "\n")
+    print("reconstruction:", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    print(folder / "reconstruction.json")
+
+
 def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:
     """Draw one labelled row of pictures after another; a column shares class and seed.
 

@@ -1,10 +1,11 @@
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from elt_lightning.files import next_numbered, sha256, written_aside
+from elt_lightning.files import claim_numbered, next_numbered, sha256, written_aside
 
 
 def crash_while_writing(path: Path, error: BaseException) -> None:
@@ -73,3 +74,10 @@ def test_the_numbers_of_files_count_as_well(tmp_path: Path) -> None:
         assert not path.exists()
         path.touch()
         assert path.name == f"config_fit_{number}.yaml"
+
+
+def test_folders_asked_for_at_once_are_all_different(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim_numbered(tmp_path / "runs", "fit"), range(40)))
+    assert len(set(folders)) == 40
+    assert all(folder.is_dir() for folder in folders)

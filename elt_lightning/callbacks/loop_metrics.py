@@ -11,12 +11,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from elt_lightning.archives import SampleArchive
 from elt_lightning.callbacks.ema import EMA
-from elt_lightning.data.base import HELD_OUT_LOSS, GenerativeDataModule
+from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
 from elt_lightning.evaluation import Row, Sweep
-from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.module import ELTModule
-from elt_lightning.reports import Report, picture_row
+from elt_lightning.reports import Report, picture_row, write_reconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ class LoopMetrics(Callback):
         repeats: independent repeats in test, for a standard deviation.
         seed: of the first repeat.
         num_pictures: samples shown for each loop count.
+        save_samples: in test, also write the samples of each loop count: ``samples.npz`` makes ``samples_L4.npz``, …,
+            each a :class:`~elt_lightning.archives.SampleArchive`. A relative path is one in the run's folder.
+        reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
+            of these codes can reach. Without a checkpoint that is all that is done.
         metrics: further metrics, beside those of the data module.
     """
 
@@ -50,6 +55,8 @@ class LoopMetrics(Callback):
         repeats: int = 1,
         seed: int = 0,
         num_pictures: int = 8,
+        save_samples: str | None = None,
+        reconstruction: bool = False,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
@@ -63,6 +70,9 @@ class LoopMetrics(Callback):
         self.loops, self.guidance = loops, guidance
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
+        if save_samples is not None and not save_samples.endswith(".npz"):
+            raise ValueError(f"save_samples must end in .npz, not {save_samples}")
+        self.save_samples, self.reconstruction = save_samples, reconstruction
         self.extra_metrics = metrics or []
         self._metrics: list[SampleMetric] | None = None
         self.report: Report | None = None
@@ -89,9 +99,54 @@ class LoopMetrics(Callback):
             layout = "HW" if picture.ndim == 2 else "HWC"
             trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
+        self._has_model = trainer.ckpt_path is not None
+        if not self._has_model:
+            cast(ELTModule, pl_module).held_out_loops = ()
+        if self.reconstruction:
+            for metric in self._metrics_on(trainer, pl_module.device):
+                metric.reset()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Decode the codes of held-out pictures and score them."""
+        if self.reconstruction:
+            pixels = _data(trainer).tokenizer.to(pl_module.device).decode(batch.x)
+            for metric in self._metrics_on(trainer, pl_module.device):
+                metric.update(pixels.to(metric.device), batch.labels.to(metric.device))
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the sweep, print its table and write its files."""
         module = cast(ELTModule, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
+        reconstruction: dict[str, float] = {}
+        if self.reconstruction:
+            for metric in self._metrics_on(trainer, module.device):
+                reconstruction |= {name: float(value) for name, value in metric.compute().items()}
+            if trainer.is_global_zero:
+                write_reconstruction(folder, reconstruction)
+        if not self._has_model:
+            return
+        rows = self._run_sweep(trainer, module, folder)
+        if _data(trainer).primary_metric == HELD_OUT_LOSS:
+            for row in rows:
+                row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
+        self.report = self._report(trainer, module, rows)
+        if trainer.is_global_zero:
+            self.report.write(folder)
+            Console(width=None if Console().is_terminal else 140).print(self.report.table())
+            print("\n".join(str(folder / name) for name in ("loops.png", "pareto.png", "loops.csv", "loops.json")))
+
+    def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
+        """Measure every loop count at every guidance scale, with a progress bar."""
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
         scales = self.guidance or [module.sampler.guidance.scale]
         settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
@@ -107,16 +162,23 @@ class LoopMetrics(Callback):
             rows = []
             for loops, scale in settings:
                 bar.update(task, description=f"loops {loops}, guidance {scale:g}")
-                rows.append(self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n)))
-        if _data(trainer).primary_metric == HELD_OUT_LOSS:
-            for row in rows:
-                row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
-        self.report = self._report(trainer, module, rows)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
-        if trainer.is_global_zero:
-            self.report.write(folder)
-            Console(width=None if Console().is_terminal else 140).print(self.report.table())
-            print("\n".join(str(folder / name) for name in ("loops.png", "pareto.png", "loops.csv", "loops.json")))
+                archive = self._archive(trainer, folder, loops, scale if len(scales) > 1 else None)
+                rows.append(
+                    self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n), archive)
+                )
+                if archive is not None:
+                    trainer.strategy.barrier()
+                    if trainer.is_global_zero:
+                        archive.finish()
+                        print(archive.path)
+        return rows
+
+    def _archive(self, trainer: Trainer, folder: Path, loops: int, scale: float | None) -> SampleArchive | None:
+        if self.save_samples is None:
+            return None
+        asked = folder / self.save_samples
+        name = f"{asked.stem}_L{loops}" + (f"_guidance{scale:g}" if scale is not None else "")
+        return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
     def _loops(self, module: ELTModule) -> list[int]:
         return sorted(set(self.loops or range(1, module.max_loops + 1)))
@@ -133,15 +195,15 @@ class LoopMetrics(Callback):
         loops: int,
         scale: float,
         progress: Any = lambda n: None,
+        archive: SampleArchive | None = None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()
 
         sampler = module.sampler.with_guidance_scale(scale)
         tokenizer = _data(trainer).tokenizer.to(module.device)
-        return sweep.run(
-            module, sampler, tokenizer, self._metrics_on(trainer, module.device), loops, precision, progress
-        )
+        metrics = self._metrics_on(trainer, module.device)
+        return sweep.run(module, sampler, tokenizer, metrics, loops, precision, progress, archive)
 
     def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
         """Build the metrics once; their reference statistics serve every loop count and every validation."""
@@ -159,7 +221,7 @@ class LoopMetrics(Callback):
         networks = [metric.feature_network for metric in self._metrics or [] if metric.feature_network]
         return Report(
             rows=rows,
-            primary_metric=data.primary_metric,
+            primary_metric=scored_as(data.primary_metric, list(rows[0].metrics)),
             higher_is_better=data.higher_is_better,
             feature_network=", ".join(networks) or None,
             num_samples=self.num_samples,

@@ -20,5 +20,5 @@ class Recipe(Callback):
         self.recipe = {"version": version, "model": model, "data": data}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: D102
-        tokenizer = cast(GenerativeDataModule, trainer.datamodule).tokenizer  # type: ignore[attr-defined]
-        checkpoint["elt"] = self.recipe | {"tokenizer": tokenizer.description()}
+        data = cast(GenerativeDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        checkpoint["elt"] = self.recipe | {"tokenizer": data.tokenizer_description()}

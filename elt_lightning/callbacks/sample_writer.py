@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import numpy as np
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
+from elt_lightning.archives import SampleArchive, picture_array
 from elt_lightning.data.base import GenerativeDataModule, Request
 from elt_lightning.files import written_aside
 from elt_lightning.module import ELTModule
-from elt_lightning.tokenizers.base import to_bytes
 
 
 class SampleWriter(BasePredictionWriter):
@@ -23,8 +22,8 @@ class SampleWriter(BasePredictionWriter):
         num_samples: how many.
         loops: loop count; by default the one of training.
         batch_size: samples drawn at once on one device.
-        format: "npz" for one ``samples.npz`` with ``arr_0`` (N, H, W, C) uint8, as the ADM evaluator reads it, and
-            ``labels`` (N,); "png" for ``samples/<number>_class_<label>.png``.
+        format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.archives.SampleArchive`; "png" for
+            ``samples/<number>_class_<label>.png``.
     """
 
     def __init__(
@@ -46,6 +45,8 @@ class SampleWriter(BasePredictionWriter):
             module = cast(ELTModule, pl_module)
             module.prediction_loops = self.loops or module.max_loops
             self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+            if self.format == "npz":
+                self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 
     def write_on_batch_end(
         self,
@@ -57,13 +58,12 @@ class SampleWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Decode a batch and write it: as pictures, or as one part of the array."""
+        """Decode a batch and write it: as pictures, or into the archive."""
         pixels = _data(trainer).tokenizer.to(pl_module.device).decode(prediction)
-        pictures = to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()
+        pictures = picture_array(pixels)
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self.format == "npz":
-            with written_aside(self.folder / "samples" / f"part_{indices[0]:08d}.npz") as aside:
-                np.savez(aside, pictures=pictures, labels=labels, indices=indices)
+            self.archive.add(pictures, labels)
             return
         for picture, label, number in zip(pictures, labels, indices, strict=True):
             with written_aside(self.folder / "samples" / f"{number:08d}_class_{label}.png") as aside:
@@ -77,18 +77,7 @@ class SampleWriter(BasePredictionWriter):
         if self.format == "png":
             print(f"{self.num_samples} pictures in {self.folder / 'samples'}")
             return
-        paths = sorted((self.folder / "samples").glob("part_*.npz"))
-        parts: list[dict[str, Any]] = [dict(np.load(path)) for path in paths]
-        order = np.argsort(np.concatenate([part["indices"] for part in parts]))
-        with written_aside(self.folder / "samples.npz") as aside:
-            np.savez(
-                aside,
-                arr_0=np.concatenate([part["pictures"] for part in parts])[order],
-                labels=np.concatenate([part["labels"] for part in parts])[order],
-            )
-        for path in paths:
-            path.unlink()
-        (self.folder / "samples").rmdir()
+        self.archive.finish()
         print(f"{self.num_samples} samples in {self.folder / 'samples.npz'}")
 
 

@@ -9,9 +9,11 @@ import re
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, Trainer
@@ -30,7 +32,7 @@ from elt_lightning.callbacks.throughput import Throughput
 from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.errors import UserError
-from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.files import claim_numbered, next_numbered, written_aside
 from elt_lightning.module import ELTModule
 
 FROM_DATA = {
@@ -45,14 +47,21 @@ FROM_DATA = {
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
+TEST_FLAGS = EVALUATION_FLAGS | {
+    "--save_samples": "--loop_metrics.save_samples",
+    "--reconstruction": "--loop_metrics.reconstruction",
+}
 PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")}
 SHORT_FLAGS = {
     "fit": {"--weights": "--ema.weights"},
     "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
-    "test": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
+    "test": TEST_FLAGS | {"--weights": "--ema.weights"},
     "predict": PREDICTION_FLAGS | {"--weights": "--ema.weights"},
 }
 """Short names for the settings that a command is mostly called with."""
+
+SWITCHES = ("--loop_metrics.reconstruction",)
+"""Settings that a bare flag turns on."""
 
 LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance")
 """Settings that may be given as 1,2,4."""
@@ -70,10 +79,22 @@ def run(name: str, arguments: list[str]) -> None:
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = with_stored_config(long_flags(name, arguments), Path(scratch))
+            arguments = with_bases(long_flags(name, arguments), Path(scratch))
+            arguments = with_stored_config(arguments, Path(scratch))
             ELTCommandLine.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
+    except torch.OutOfMemoryError as error:
+        what = (
+            "--loop_metrics.batch_size or --samples.batch_size"
+            if name in ("test", "predict")
+            else (
+                "--data.init_args.micro_batch_size, which leaves the global batch as it is, or set "
+                "--model.network.init_args.checkpoint_loops=true; where it happened in validation, lower "
+                "--loop_metrics.batch_size"
+            )
+        )
+        raise UserError(f"the device ran out of memory: lower {what} ({str(error).splitlines()[0]})") from error
 
 
 def quieten_libraries() -> None:
@@ -98,6 +119,8 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
         flag = SHORT_FLAGS[name].get(flag, flag)
         if written and written[-1] in LISTS:
             written[-1] += f"={bracketed(argument)}"
+        elif flag in SWITCHES and not equals:
+            written.append(f"{flag}=true")
         elif equals:
             written.append(f"{flag}={bracketed(value) if flag in LISTS else value}")
         else:
@@ -159,7 +182,8 @@ class ELTCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
-        if self.subcommand != "fit" and config.ckpt_path is None:
+        measures_tokenizer = self.subcommand == "test" and config.loop_metrics.reconstruction
+        if self.subcommand != "fit" and config.ckpt_path is None and not measures_tokenizer:
             raise UserError(f"elt {self.subcommand} needs a trained model: --ckpt_path PATH")
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
@@ -176,8 +200,12 @@ class ELTCommandLine(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
-            raise UserError(explain(str(error))) from error
+        except Exception as error:
+            with suppress(OSError):
+                self.run_dir.rmdir()  # the folder was made for this run, and nothing is in it
+            if isinstance(error, ValueError | MisconfigurationException):
+                raise UserError(explain(str(error))) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer its logger, its progress display and the callbacks that need the config."""
@@ -242,17 +270,19 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
     run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
-        # Of several processes the first decides; the others meet its config here, and take its folder over broadcasts.
+        # Of several processes the first decides; the others meet its config here.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         taken = first and (run_dir / "config.yaml").exists()
         if taken and run_dir.resolve() != run_of_checkpoint:
             raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
         return run_dir
+    # Of several processes the first makes the folder; the others take it over broadcasts.
+    choose = claim_numbered if rank_zero_only.rank == 0 else next_numbered  # type: ignore[attr-defined]
     if run_of_checkpoint is None:
         configs = [str(path) for path in config.get("config") or []]
-        return next_numbered("runs", Path(configs[-1]).stem if configs else subcommand)
+        return choose("runs", Path(configs[-1]).stem if configs else subcommand)
     run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
-    return run_of_checkpoint if subcommand == "fit" else next_numbered(run_of_checkpoint, subcommand)
+    return run_of_checkpoint if subcommand == "fit" else choose(run_of_checkpoint, subcommand)
 
 
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
@@ -270,6 +300,41 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     stored = scratch / "checkpoint.yaml"
     stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
     return ["--config", str(stored), *arguments]
+
+
+def with_bases(arguments: list[str], scratch: Path) -> list[str]:
+    """Put before every config that names a ``base``, a file beside it, that base: the config's own settings win.
+
+    Raises:
+        UserError: a config or its base does not exist, or is no YAML.
+    """
+    written: list[str] = []
+    pending = list(arguments)
+    while pending:
+        flag, equals, value = pending.pop(0).partition("=")
+        if flag != "--config" or not (equals or pending):
+            written.append(flag + equals + value)
+            continue
+        for path in config_and_bases(Path(value if equals else pending.pop(0)), scratch):
+            written += ["--config", str(path)]
+    return written
+
+
+def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
+    """List the files that make up a config, the lowest layer first; where it names a base, a copy without that line."""
+    if path in seen:
+        raise UserError(f"the config {path} is its own base")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        by_whom = f", the base of {seen[-1]}," if seen else ""
+        raise UserError(f"the config {path}{by_whom} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "base" not in config:
+        return [path]
+    base = path.parent / str(config.pop("base"))
+    copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # its name becomes the run's
+    copy.write_text(yaml.safe_dump(config))
+    return [*config_and_bases(base, scratch, (*seen, path)), copy]
 
 
 def without_links(config: dict[str, Any]) -> dict[str, Any]:

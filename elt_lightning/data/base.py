@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -190,6 +190,58 @@ class GenerativeDataModule(LightningDataModule, ABC):
         """The frozen tokenizer; usable after :meth:`setup`."""
 
     @abstractmethod
+    def build_metrics(self) -> list[SampleMetric]:
+        """Build the metrics of this data, references included, on the CPU."""
+
+    def tokenizer_description(self) -> dict[str, Any]:
+        """Describe the tokenizer, as :meth:`Tokenizer.description` does."""
+        return self.tokenizer.description()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Put into checkpoints which tokenizer the codes are of."""
+        return {"tokenizer": self.tokenizer_description()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on the codes of another tokenizer.
+
+        Raises:
+            UserError: it was.
+        """
+        there, here = state_dict["tokenizer"], self.tokenizer_description()
+        if any(there.get(name) != here.get(name) for name in ("class_path", "sha256")):
+            raise UserError(
+                f"the checkpoint was trained on codes of another tokenizer, {there}, than that of these data, {here}"
+            )
+
+    def test_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
+        return self.val_dataloader()
+
+    def request_samples(self, num_samples: int, batch_size: int) -> None:
+        """Say what :meth:`predict_dataloader` shall ask for: how many samples, drawn how many at once on one device."""
+        self._requests, self._request_batch_size = Requests(num_samples, self.num_classes), batch_size
+
+    def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
+        return DataLoader(self._requests, sampler=order, batch_size=None)
+
+    def share_batch(self, world_size: int) -> tuple[int, int]:
+        """Split the global batch: samples per forward pass of one device, and how many passes are accumulated."""
+        per_device, remainder = divmod(self.batch_size, world_size)
+        micro_batch_size = min(self.micro_batch_size or per_device, per_device)
+        if remainder or micro_batch_size < 1 or per_device % micro_batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} does not split into {world_size} devices times micro-batches of "
+                f"{self.micro_batch_size or per_device}: choose a batch_size that is a multiple of both"
+            )
+        return micro_batch_size, per_device // micro_batch_size
+
+
+class IndexedDataModule(GenerativeDataModule):
+    """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
+
+    @abstractmethod
     def training_set(self) -> BatchDataset:
         """What is trained on."""
 
@@ -197,14 +249,10 @@ class GenerativeDataModule(LightningDataModule, ABC):
     def held_out_set(self) -> BatchDataset:
         """What validation and test losses are measured on."""
 
-    @abstractmethod
-    def build_metrics(self) -> list[SampleMetric]:
-        """Build the metrics of this data, references included, on the CPU."""
-
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size, accumulation = self._share_batch(trainer.world_size)
+        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
         trainer.accumulate_grad_batches = accumulation
         dataset = self.training_set()
         if len(dataset) < self.batch_size:
@@ -222,23 +270,10 @@ class GenerativeDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         assert self.trainer is not None
-        micro_batch_size, _ = self._share_batch(self.trainer.world_size)
+        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
         dataset = self.held_out_set()
         order = HeldOutOrder(len(dataset), micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(dataset, order)
-
-    def test_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
-        return self.val_dataloader()
-
-    def request_samples(self, num_samples: int, batch_size: int) -> None:
-        """Say what :meth:`predict_dataloader` shall ask for: how many samples, drawn how many at once on one device."""
-        self._requests, self._request_batch_size = Requests(num_samples, self.num_classes), batch_size
-
-    def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
-        assert self.trainer is not None
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
-        return DataLoader(self._requests, sampler=order, batch_size=None)
 
     def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return DataLoader(
@@ -249,14 +284,3 @@ class GenerativeDataModule(LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _share_batch(self, world_size: int) -> tuple[int, int]:
-        """Split the global batch: samples per forward pass of one device, and how many passes are accumulated."""
-        per_device, remainder = divmod(self.batch_size, world_size)
-        micro_batch_size = min(self.micro_batch_size or per_device, per_device)
-        if remainder or micro_batch_size < 1 or per_device % micro_batch_size:
-            raise UserError(
-                f"batch_size {self.batch_size} does not split into {world_size} devices times micro-batches of "
-                f"{self.micro_batch_size or per_device}: choose a batch_size that is a multiple of both"
-            )
-        return micro_batch_size, per_device // micro_batch_size

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elt_lightning.data.base import GenerativeDataModule, TensorBatches
+from elt_lightning.data.base import IndexedDataModule, TensorBatches
 from elt_lightning.data.handwriting import LEVELS, SIDE, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, RecognisedShare, load_or_train_digit_network
@@ -12,7 +12,7 @@ from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.pixels import PixelTokenizer
 
 
-class DigitsDataModule(GenerativeDataModule):
+class DigitsDataModule(IndexedDataModule):
     """8×8 digits as 64 tokens, one of 17 grey levels each; the label is the digit.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elt_lightning.data.base import GenerativeDataModule, TensorBatches
+from elt_lightning.data.base import IndexedDataModule, TensorBatches
 from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
@@ -22,7 +22,7 @@ from elt_lightning.tokenizers.patch_vq import PatchVQTokenizer, cut_patches, joi
 ORDER = 5
 
 
-class LatinSquaresDataModule(GenerativeDataModule):
+class LatinSquaresDataModule(IndexedDataModule):
     """Latin squares of handwritten digits as 25 tokens, one per cell.
 
     The tokenizer's codebook is k-means over the training handwriting, a few codes for each digit. Codebook and digit

@@ -8,14 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elt_lightning.data.base import HELD_OUT_LOSS, Batch, BatchDataset, GenerativeDataModule, TensorBatches
+from elt_lightning.data.base import HELD_OUT_LOSS, Batch, BatchDataset, IndexedDataModule, TensorBatches
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.continuous import PixelScaling
 
 
-class TensorDataModule(GenerativeDataModule):
+class TensorDataModule(IndexedDataModule):
     """Train on safetensors files: each holds ``x`` and ``labels`` (N,), integers in [0, num_classes).
 
     ``x`` is (N, C, H, W) of floats about as large as standard normal noise, for diffusion; or (N, T) of integers in

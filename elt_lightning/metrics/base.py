@@ -1,6 +1,8 @@
 """What a metric of generated samples offers."""
 
+import re
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -27,3 +29,16 @@ class SampleMetric(Metric):
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
         """Give the named scores of all that was taken in."""
+
+
+def scored_as(metric: str, names: Sequence[str]) -> str:
+    """Find a metric among scores whose names may say of how many samples they are: ``fid`` is found as ``fid2k``.
+
+    Raises:
+        ValueError: none of the names is of this metric.
+    """
+    pattern = re.compile(rf"{re.escape(metric)}([\d.]+k?)?")
+    for name in names:
+        if pattern.fullmatch(name):
+            return name
+    raise ValueError(f"there is no score {metric} among {', '.join(names)}")

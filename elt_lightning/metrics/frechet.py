@@ -7,6 +7,7 @@ It is called FID only for Inception features and FVD only for I3D features; any 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,52 @@ class Moments:
 
     mean: Tensor
     covariance: Tensor
+
+    def to(self, device: torch.device) -> "Moments":
+        """Give the same moments on another device."""
+        return Moments(self.mean.to(device), self.covariance.to(device))
+
+
+@dataclass(frozen=True)
+class MomentSums:
+    """Sums from which moments are made. They are float64, so that batches and ranks merge exactly up to rounding.
+
+    Attributes:
+        total: (D,) float64, the sum of the features.
+        total_outer: (D, D) float64, the sum of their outer products.
+        count: () int64, how many there were.
+    """
+
+    total: Tensor
+    total_outer: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros(cls, num_features: int, device: torch.device | None = None) -> "MomentSums":
+        """Begin with nothing taken in."""
+        return cls(
+            torch.zeros(num_features, dtype=torch.float64, device=device),
+            torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (B, D), in place."""
+        features = features.to(self.total.device).to(self.total.dtype)  # in this order: not every device has float64
+        self.total.add_(features.sum(0))
+        self.total_outer.add_(features.T @ features)
+        self.count.add_(len(features))
+
+    def moments(self) -> Moments:
+        """Mean and covariance of what was taken in.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, not {int(self.count)}")
+        mean = self.total / self.count
+        return Moments(mean, (self.total_outer - self.count * mean.outer(mean)) / (self.count - 1))
 
 
 def frechet_distance(first: Moments, second: Moments) -> Tensor:
@@ -35,10 +82,15 @@ def frechet_distance(first: Moments, second: Moments) -> Tensor:
     return squared_difference + first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
 
 
-class FrechetDistance(SampleMetric):
-    """Streamed Fréchet distance between samples and fixed reference moments.
+class FixedPrecisionMetric(SampleMetric):
+    """Follows to another device, but keeps its sums and networks in their precision, whatever is asked for."""
 
-    States are float64 sums, so that batches and ranks merge exactly up to rounding.
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)  # type: ignore[return-value]
+
+
+class FrechetDistance(FixedPrecisionMetric):
+    """Streamed Fréchet distance between samples and fixed reference moments.
 
     Args:
         name: of the score, for example ``fd_digits``.
@@ -57,15 +109,8 @@ class FrechetDistance(SampleMetric):
         super().__init__()
         self.name, self.features, self.feature_network = name, features, feature_network
         self.reference: Moments | None = None
-        self.add_state("total", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state(
-            "total_outer", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum"
-        )
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "FrechetDistance":
-        """Follow to another device, but keep the sums in float64 whatever precision is asked for."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)  # type: ignore[return-value]
+        for state, zeros in vars(MomentSums.zeros(num_features)).items():
+            self.add_state(state, zeros, dist_reduce_fx="sum")
 
     def set_reference(self, batches: Iterable[Tensor]) -> None:
         """Take the reference moments from real pixels, batch by batch."""
@@ -76,28 +121,21 @@ class FrechetDistance(SampleMetric):
         self.reset()
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
-        features = self.features(pixels).to(self.total)
+        features = self.features(pixels)
         if features.shape != (len(pixels), len(self.total)):
             raise ValueError(
                 f"the feature network of {self.name} gave {tuple(features.shape)}, not {(len(pixels), len(self.total))}"
             )
-        self.total += features.sum(0)
-        self.total_outer += features.T @ features
-        self.count += len(features)
+        self._sums().add(features)
+
+    def _sums(self) -> MomentSums:
+        return MomentSums(self.total, self.total_outer, self.count)
 
     def moments(self) -> Moments:
-        """Mean and covariance of what was taken in.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
-        if self.count < 2:
-            raise ValueError(f"{self.name} needs at least 2 samples, not {int(self.count)}")
-        mean = self.total / self.count
-        return Moments(mean, (self.total_outer - self.count * mean.outer(mean)) / (self.count - 1))
+        """Mean and covariance of what was taken in; see :meth:`MomentSums.moments`."""
+        return self._sums().moments()
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         if self.reference is None:
             raise ValueError(f"{self.name} has no reference: call set_reference first")
-        reference = Moments(self.reference.mean.to(self.total), self.reference.covariance.to(self.total))
-        return {self.name: frechet_distance(self.moments(), reference).clamp(min=0)}
+        return {self.name: frechet_distance(self.moments(), self.reference.to(self.total.device)).clamp(min=0)}

@@ -33,6 +33,9 @@ class Stream(IntEnum):
     INITIAL_NOISE = 9
     SAMPLER_NOISE = 10
     DATA_ORDER = 11
+    SHARD_ORDER = 12
+    MIRRORED = 13
+    POSTERIOR = 14
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:

@@ -30,6 +30,38 @@ class Tokenizer(nn.Module, ABC):
         """Say in plain data how to build this tokenizer again: ``class_path``, ``init_args``, a file's ``sha256``."""
 
 
+class ImageTokenizer(Tokenizer):
+    """Turns colour pictures of any size into codes that ``elt encode`` can keep on disk.
+
+    Letters: B batch, C channels of latents, H W height and width in pixels, T tokens, V codes.
+
+    Attributes:
+        downsampling: pixels along a side of what one code stands for; H and W must be multiples of it.
+        num_codes: V, None for continuous latents.
+        latent_channels: C, None for tokens.
+        latent_scale: None where :meth:`store` gives codes themselves. Otherwise it gives mean and standard deviation
+            of the encoder's Gaussian, and latents are ``latent_scale`` · (mean + std·ε).
+    """
+
+    downsampling: int
+    num_codes: int | None = None
+    latent_channels: int | None = None
+    latent_scale: float | None = None
+
+    def code_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Give the token grid (rows, columns), or the latents' (C, rows, columns), of a picture of that size."""
+        grid = (height // self.downsampling, width // self.downsampling)
+        return grid if self.latent_channels is None else (self.latent_channels, *grid)
+
+    def store(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (B, 3, H, W) float in [0, 1] into what is kept: int16 tokens (B, T), or float16 latents.
+
+        Where ``latent_scale`` is set, (B, 2·C, rows, columns): the means, then the standard deviations.
+        """
+        codes = self.encode(pixels)
+        return codes.to(torch.float16 if codes.is_floating_point() else torch.int16)
+
+
 def to_bytes(pixels: Tensor) -> Tensor:
     """Round pixels in [0, 1] to uint8: ⌊255·x + 0.5⌋, whatever lies outside clipped."""
     return (pixels.float() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)

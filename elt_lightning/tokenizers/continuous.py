@@ -4,11 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
-from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.base import ImageTokenizer
 
 
-class PixelScaling(Tokenizer):
-    """Move pixels from [0, 1] to [−1, 1], where data are about as large as the noise that diffusion adds; and back."""
+class PixelScaling(ImageTokenizer):
+    """Move pixels from [0, 1] to [−1, 1], where data are about as large as the noise that diffusion adds; and back.
+
+    Pixels may have any number of channels; only :meth:`code_shape` takes them to be three, colours.
+    """
+
+    downsampling = 1
+    latent_channels = 3
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] to the same shape in [−1, 1]."""

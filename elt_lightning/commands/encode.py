@@ -1,0 +1,248 @@
+"""`elt encode`: pictures to shards of latents or tokens, once, so that training need not do it again and again."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elt_lightning.commands.sample import number_from
+from elt_lightning.data.crops import Crops, default_workers
+from elt_lightning.data.encode import ImageEncoding, ShardFolder
+from elt_lightning.data.images import ImageSource, open_source
+from elt_lightning.data.shards import INDEX, ShardIndex
+from elt_lightning.errors import UserError
+from elt_lightning.tokenizers.base import ImageTokenizer
+
+TOKENIZERS = {
+    "sd-vae": "elt_lightning.tokenizers.kl_vae.KLAutoencoder",
+    "maskgit-vqgan": "elt_lightning.tokenizers.maskgit_vqgan.MaskGITVQGAN",
+    "pixels": "elt_lightning.tokenizers.continuous.PixelScaling",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        raise UserError(f"{self.prog}: {message}")
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Encode what the command line asks for.
+
+    Raises:
+        UserError: the command line, the pictures, their labels, the tokenizer or the output folder are wrong.
+    """
+    options = build_parser().parse_args(arguments)
+    options.run(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = Parser(prog="elt encode", description=__doc__, allow_abbrev=False)
+    kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is encoded")
+    imagenet = kinds.add_parser(
+        "imagenet", help="pictures in class folders, in folders with a list of labels, or in tars", allow_abbrev=False
+    )
+    add_imagenet_arguments(imagenet)
+    return parser
+
+
+def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line of `elt encode imagenet`."""
+    parser.set_defaults(run=encode_imagenet)
+    parser.add_argument(
+        "--root",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="folder of pictures or of tars; or tars, 'x-{00..99}.tar'",
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of an ImageTokenizer"
+    )
+    parser.add_argument("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
+    parser.add_argument("--size", type=number_from(1), default=256, help="side of the centre crop (default 256)")
+    parser.add_argument("--mirrored", action="store_true", help="keep the codes of each picture's mirror image too")
+    parser.add_argument("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
+    parser.add_argument(
+        "--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=share,
+        default=(0, 1),
+        metavar="I/N",
+        help="do the I-th of N equal shares, I from 0 (default 0/1)",
+    )
+    parser.add_argument(
+        "--samples_per_shard", type=number_from(1), default=10_000, help="default 10000; a tar stays one"
+    )
+    parser.add_argument("--batch_size", type=number_from(1), default=64, help="pictures encoded at once (default 64)")
+    parser.add_argument(
+        "--num_workers",
+        type=number_from(0),
+        default=default_workers(),
+        help="decoding processes (default: one per core)",
+    )
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    parser.add_argument(
+        "--max_unreadable", type=fraction, default=0.01, help="share of pictures that may be unreadable (default 0.01)"
+    )
+    parser.add_argument(
+        "--seed", type=number_from(0), default=0, help="of the order of a folder's pictures (default 0)"
+    )
+
+
+def encode_imagenet(options: argparse.Namespace) -> None:
+    """Encode pictures.
+
+    Raises:
+        UserError: see :func:`run`.
+    """
+    if any(options.output.resolve().is_relative_to(Path(root).resolve()) for root in options.root):
+        raise UserError(f"--output {options.output} lies in --root: choose a folder beside it")
+    device = device_of(options.device)
+    classes = read_classes(options.classes_from) if options.classes_from else None
+    tokenizer = build_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
+    source = open_source(options.root, options.labels, classes, options.samples_per_shard, options.seed)
+    encoding = ImageEncoding(source, tokenizer, options.size, options.mirrored)
+    folder = ShardFolder(options.output, encoding.settings())
+    share_number, shares = options.shard
+    mine = range(share_number, source.num_parts, shares)
+    parts = [part for part in mine if folder.finished(part) is None]
+    print(f"{options.output}: {source.num_parts} shards, {len(mine)} of them this process's, {len(parts)} still to do")
+    crops = encoding.run(folder, parts, options.batch_size, options.num_workers, device, options.max_unreadable)
+    with closing(crops):
+        summary = watch(crops, count_pictures(source, parts))
+    index = encoding.write_index(folder, options.max_unreadable)
+    if index is None:
+        missing = sum(folder.finished(part) is None for part in range(source.num_parts))
+        print(f"{summary}; {missing} of {source.num_parts} shards are missing: the other --shards make them")
+    else:
+        skipped = f", without {len(index.unreadable)} unreadable ones" if index.unreadable else ""
+        print(
+            f"{summary}; {options.output / INDEX} lists {index.num_samples} pictures{skipped}, "
+            f"{len(index.classes)} classes, {len(index.shards)} shards"
+        )
+
+
+def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
+    """Count what is to do, None where that would mean reading it."""
+    counts = [source.count(part) for part in parts]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def watch(batches: Iterator[Crops], total: int | None) -> str:
+    """Show how the work goes, name what is unreadable, and say at the end what was done and how fast."""
+    done = num_unreadable = 0
+    began = time.perf_counter()
+    with progress(total) as show:
+        for crops in batches:
+            for name, reason in crops.unreadable:
+                print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
+            done += crops.num_tried
+            num_unreadable += len(crops.unreadable)
+            show(done)
+    speed = done / (time.perf_counter() - began)
+    return f"{done - num_unreadable} pictures encoded now, {num_unreadable} unreadable, {speed:.1f} images/s"
+
+
+@contextmanager
+def progress(total: int | None, every_seconds: float = 15.0) -> Iterator[Callable[[int], None]]:
+    """Give what to tell how many pictures are done: a bar on a terminal, a line now and then elsewhere."""
+    began = time.perf_counter()
+    last = began
+
+    def show_line(done: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= every_seconds:
+            last = now
+            of_total = "" if total is None else f"/{total}"
+            print(f"{done}{of_total} pictures  {done / (now - began):.1f} images/s", flush=True)
+
+    if not sys.stdout.isatty():
+        yield show_line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda done: bars.update(
+            task, completed=done, description=f"{done / (time.perf_counter() - began):.1f} images/s"
+        )
+
+
+def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
+    """Build the tokenizer of a short name or a class path.
+
+    Raises:
+        UserError: there is no such tokenizer, its file is missing or wrong, or it takes none.
+    """
+    module_name, _, class_name = TOKENIZERS.get(name, name).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(TOKENIZERS)
+        raise UserError(
+            f"--tokenizer {name} is neither one of {known} nor a class that can be imported ({error})"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, ImageTokenizer)):
+        raise UserError(f"--tokenizer {name} is not an ImageTokenizer")
+    try:
+        tokenizer: ImageTokenizer = kind(**({} if path is None else {"path": path}))
+    except TypeError as error:
+        raise UserError(f"--tokenizer {name} with --tokenizer_path {path}: {error}") from error
+    return tokenizer
+
+
+def device_of(name: str | None) -> torch.device:
+    """Give the device of that name, or a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def read_classes(location: str) -> tuple[str, ...]:
+    """Read the classes of an encoded set, from its folder or its ``index.json``.
+
+    Raises:
+        UserError: there is no index.
+    """
+    folder = os.path.dirname(location) or "." if location.endswith(INDEX) else location
+    return ShardIndex.read(folder).classes
+
+
+def share(text: str) -> tuple[int, int]:
+    """Parse a share of the work: I/N with 0 ≤ I < N."""
+    number, _, shares = text.partition("/")
+    if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N − 1, such as 0/4")
+    return int(number), int(shares)
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value

@@ -1,0 +1,48 @@
+"""`elt stats`: the Inception moments of a folder of images, which FID compares samples with."""
+
+import argparse
+from pathlib import Path
+
+from elt_lightning.commands.encode import Parser, device_of
+from elt_lightning.commands.sample import number_from
+from elt_lightning.data.crops import default_workers
+from elt_lightning.data.images import batches
+from elt_lightning.errors import UserError
+from elt_lightning.metrics.inception import WEIGHTS_URL, FIDInception
+from elt_lightning.metrics.reference import compute_moments, write_moments
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Compute the moments that the command line asks for, and write them.
+
+    Raises:
+        UserError: the command line, the images or the network's weights are wrong.
+    """
+    options = build_parser().parse_args(arguments)
+    if options.output.exists() and not options.overwrite:
+        raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
+    device = device_of(options.device)
+    network = FIDInception.load(options.inception_path).to(device)
+    images = batches(options.images, options.size, options.batch_size, options.num_workers)
+    moments = compute_moments(images, network)
+    write_moments(options.output, moments)
+    print(f"{options.output}: {moments.num_images} images")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = Parser(prog="elt stats", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--images", required=True, metavar="PATH", help="folder of images or of tars, or one tar")
+    parser.add_argument("--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}")
+    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the .npz file to write")
+    parser.add_argument("--size", type=number_from(1), default=256, help="side of the centre crop (default 256)")
+    parser.add_argument("--batch_size", type=number_from(1), default=64, help="images read at once (default 64)")
+    parser.add_argument(
+        "--num_workers",
+        type=number_from(0),
+        default=default_workers(),
+        help="decoding processes (default: one per core)",
+    )
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    return parser

@@ -1,0 +1,169 @@
+"""Reading pictures: decoded, brought to one size by the ADM centre crop, by several processes at once."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""What a picture may be, whatever its ending: ImageNet has a PNG that is called JPEG. Pillow knows formats that start
+other programs; they are not asked for."""
+
+CROP = "adm-centre"
+
+_Item = TypeVar("_Item")
+
+
+class Picture(NamedTuple):
+    """One picture: a stretch of a file, and what is known of it.
+
+    Attributes:
+        source: its name below the root; below a tar file's name where it lies in one.
+        path: the file that holds it.
+        offset: where it begins in the file, in bytes.
+        num_bytes: its length; −1 for up to the file's end.
+        label: number of its class, −1 where it was not asked for.
+        number: unique in the whole source, and the same in every run, however the work is shared.
+    """
+
+    source: str
+    path: str
+    offset: int = 0
+    num_bytes: int = -1
+    label: int = -1
+    number: int = 0
+
+    def read(self) -> bytes:
+        """Read its bytes, still compressed."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.num_bytes)
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """Decode a picture to RGB, as ADM does (guided-diffusion/image_datasets.py).
+
+    Grey, palette and CMYK pictures are converted, transparency is dropped, of 16 bits the upper 8 are kept, of an
+    animation the first frame. The camera's orientation tag is ignored: pixels stay as they are stored.
+
+    Raises:
+        Exception: whatever Pillow raises for a picture that is damaged, cut short, of another format or huge.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thousands of pictures have odd metadata, which nothing here uses
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+
+
+def adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Scale and cut a picture as the ImageNet reference batches were made (ADM; DiT, SiT and MaskGIT's heirs follow).
+
+    It is halved with a box filter while its short side is at least twice ``size``, then resized bicubically until the
+    short side is ``size``, and the middle of the long side is kept.
+
+    Args:
+        image: RGB, any size.
+        size: of the result, in pixels.
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        ValueError: the picture is so elongated that resizing it would fill the memory.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
+        raise ValueError(f"a picture of {image.width}×{image.height} is too elongated")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+class Request(NamedTuple):
+    """Pictures to decode together, all of one part."""
+
+    part: int
+    pictures: Sequence[Picture]
+
+
+class Crops(NamedTuple):
+    """A request, done.
+
+    Attributes:
+        part: of the request.
+        pictures: those that could be read, B of them, in order.
+        pixels: (B, 3, size, size) uint8.
+        unreadable: the others: their ``source``, and the reason.
+    """
+
+    part: int
+    pictures: list[Picture]
+    pixels: Tensor
+    unreadable: list[tuple[str, str]]
+
+    @property
+    def num_tried(self) -> int:
+        """Count the pictures of the request."""
+        return len(self.pictures) + len(self.unreadable)
+
+
+def crop_all(requests: Iterable[Request], size: int, num_workers: int) -> Iterator[Crops]:
+    """Decode and crop, in the order of the requests; they are taken as they are needed.
+
+    Args:
+        requests: what to decode.
+        size: height and width of the crops, in pixels.
+        num_workers: processes that decode; 0 decodes in this one.
+    """
+    yield from DataLoader(
+        _Cropper(size), sampler=requests, batch_size=None, num_workers=num_workers, collate_fn=_unchanged
+    )
+
+
+class _Cropper(Dataset[Crops]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __getitem__(self, request: Request) -> Crops:
+        crops = np.empty((len(request.pictures), self.size, self.size, 3), np.uint8)
+        pictures: list[Picture] = []
+        unreadable: list[tuple[str, str]] = []
+        for picture in request.pictures:
+            try:
+                crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read()), self.size)
+                pictures.append(picture)
+            except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+                unreadable.append((picture.source, f"{type(error).__name__}: {error}"))
+        pixels = torch.from_numpy(crops[: len(pictures)]).permute(0, 3, 1, 2).contiguous()
+        return Crops(request.part, pictures, pixels, unreadable)
+
+
+def _unchanged(crops: Any) -> Any:
+    return crops
+
+
+def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Cut a row into lists of ``size``; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def default_workers() -> int:
+    """Give one process for each CPU core that this one may use, and at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)

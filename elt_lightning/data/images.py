@@ -1,0 +1,415 @@
+"""Where pictures come from: folders and tar files, and which class each picture is of.
+
+A source is cut into parts that never change, each of which becomes one shard: so several processes can share the work
+without talking to each other, and what a killed one had finished stays finished. Nothing is extracted or unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+from webdataset.shardlists import expand_urls
+
+from elt_lightning.data.crops import Picture, Request, chunks, crop_all, default_workers
+from elt_lightning.data.image_labels import read_labels
+from elt_lightning.errors import UserError
+from elt_lightning.files import sha256
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Endings of pictures, in small or capital letters."""
+
+MOST_PADDING = 2**20
+"""Bytes of zeros that may end a tar; programs fill up to a multiple of 10 KiB, or of what they were told."""
+
+MOST_CLASSES = 1_000_000
+"""A higher class number in a tar is taken for a mistake."""
+
+
+class ImageSource(ABC):
+    """Labelled pictures, cut into parts.
+
+    Attributes:
+        classes: names of the classes in the order of their numbers; None where only the labels will tell how many
+            there are, and a class has no other name than its number.
+        num_parts: how many parts there are.
+    """
+
+    classes: tuple[str, ...] | None
+    num_parts: int
+
+    @abstractmethod
+    def part(self, number: int) -> list[Picture]:
+        """List the pictures of a part, always the same ones in the same order.
+
+        Raises:
+            UserError: the part is damaged, or a label is missing or wrong.
+        """
+
+    @abstractmethod
+    def count(self, number: int) -> int | None:
+        """Count the pictures of a part, or None where that would mean reading it."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Say in plain data what decides the parts: two sources that say the same have the same ones."""
+
+
+def open_source(
+    roots: Sequence[str],
+    labels: str | None = None,
+    classes: Sequence[str] | None = None,
+    samples_per_shard: int = 10_000,
+    seed: int = 0,
+) -> ImageSource:
+    """Open a folder of pictures or tar files of pictures.
+
+    Args:
+        roots: one folder of pictures; or WebDataset tars: their folder, or names of tars, which may have braces such
+            as ``train-{000..127}.tar``.
+        labels: file that says the class of each picture of a folder, see :func:`read_labels`; None where each class has
+            a folder of its own.
+        classes: all class names in their order, for pictures that may not show every class; None to take what there is.
+        samples_per_shard: pictures of a part. A tar is always one part.
+        seed: of the order of a folder's pictures.
+
+    Raises:
+        UserError: there is nothing there, or pictures and labels do not go together.
+    """
+    tars = find_tars(roots)
+    if not tars:
+        return FolderSource(roots[0], labels, classes, samples_per_shard, seed)
+    if labels is not None:
+        raise UserError(f"--labels is for folders of pictures: {tars[0]} and the like hold their labels themselves")
+    return TarSource(tars, classes)
+
+
+class FolderSource(ImageSource):
+    """A folder of pictures, with a folder for each class or a file of labels.
+
+    Files of one class lie side by side, so shards cut from the list as it is would hold few classes each, and training,
+    which reads few shards at a time, would see batches of few classes. So the list is shuffled first.
+
+    The arguments are those of :func:`open_source`.
+    """
+
+    def __init__(
+        self, root: str, labels: str | None, classes: Sequence[str] | None, samples_per_shard: int, seed: int
+    ) -> None:
+        listing = list_pictures(root)
+        names = [name for name, _ in listing]
+        if labels is None:
+            class_names = _class_folders(root, names, may_be_empty=classes is not None)
+        else:
+            class_names = read_labels(labels, names)
+        self.classes = _in_order(set(class_names)) if classes is None else tuple(classes)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        for name, class_name in zip(names, class_names, strict=True):
+            if class_name not in numbers:
+                raise UserError(f"{root}/{name} is of class {class_name!r}, which the list of --classes_from lacks")
+        # A hash of each name, in place of a generator's shuffle: the order is the same on every machine and version.
+        places = sorted(
+            range(len(names)), key=lambda place: hashlib.sha256(os.fsencode(f"{seed}\0{names[place]}")).digest()
+        )
+        self.root, self.samples_per_shard = root, samples_per_shard
+        self._pictures = [(names[place], numbers[class_names[place]]) for place in places]
+        self.num_parts = -(-len(names) // samples_per_shard)
+        self._description = {
+            "pictures": _hash(listing),
+            "labels": None if labels is None else sha256(labels),
+            "samples_per_shard": samples_per_shard,
+            "seed": seed,
+        }
+
+    def part(self, number: int) -> list[Picture]:
+        """List the pictures of a part; a picture's number is its place in the shuffled list."""
+        first = number * self.samples_per_shard
+        stretch = self._pictures[first : first + self.samples_per_shard]
+        return [
+            Picture(name, os.path.join(self.root, name), label=label, number=place)
+            for place, (name, label) in enumerate(stretch, start=first)
+        ]
+
+    def count(self, number: int) -> int:  # noqa: D102
+        return min(self.samples_per_shard, len(self._pictures) - number * self.samples_per_shard)
+
+    def description(self) -> dict[str, Any]:  # noqa: D102
+        return self._description
+
+
+class TarSource(ImageSource):
+    """WebDataset tars of pictures: ``x.jpg`` (or another of :data:`SUFFIXES`) with ``x.cls`` or ``x.json`` beside it.
+
+    ``.cls`` holds the class number; ``.json`` holds it under ``"label"``, or a name that ``classes`` has. A tar is one
+    part, and is opened only when its turn comes.
+
+    Args:
+        tars: the files.
+        classes: as for :func:`open_source`.
+
+    Raises:
+        UserError: two have the same name, one is cut short, or all together are too large to number their pictures.
+    """
+
+    def __init__(self, tars: Sequence[str], classes: Sequence[str] | None) -> None:
+        listing = [(Path(tar).name, os.path.getsize(tar)) for tar in tars]
+        twice = [name for name, count in Counter(name for name, _ in listing).items() if count > 1]
+        if twice:
+            raise UserError(f"two tars are called {twice[0]}: samples could not be told apart by their source")
+        for tar in tars:
+            check_end(tar)  # now, before hours of work: a whole tar would not be the file that the work began with
+        # No two pictures begin in the same KiB, as a header and a content take half of one each at least: where a
+        # picture begins, in KiB from the start of the first tar, numbers it without reading the tars before it.
+        self._begins = list(accumulate((size for _, size in listing), initial=0))
+        if self._begins[-1] > 1024 * 2**32:
+            raise UserError("the tars have more than 4 TiB together: encode them in several runs")
+        self.tars, self.num_parts = list(tars), len(tars)
+        self.classes = None if classes is None else tuple(classes)
+        self._numbers = {name: number for number, name in enumerate(self.classes or ())}
+        self._description = {"pictures": _hash(listing)}
+
+    def part(self, number: int) -> list[Picture]:
+        """Read the headers and labels of one tar; a picture's number tells where it begins, in KiB over all tars."""
+        tar = self.tars[number]
+        pictures, labels = read_tar(tar)
+        found = []
+        for key, picture in pictures.items():
+            if key not in labels:
+                raise UserError(f"{picture.source} has no label: neither a .cls nor a .json with one lies beside it")
+            place = (self._begins[number] + picture.number) // 1024
+            found.append(picture._replace(label=self._class_number(labels[key], picture.source), number=place))
+        return found
+
+    def _class_number(self, label: int | str, source: str) -> int:
+        if isinstance(label, str) and self.classes is None:
+            raise UserError(f"the label of {source} is a name, {label!r}: --classes_from says which number it has")
+        number = self._numbers.get(label, -1) if isinstance(label, str) else label
+        if not 0 <= number < (MOST_CLASSES if self.classes is None else len(self.classes)):
+            where = "a class number" if self.classes is None else "a class of --classes_from"
+            raise UserError(f"the label of {source} is {label!r}, which is not {where}")
+        return number
+
+    def count(self, number: int) -> None:  # noqa: D102
+        return None
+
+    def description(self) -> dict[str, Any]:  # noqa: D102
+        return self._description
+
+
+def _in_order(classes: set[str]) -> tuple[str, ...]:
+    """Sort class names, as numbers where all are."""
+    if all(name.isdecimal() for name in classes):
+        return tuple(sorted(classes, key=lambda name: (int(name), name)))
+    return tuple(sorted(classes))
+
+
+def _class_folders(root: str, names: Sequence[str], may_be_empty: bool) -> list[str]:
+    """Give each picture's class: the first folder on its way from the root."""
+    for name in names:
+        if "/" not in name:
+            raise UserError(f"{root}/{name} lies in no class folder: move it, or give a file of labels with --labels")
+    classes = [name.partition("/")[0] for name in names]
+    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    empty = sorted(folders - set(classes))
+    if empty and not may_be_empty:
+        raise UserError(
+            f"the class folder {root}/{empty[0]} has no pictures: remove it, or take the classes with --classes_from"
+        )
+    return classes
+
+
+def list_pictures(root: str) -> list[tuple[str, int]]:
+    """Find the pictures below a folder, links followed: (name below it, bytes), sorted by name.
+
+    Hidden files and folders are left out, and so are the ``._x`` that macOS puts beside a file x.
+
+    Raises:
+        UserError: the folder is missing or cannot be read, or has no pictures.
+    """
+    try:
+        listing = sorted(_walk(root, ""))
+    except OSError as error:
+        raise UserError(f"the folder {root} cannot be read: {error.strerror} ({error.filename})") from error
+    if not listing:
+        raise UserError(f"{root} has no pictures ({', '.join(SUFFIXES)}), and it is no folder of .tar files")
+    return listing
+
+
+def _walk(folder: str, below: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{below}{entry.name}/")
+            elif entry.name.lower().endswith(SUFFIXES):
+                # A dangling link has no size; it is listed all the same, to be named as unreadable.
+                yield below + entry.name, entry.stat().st_size if os.path.exists(entry.path) else -1
+
+
+def find_tars(roots: Sequence[str]) -> list[str]:
+    """Find the tars that are meant by a folder that has nothing else, or by names, in the order given.
+
+    Returns:
+        their paths; nothing where ``roots`` is one folder of another kind.
+
+    Raises:
+        UserError: a tar does not exist, or folders and tars are mixed.
+    """
+    if len(roots) == 1 and os.path.isdir(roots[0]):
+        try:
+            paths = sorted(os.path.join(roots[0], name) for name in os.listdir(roots[0]) if not name.startswith("."))
+        except OSError as error:
+            raise UserError(f"the folder {roots[0]} cannot be read: {error.strerror}") from error
+        tars = [path for path in paths if path.endswith(".tar")]
+        others = [path for path in paths if os.path.isdir(path) or path.lower().endswith(SUFFIXES)]
+        return [] if others else tars
+    try:
+        tars = [path for root in roots for path in ([root] if os.path.exists(root) else expand_urls(root))]
+    except ValueError as error:
+        raise UserError(f"{' '.join(roots)} is no list of tars: {error}") from error
+    for path in tars:
+        if not os.path.exists(path):
+            raise UserError(f"{path} does not exist")
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is no tar file: give one folder, or tar files alone")
+    return tars
+
+
+def read_tar(path: str) -> tuple[dict[str, Picture], dict[str, int | str]]:
+    """List a tar's pictures and read its labels; a sample's key is its members' name up to the first dot.
+
+    Returns:
+        the first picture of each key, with the header's place in bytes as its number; and the labels by key.
+
+    Raises:
+        UserError: the file is compressed, damaged or cut short, or a label cannot be read.
+    """
+    pictures: dict[str, Picture] = {}
+    labels: dict[str, int | str] = {}
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                stem, dot, ending = name.name.partition(".")
+                key, ending = str(name.with_name(stem)) if stem else "", dot + ending.lower()
+                if not member.isfile() or not key:
+                    continue
+                if ending in SUFFIXES:
+                    source = f"{Path(path).name}/{member.name}"
+                    picture = Picture(source, path, member.offset_data, member.size, number=member.offset)
+                    pictures.setdefault(key, picture)
+                elif ending in (".cls", ".json"):
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    label = _parsed_label(content.read(), ending, f"{path}/{member.name}")
+                    if label is not None and (ending == ".cls" or key not in labels):
+                        labels[key] = label
+            # The library takes a damaged header for the end, and a hole that a download left. Behind a true end come
+            # zeros alone, and few of them.
+            file.seek(tar.offset)
+            rest = file.read(MOST_PADDING + 1)
+            if not tarfile.BLOCKSIZE <= len(rest) <= MOST_PADDING or any(rest):
+                raise tarfile.ReadError(f"at byte {tar.offset} there is neither a header nor the end")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is compressed, damaged or cut short: {error}") from error
+    return pictures, labels
+
+
+def check_end(path: str) -> None:
+    """Check that a file ends as a tar does, with a block of zeros, which one that was cut short does not.
+
+    Raises:
+        UserError: it does not.
+    """
+    block = tarfile.BLOCKSIZE
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - block, 0))
+            is_whole = size % block == 0 and file.read() == bytes(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not is_whole:
+        raise UserError(f"{path} is compressed, damaged or cut short: tar files end in zeros")
+
+
+def _parsed_label(content: bytes, ending: str, source: str) -> int | str | None:
+    try:
+        if ending == ".cls":
+            return int(content)
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be read: {error}") from error
+    label = parsed.get("label") if isinstance(parsed, dict) else None
+    if label is not None and type(label) not in (int, str):
+        raise UserError(f"the label of {source} is neither a number nor a name: {label!r}")
+    return label
+
+
+def batches(root: str, size: int, batch_size: int, workers: int | None = None) -> Iterator[Tensor]:
+    """Read all pictures of a folder of any layout, or of tars, in the order of their names; no labels are needed.
+
+    What cannot be read is left out, named in the log, and counted there at the end.
+
+    Args:
+        root: as for :func:`open_source`.
+        size: height and width of the crops, in pixels.
+        batch_size: pictures at once; fewer come where some cannot be read, and at the end.
+        workers: processes that decode; None for one per core.
+
+    Yields:
+        (B, 3, size, size) uint8, B from 1 to ``batch_size``.
+
+    Raises:
+        UserError: there is no such folder or tar, or not one picture can be read.
+    """
+    num_read = num_unreadable = 0
+    requests = (Request(0, chunk) for chunk in chunks(_all_pictures(root), batch_size))
+    for crops in crop_all(requests, size, default_workers() if workers is None else workers):
+        for name, reason in crops.unreadable:
+            logger.warning("%s cannot be read and is left out: %s", name, reason)
+        num_read += len(crops.pictures)
+        num_unreadable += len(crops.unreadable)
+        if crops.pictures:
+            yield crops.pixels
+    if not num_read:
+        raise UserError(f"none of the {num_unreadable} pictures of {root} can be read")
+    if num_unreadable:
+        logger.warning("%d of %d pictures of %s were left out", num_unreadable, num_read + num_unreadable, root)
+
+
+def _all_pictures(root: str) -> Iterator[Picture]:
+    tars = find_tars([root])
+    for tar in tars:
+        yield from read_tar(tar)[0].values()
+    if not tars:
+        for name, _ in list_pictures(root):
+            yield Picture(name, os.path.join(root, name))
+
+
+def fingerprint(root: str) -> str:
+    """Hash the names and sizes, not the contents, of a folder's pictures or of tars: 64 hexadecimal digits.
+
+    Raises:
+        UserError: there is no such folder or tar, or no picture in it.
+    """
+    tars = find_tars([root])
+    return _hash([(Path(tar).name, os.path.getsize(tar)) for tar in tars] if tars else list_pictures(root))
+
+
+def _hash(listing: Iterable[tuple[str, int]]) -> str:
+    digest = hashlib.sha256()
+    for name, size in listing:
+        digest.update(os.fsencode(f"{name}\0{size}\n"))
+    return digest.hexdigest()

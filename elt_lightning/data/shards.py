@@ -1,0 +1,134 @@
+"""Encoded images on disk: WebDataset shards, and the index that says what they hold.
+
+A folder holds ``00000.tar``, ``00001.tar``, … and ``index.json``. A sample of a shard is two members,
+
+    <number>.codes.npy   (copies, …) what :meth:`ImageTokenizer.store` gave: the picture, then its mirror image if asked
+    <number>.json        {"label": class number, "source": path of the picture below its root}
+
+where the number, nine digits, is the sample's place in the whole data set.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import webdataset
+
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+
+INDEX = "index.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file.
+
+    Attributes:
+        name: of the file, beside the index.
+        num_samples: pictures in it.
+    """
+
+    name: str
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a folder of shards holds.
+
+    Attributes:
+        classes: names of the classes, in the order of their numbers.
+        image_size: height and width of the pictures, in pixels.
+        copies: 1, or 2 where each picture's mirror image is there too.
+        input_shape: the token grid (rows, columns), or the latents' (channels, rows, columns).
+        stored_shape: of what is kept of one copy: (tokens,), or (channels, rows, columns) with twice the channels where
+            ``latent_scale`` is set.
+        num_codes: codebook size, None for latents.
+        latent_scale: as in :class:`~elt_lightning.tokenizers.base.ImageTokenizer`.
+        tokenizer: its description: ``class_path``, ``init_args``, and the ``sha256`` of its file.
+        crop: how pictures were brought to their size.
+        shards: the files, in order.
+        unreadable: pictures that were skipped.
+        version: of this format.
+    """
+
+    classes: tuple[str, ...]
+    image_size: int
+    copies: int
+    input_shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    num_codes: int | None
+    latent_scale: float | None
+    tokenizer: dict[str, Any]
+    crop: str
+    shards: tuple[Shard, ...]
+    unreadable: tuple[str, ...] = field(default=())
+    version: int = FORMAT_VERSION
+
+    @property
+    def num_samples(self) -> int:
+        """Count the pictures of all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``index.json``; it appears whole or not at all."""
+        with written_aside(Path(folder) / INDEX) as aside:
+            aside.write_text(json.dumps({"num_samples": self.num_samples} | asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(location: str) -> "ShardIndex":
+        """Read the index of a folder or URL.
+
+        Raises:
+            UserError: there is none, or it is not one of ours.
+        """
+        where = join(location, INDEX)
+        try:
+            with webdataset.gopen(where) as file:
+                content = json.loads(file.read())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{where} cannot be read ({error}): `elt encode` writes it when the last shard is done"
+            ) from error
+        try:
+            return _parsed(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where} is not an index of `elt encode`: {type(error).__name__} {error}") from error
+
+
+def join(location: str, name: str) -> str:
+    """Give the path or URL of a file in a folder."""
+    return f"{location.rstrip('/')}/{name}"
+
+
+def _parsed(content: dict[str, Any]) -> ShardIndex:
+    if content["version"] > FORMAT_VERSION:
+        raise ValueError(f"it was written by a newer elt_lightning (version {content['version']})")
+    shards = tuple(Shard(str(shard["name"]), int(shard["num_samples"])) for shard in content["shards"])
+    if any("/" in shard.name or shard.num_samples < 0 for shard in shards):
+        raise ValueError("a shard's name has a slash or its count is negative")
+
+    def numbers(name: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in content[name])
+
+    return ShardIndex(
+        classes=_strings(content["classes"]),
+        image_size=int(content["image_size"]),
+        copies=int(content["copies"]),
+        input_shape=numbers("input_shape"),
+        stored_shape=numbers("stored_shape"),
+        num_codes=None if content["num_codes"] is None else int(content["num_codes"]),
+        latent_scale=None if content["latent_scale"] is None else float(content["latent_scale"]),
+        tokenizer=dict(content["tokenizer"]),
+        crop=str(content["crop"]),
+        shards=shards,
+        unreadable=_strings(content["unreadable"]),
+    )
+
+
+def _strings(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(str(value) for value in values)

@@ -1,0 +1,254 @@
+"""Reading shards as a stream: every rank gets as many batches, no picture comes twice, a resumed run goes on exactly.
+
+The shards of an epoch, in the epoch's order, are one long row of samples. It is cut into equal stretches, one for each
+loader process of each rank, wherever the cuts fall; a process reads the shards that its stretch touches. Within its
+stretch a process shuffles blocks of samples. What comes when is thus a function of (seed, epoch, number of ranks,
+loader processes and samples per forward pass), and whoever knows how many batches are done can go on without reading
+what was before, but for the shard and the block where it stopped.
+"""
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import webdataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from elt_lightning.data.base import Batch
+from elt_lightning.data.shards import Shard, ShardIndex, join
+from elt_lightning.errors import UserError
+from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
+
+
+class Sample(NamedTuple):
+    """One picture of a shard.
+
+    Attributes:
+        copies: (copies, …) as stored: the picture, and its mirror image where that was asked for.
+        label: its class.
+        number: its place in the data set.
+    """
+
+    copies: np.ndarray
+    label: int
+    number: int
+
+
+class Stretch(NamedTuple):
+    """Samples [start, stop) of the row."""
+
+    start: int
+    stop: int
+
+
+@dataclass
+class ShardStream(IterableDataset[Batch]):
+    """The batches of one rank; split over loader processes by itself.
+
+    Batches hold codes as they are stored: int16 tokens (B, T), or float16 latents or moments (B, channels, H, W).
+
+    Attributes:
+        location: folder or URL of the shards.
+        index: what is there.
+        batch_size: samples per batch.
+        num_workers: loader processes of each rank; 0 reads in the rank itself.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    location: str
+    index: ShardIndex
+    batch_size: int
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def readers(self) -> int:
+        """Count who reads for this rank."""
+        return max(self.num_workers, 1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        yield from self.batches(worker.id if worker else 0)
+
+    def batches(self, reader: int) -> Iterator[Batch]:
+        """Give the batches of one loader process."""
+        raise NotImplementedError
+
+    def read(self, shards: list[Shard], stretch: Stretch) -> Iterator[Sample]:
+        """Read a stretch of the row that these shards make."""
+        first = 0
+        for shard in shards:
+            start, stop = max(stretch.start - first, 0), min(stretch.stop - first, shard.num_samples)
+            if start < stop:
+                yield from read_shard(self.location, shard, self.index, start, stop)
+            first += shard.num_samples
+
+
+@dataclass
+class TrainingStream(ShardStream):
+    """One epoch in training, shuffled; it begins where :attr:`first_step` says.
+
+    Attributes:
+        global_batch_size: samples per optimiser step over all ranks.
+        seed: of the shuffles.
+        shuffle_block: samples that a loader process shuffles at once: more mix better and take more memory.
+        first_step: optimiser steps done so far, of all epochs.
+    """
+
+    global_batch_size: int = 1
+    seed: int = 0
+    shuffle_block: int = 2048
+    first_step: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch; what does not fill a global batch is left out of it."""
+        return self.index.num_samples // self.global_batch_size
+
+    def __len__(self) -> int:
+        """Count the batches of this rank in a whole epoch."""
+        return self.steps_per_epoch * self._batches_per_step
+
+    @property
+    def _batches_per_step(self) -> int:
+        return self.global_batch_size // (self.batch_size * self.world_size)
+
+    def batches(self, reader: int) -> Iterator[Batch]:
+        """Give what is left of the epoch; readers take turns, so a resumed one begins with whose turn it is."""
+        epoch, step = divmod(self.first_step, self.steps_per_epoch)
+        done = step * self._batches_per_step
+        turn = (reader + done) % self.readers
+        mine, mine_done = self._taken(len(self), turn), self._taken(done, turn)
+        batches_before = self.rank * len(self) + sum(self._taken(len(self), other) for other in range(turn))
+        stretch = Stretch(batches_before * self.batch_size, (batches_before + mine) * self.batch_size)
+        samples = self._shuffled(epoch, stretch, mine_done * self.batch_size)
+        for _ in range(mine - mine_done):
+            yield self._batch(epoch, list(islice(samples, self.batch_size)))
+
+    def _taken(self, batches: int, reader: int) -> int:
+        """Count which of the first ``batches`` of an epoch fall to one reader."""
+        return (batches - reader + self.readers - 1) // self.readers
+
+    def _shuffled(self, epoch: int, stretch: Stretch, done: int) -> Iterator[Sample]:
+        """Give the samples of a stretch, block by block in random order, without the first that are done."""
+        keys = sample_seeds(self.seed, torch.arange(len(self.index.shards)))
+        order = random_bits(keys, epoch, Stream.SHARD_ORDER, 1)[:, 0].argsort(stable=True)
+        shards = [self.index.shards[place] for place in order.tolist()]
+        block = self.shuffle_block
+        begin = stretch.start + done // block * block
+        samples = self.read(shards, Stretch(begin, stretch.stop))
+        for first in range(begin, stretch.stop, block):
+            read = list(islice(samples, block))
+            positions = torch.arange(first, first + len(read))
+            shuffle = random_bits(sample_seeds(self.seed, positions), epoch, Stream.DATA_ORDER, 1)[:, 0].argsort()
+            for place in shuffle.tolist()[max(stretch.start + done - first, 0) :]:
+                yield read[place]
+
+    def _batch(self, epoch: int, samples: list[Sample]) -> Batch:
+        numbers = torch.tensor([sample.number for sample in samples])
+        copies = random_bits(sample_seeds(self.seed, numbers), epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies
+        return collate(samples, copies)
+
+
+@dataclass
+class HeldOutStream(ShardStream):
+    """Every sample once over all ranks, as it was stored, never mirrored; last batches may be smaller."""
+
+    def __len__(self) -> int:
+        """Count the batches of this rank."""
+        stretches = [self._stretch(reader) for reader in range(self.readers)]
+        return sum(math.ceil((stop - start) / self.batch_size) for start, stop in stretches)
+
+    def _stretch(self, reader: int) -> Stretch:
+        place, places = self.rank * self.readers + reader, self.world_size * self.readers
+        total = self.index.num_samples
+        return Stretch(place * total // places, (place + 1) * total // places)
+
+    def batches(self, reader: int) -> Iterator[Batch]:
+        """Give this reader's share."""
+        samples = self.read(list(self.index.shards), self._stretch(reader))
+        while batch := list(islice(samples, self.batch_size)):
+            yield collate(batch, torch.zeros(len(batch), dtype=torch.int64))
+
+
+class ShardLoader(DataLoader[Batch]):
+    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at.
+
+    Args:
+        stream: what to load.
+        current_step: gives the optimiser steps done so far.
+    """
+
+    def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=stream.num_workers,
+            prefetch_factor=8 if stream.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.stream, self.current_step = stream, current_step
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if isinstance(self.stream, TrainingStream):
+            self.stream.first_step = self.current_step()
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A loader process sends its traceback along; the last line has the message.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop: int) -> Iterator[Sample]:
+    """Read samples [start, stop) of a shard.
+
+    Raises:
+        UserError: the shard is missing or damaged, or holds something else than its index says.
+    """
+    url, again = join(location, shard.name), "delete it and run the same `elt encode` again"
+    count = 0
+    try:
+        for count, members in enumerate(webdataset.tarfile_to_samples()([{"url": url}]), start=1):
+            if count > start:
+                yield read_sample(members, index)
+            if count == stop:
+                return
+    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error.args[0] if error.args else ''}"
+        raise UserError(f"{url} cannot be read near sample {count} ({reason}): {again}") from error
+    raise UserError(f"{url} is damaged, it ends after {count} of {shard.num_samples} samples: {again}")
+
+
+def read_sample(members: dict[str, bytes], index: ShardIndex) -> Sample:
+    """Decode the members of one sample.
+
+    Raises:
+        ValueError: they are not what the index says.
+        KeyError: one is missing.
+    """
+    copies = np.lib.format.read_array(io.BytesIO(members["codes.npy"]), allow_pickle=False)
+    if copies.shape != (index.copies, *index.stored_shape):
+        raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
+    if index.num_codes is not None and not 0 <= copies.min() <= copies.max() < index.num_codes:
+        raise ValueError(f"code {copies.max()} or {copies.min()} is none of the {index.num_codes} codes")
+    label = int(json.loads(members["json"])["label"])
+    if not 0 <= label < len(index.classes):
+        raise ValueError(f"label {label} is none of the {len(index.classes)} classes")
+    return Sample(copies, label, int(members["__key__"]))
+
+
+def collate(samples: list[Sample], copies: Tensor) -> Batch:
+    """Stack samples, of each the copy (B,) that is asked for."""
+    chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
+    labels, numbers = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "number"))
+    return Batch(torch.from_numpy(chosen), labels, numbers)

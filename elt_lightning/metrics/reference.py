@@ -1,0 +1,175 @@
+"""What samples are compared with: moments of the Inception features of real images, read from a file or computed."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+from elt_lightning.metrics.frechet import Moments, MomentSums
+from elt_lightning.metrics.inception import FIDInception
+
+PREPARATION = "bytes, TensorFlow 1 bilinear to 299"
+"""How pictures are prepared; part of the names of cached files, so that they go stale when it changes."""
+
+
+@dataclass(frozen=True)
+class InceptionMoments:
+    """Moments of many pictures.
+
+    Attributes:
+        pool: of the 2048 pooled features, for FID.
+        spatial: of the 2023 spatial ones, for sFID; None where a file does not hold them.
+        num_images: how many there were; None where a file does not say.
+    """
+
+    pool: Moments
+    spatial: Moments | None = None
+    num_images: int | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceImages:
+    """Real images that reference moments are computed from.
+
+    Attributes:
+        batches: gives the images from the first to the last: (B, 3, H, W) uint8, or float in [0, 1]; B may vary.
+        fingerprint: identifies their content: it changes when an image is added, altered or left out.
+        settings: what was done to them that changes pixels, such as the size; plain data.
+        num_images: how many there are, for the progress bar; None if unknown.
+    """
+
+    batches: Callable[[], Iterable[Tensor]]
+    fingerprint: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    num_images: int | None = None
+
+
+def load_or_compute(
+    source: str | Path | ReferenceImages, network: FIDInception, cache_folder: str | Path
+) -> InceptionMoments:
+    """Read reference moments, or compute them from images once and keep them.
+
+    With several processes, let one of them call this before the others, as ``prepare_data`` of a data module does.
+
+    Args:
+        source: file of moments, see :func:`read_moments`, or images.
+        network: reads the images, on its own device; from :meth:`FIDInception.load`.
+        cache_folder: where moments are kept, named by the images, the network's weights and how pictures are prepared.
+
+    Raises:
+        UserError: the file is wrong, or there are fewer than two images.
+    """
+    if not isinstance(source, ReferenceImages):
+        return read_moments(source)
+    identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = Path(cache_folder) / f"inception_moments_{digest}.npz"
+    if not path.is_file():
+        write_moments(path, compute_moments(source.batches(), network, source.num_images))
+    return read_moments(path)
+
+
+def compute_moments(
+    batches: Iterable[Tensor], network: FIDInception, num_images: int | None = None
+) -> InceptionMoments:
+    """Compute moments of images (B, 3, H, W) uint8, or float in [0, 1], with a progress bar on a terminal.
+
+    Args:
+        batches: the images.
+        network: reads them, on its own device.
+        num_images: how many there are, for the progress bar; None if unknown.
+
+    Raises:
+        UserError: there are fewer than two.
+    """
+    device = next(network.parameters()).device
+    sums_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs lack float64
+    pool, spatial = (MomentSums.zeros(size, sums_device) for size in (network.num_pool, network.num_spatial))
+    columns = (TextColumn("reading real images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=num_images)
+        for images in batches:
+            features = network.features(images.to(device))
+            pool.add(features.pool)
+            spatial.add(features.spatial)
+            bar.advance(task, len(images))
+    count = int(pool.count)
+    if count < 2:
+        raise UserError(f"reference moments need at least 2 images, not {count}")
+    cpu = torch.device("cpu")
+    return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count)
+
+
+def write_moments(path: str | Path, moments: InceptionMoments) -> None:
+    """Write a NumPy file with the names that the ADM evaluator uses.
+
+    They are ``mu`` (2048,) and ``sigma`` (2048, 2048) float64, of the pooled features; ``mu_s`` (2023,) and ``sigma_s``
+    (2023, 2023) float64, of the spatial ones; and ``num_images`` (). What is None is left out.
+    """
+    arrays: dict[str, Any] = {"mu": moments.pool.mean.numpy(), "sigma": moments.pool.covariance.numpy()}
+    if moments.spatial is not None:
+        arrays |= {"mu_s": moments.spatial.mean.numpy(), "sigma_s": moments.spatial.covariance.numpy()}
+    if moments.num_images is not None:
+        arrays["num_images"] = np.array(moments.num_images)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_moments(path: str | Path) -> InceptionMoments:
+    """Read moments from a file of :func:`write_moments`, or from a reference batch of the ADM evaluator.
+
+    ``mu`` and ``sigma`` are required; the others are read where there are any.
+
+    Raises:
+        UserError: the file is missing, or is not such a file.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"the reference moments {path} do not exist: `elt stats` makes them from images; ImageNet's are published "
+            "as VIRTUAL_imagenet256_labeled.npz beside github.com/openai/guided-diffusion"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            if not {"mu", "sigma"} <= names:
+                raise UserError(
+                    f"{path} holds no reference moments: it needs mu and sigma, and has {', '.join(sorted(names))}"
+                )
+            pool = _moments(path, file["mu"], file["sigma"], FIDInception.num_pool, "")
+            has_spatial = {"mu_s", "sigma_s"} <= names
+            spatial = (
+                _moments(path, file["mu_s"], file["sigma_s"], FIDInception.num_spatial, "_s") if has_spatial else None
+            )
+            return InceptionMoments(pool, spatial, int(file["num_images"]) if "num_images" in names else None)
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is not a NumPy .npz file of plain arrays ({type(error).__name__}): `elt stats` makes one"
+        ) from error
+
+
+def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: int, suffix: str) -> Moments:
+    """Check arrays, and make moments of them."""
+    if mean.shape != (size,) or covariance.shape != (size, size):
+        raise UserError(
+            f"{path}: mu{suffix} and sigma{suffix} have shapes {mean.shape} and {covariance.shape}, not {(size,)} and "
+            f"{(size, size)}: were they made with another network than FID's Inception?"
+        )
+    moments = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
+    if not (moments.mean.isfinite().all() and moments.covariance.isfinite().all()):
+        raise UserError(f"{path}: mu{suffix} or sigma{suffix} holds numbers that are not finite: make the file anew")
+    asymmetry = (moments.covariance - moments.covariance.T).abs().max()
+    if asymmetry > 1e-6 * moments.covariance.abs().max():
+        raise UserError(f"{path}: sigma{suffix} is not symmetric, so it is no covariance: make the file anew")
+    return moments

@@ -1,0 +1,87 @@
+"""`elt stats` on small pictures, with the network's true sizes and random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_inception import random_state
+from torch import Tensor
+
+from elt_lightning.commands.stats import run
+from elt_lightning.errors import UserError
+from elt_lightning.metrics.inception import FIDInception
+from elt_lightning.metrics.reference import read_moments
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(random_state(3), path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Tensor:
+    """Five pictures (5, 3, 24, 24), which also lie in a folder without classes."""
+    content = torch.randint(0, 256, (5, 3, 24, 24), generator=torch.Generator().manual_seed(1)).byte()
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(content):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / f"{number}.png")
+    return content
+
+
+def stats(folder: Path, weights: Path, *flags: str) -> Path:
+    """Run the command on ``folder/pictures``; give the file that it writes."""
+    output = folder / "new" / "stats.npz"
+    places = [f"--images={folder / 'pictures'}", f"--inception_path={weights}", f"--output={output}"]
+    run("stats", [*places, "--size=24", "--num_workers=0", "--device=cpu", *flags])
+    return output
+
+
+def test_moments_of_a_folder_are_written(
+    weights: Path, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = stats(tmp_path, weights, "--batch_size=2")
+    assert capsys.readouterr().out == f"{output}: 5 images\n"
+    features = FIDInception.load(weights).features(images)
+    with np.load(output) as file:
+        assert set(file.files) == {"mu", "sigma", "mu_s", "sigma_s", "num_images"}
+        assert file["num_images"] == 5
+        for suffix, values in (("", features.pool), ("_s", features.spatial)):
+            assert file[f"mu{suffix}"].dtype == file[f"sigma{suffix}"].dtype == np.float64
+            expected = np.cov(values.double().numpy(), rowvar=False)
+            np.testing.assert_allclose(file[f"mu{suffix}"], values.double().mean(0), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(file[f"sigma{suffix}"], expected, atol=1e-3 * np.abs(expected).max())
+    assert read_moments(output).num_images == 5
+
+
+@pytest.mark.usefixtures("images")
+def test_a_file_that_exists_is_kept_unless_overwriting_is_asked_for(weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "stats.npz"
+    output.parent.mkdir()
+    output.write_text("precious")
+    with pytest.raises(UserError, match=r"stats\.npz exists: .*--overwrite"):
+        stats(tmp_path, weights)
+    assert output.read_text() == "precious"
+    stats(tmp_path, weights, "--overwrite")
+    assert read_moments(output).num_images == 5
+
+
+@pytest.mark.usefixtures("images")
+def test_what_is_wrong_is_said_and_nothing_is_written(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="inception_path"):
+        stats(tmp_path, tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match=r"elt stats: .*batch_size"):
+        stats(tmp_path, weights, "--batch_size=0")
+    with pytest.raises(UserError, match=r"elt stats: .*--images"):
+        run("stats", [])
+    for number in range(1, 5):
+        (tmp_path / "pictures" / f"{number}.png").unlink()
+    with pytest.raises(UserError, match="at least 2 images, not 1"):
+        stats(tmp_path, weights)
+    (tmp_path / "pictures" / "0.png").unlink()
+    with pytest.raises(UserError, match="no pictures"):
+        stats(tmp_path, weights)
+    assert not (tmp_path / "new").exists()
