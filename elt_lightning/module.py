@@ -121,7 +121,8 @@ class ELTModule(LightningModule):
             f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
             for loops, prediction in predictions.items()
         }
-        self.log_dict(losses, batch_size=len(batch.x), sync_dist=True)
+        # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
+        self.log_dict(losses, batch_size=len(batch.x) * self.trainer.world_size, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Draw what a batch of (labels, indices) asks for, at ``prediction_loops``: tokens or latents (B, …)."""

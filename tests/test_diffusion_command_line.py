@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 from small_runs import SMALL, train_small_squares
 
-from elt_lightning.checkpoints import build_module, build_tokenizer, read_checkpoint
+from elt_lightning.checkpoints import build_module, read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.tokenizers.continuous import PixelScaling
+from elt_lightning.tokenizers.loading import load_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART, DIGITS = CONFIGS / "quickstart_diffusion.yaml", CONFIGS / "digits_diffusion.yaml"
@@ -47,7 +48,7 @@ def test_a_checkpoint_says_how_to_build_model_and_tokenizer(checkpoint: Path) ->
     content = read_checkpoint(checkpoint)
     assert content["global_step"] == content["ema"]["updates"] == 6
     assert content["elt"]["model"]["network"]["init_args"]["input_shape"] == [1, 40, 40]
-    assert isinstance(build_tokenizer(content), PixelScaling)
+    assert isinstance(load_tokenizer(content["elt"]["tokenizer"]), PixelScaling)
     module = build_module(content)
     assert (module.network.sample_shape, module.num_classes, module.label_drop) == ((1, 40, 40), 5, 0.1)
 

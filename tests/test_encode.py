@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -67,11 +66,15 @@ class Moments(ImageTokenizer):
         return {"class_path": "test_encode.Moments", "init_args": {}}
 
 
-class Slow(Moments):
-    """Takes its time, so that it can be killed meanwhile."""
+class Stuck(Moments):
+    """Halts at the picture that the environment says, so that it can be killed there."""
+
+    pictures = 0
 
     def store(self, pixels: Tensor) -> Tensor:
-        time.sleep(0.1)
+        self.pictures += len(pixels)
+        if self.pictures == int(os.environ.get("STUCK_AT", "0")):
+            time.sleep(600)
         return super().store(pixels)
 
 
@@ -248,25 +251,26 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(root: Path, tmp_path: Path) -> None:
-    elt_encode(root, tmp_path / "whole", "--batch_size=1", tokenizer="test_encode.Slow")
+    elt_encode(root, tmp_path / "whole", "--batch_size=1", tokenizer="test_encode.Stuck")
     code = (
         "import sys; from pathlib import Path; from test_encode import elt_encode;"
-        "elt_encode(sys.argv[1], Path(sys.argv[2]), '--batch_size=1', tokenizer='test_encode.Slow')"
+        "elt_encode(sys.argv[1], Path(sys.argv[2]), '--batch_size=1', tokenizer='test_encode.Stuck')"
     )
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", code, str(root), str(out)], cwd=Path(__file__).parent)
-    while not (out / "00001.json").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(root), str(out)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"STUCK_AT": "10"},
+    )
     while not list(out.glob(".00002.*.tar")):
         assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+        time.sleep(0.05)
+    process.kill()
     process.wait()
     assert list(out.glob(".00002.*.tar"))
     assert not (out / "00002.tar").exists()
     first = (out / "00000.tar").stat().st_mtime_ns
-    elt_encode(root, out, "--batch_size=1", tokenizer="test_encode.Slow")
+    elt_encode(root, out, "--batch_size=1", tokenizer="test_encode.Stuck")
     assert (out / "00000.tar").stat().st_mtime_ns == first
     assert contents(out) == contents(tmp_path / "whole")
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from elt_lightning.checkpoints import build_tokenizer
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import ImageTokenizer, to_bytes
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.kl_vae import KLAutoencoder
+from elt_lightning.tokenizers.loading import load_tokenizer
 from elt_lightning.tokenizers.maskgit_vqgan import MaskGITVQGAN
 
 VQGAN_CHANGES = ["encoder.down.2.block.0", "encoder.down.4.block.0", "decoder.up.1.block.0", "decoder.up.3.block.0"]
@@ -438,28 +438,25 @@ def test_without_diffusers_the_extra_is_named(vae_folder: Path, monkeypatch: pyt
 # What all of them share.
 
 
-def test_checkpoints_build_the_tokenizer_again_and_refuse_another(vae_folder: Path, tmp_path: Path) -> None:
-    def checkpoint(tokenizer: ImageTokenizer) -> dict[str, Any]:
-        return {"elt": {"tokenizer": tokenizer.description()}}
-
-    again = build_tokenizer(checkpoint(KLAutoencoder(str(vae_folder), scale=0.3)))
+def test_descriptions_build_the_tokenizer_again_and_refuse_another(vae_folder: Path, tmp_path: Path) -> None:
+    again = load_tokenizer(KLAutoencoder(str(vae_folder), scale=0.3).description())
     assert isinstance(again, KLAutoencoder)
     assert (again.path, again.latent_scale) == (str(vae_folder), 0.3)
     vqgan = MaskGITVQGAN(small_file(tmp_path / "vqgan.bin", lambda state: None))
-    content = checkpoint(vqgan)
-    assert isinstance(build_tokenizer(content), MaskGITVQGAN)
+    content = vqgan.description()
+    assert isinstance(load_tokenizer(content), MaskGITVQGAN)
 
     (tmp_path / "vqgan.bin").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no file .*--tokenizer_path"):
-        build_tokenizer(content)
-    assert isinstance(build_tokenizer(content, str(tmp_path)), MaskGITVQGAN)
+        load_tokenizer(content)
+    assert isinstance(load_tokenizer(content, str(tmp_path)), MaskGITVQGAN)
     (tmp_path / "other.bin").write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"other\.bin is not the tokenizer that the model was trained with .*sha256"):
-        build_tokenizer(content, str(tmp_path / "other.bin"))
+    with pytest.raises(UserError, match=r"other\.bin is not the tokenizer that .* were made with .*sha256"):
+        load_tokenizer(content, str(tmp_path / "other.bin"))
     other = write_sd_vae(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"/other is not the tokenizer that the model was trained with .*sha256"):
-        build_tokenizer(checkpoint(again), str(other))
-    assert isinstance(build_tokenizer(checkpoint(PixelScaling()), "ignored"), PixelScaling)
+    with pytest.raises(UserError, match=r"/other is not the tokenizer that .* were made with .*sha256"):
+        load_tokenizer(again.description(), str(other))
+    assert isinstance(load_tokenizer(PixelScaling().description(), "ignored"), PixelScaling)
 
 
 def test_scaled_pixels_can_be_kept_on_disk() -> None:

@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NoReturn
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elt_lightning.commands.sample import number_from
+from elt_lightning.commands.arguments import Parser, device_of, number_from
 from elt_lightning.data.crops import Crops, default_workers
 from elt_lightning.data.encode import ImageEncoding, ShardFolder
 from elt_lightning.data.images import ImageSource, open_source
@@ -26,13 +24,6 @@ TOKENIZERS = {
     "maskgit-vqgan": "elt_lightning.tokenizers.maskgit_vqgan.MaskGITVQGAN",
     "pixels": "elt_lightning.tokenizers.continuous.PixelScaling",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:  # noqa: D102
-        raise UserError(f"{self.prog}: {message}")
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -203,20 +194,6 @@ def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
     except TypeError as error:
         raise UserError(f"--tokenizer {name} with --tokenizer_path {path}: {error}") from error
     return tokenizer
-
-
-def device_of(name: str | None) -> torch.device:
-    """Give the device of that name, or a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def read_classes(location: str) -> tuple[str, ...]:

@@ -1,24 +1,17 @@
 """`elt sample`: a picture from a checkpoint alone, one row for each loop count."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from elt_lightning.checkpoints import build_module, build_tokenizer, read_checkpoint
+from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reports import loops_figure
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as the rest of the program does."""
-
-    def error(self, message: str) -> NoReturn:  # noqa: D102
-        raise UserError(f"elt sample: {message}")
+from elt_lightning.tokenizers.loading import load_tokenizer
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -32,8 +25,8 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     checkpoint = read_checkpoint(options.ckpt_path)
     module = build_module(checkpoint, options.weights)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = build_tokenizer(checkpoint, options.tokenizer_path).to(device)
+    device = device_of(options.device)
+    tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(device)
     module.to(device)
     classes = options.classes or list(range(module.num_classes))
     if max(classes) >= module.num_classes:
@@ -74,20 +67,3 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("grid.png"), help="picture to write (default grid.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
     return parser
-
-
-def number_from(smallest: int) -> Callable[[str], int]:
-    """Make a type of arguments that are whole numbers from ``smallest`` up."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} up")
-        return int(text)
-
-    return parse
-
-
-def numbers_from(smallest: int) -> Callable[[str], list[int]]:
-    """Make a type of arguments that are lists such as 1,2,4."""
-    parse = number_from(smallest)
-    return lambda text: [parse(part) for part in text.split(",")]

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from elt_lightning.commands.encode import Parser, device_of
-from elt_lightning.commands.sample import number_from
+from elt_lightning.commands.arguments import Parser, device_of, number_from
 from elt_lightning.data.crops import default_workers
 from elt_lightning.data.images import batches
 from elt_lightning.errors import UserError
@@ -33,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt stats", description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", required=True, metavar="PATH", help="folder of images or of tars, or one tar")
-    parser.add_argument("--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}")
+    parser.add_argument(
+        "--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}, or download"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the .npz file to write")
     parser.add_argument("--size", type=number_from(1), default=256, help="side of the centre crop (default 256)")
     parser.add_argument("--batch_size", type=number_from(1), default=64, help="images read at once (default 64)")

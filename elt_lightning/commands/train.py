@@ -104,6 +104,7 @@ def quieten_libraries() -> None:
         ".*does not have many workers.*",
         ".*The dirpath has changed.*",
         ".*barrier.*device_id.*",
+        ".*`IterableDataset` has `__len__` defined.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints import build_tokenizer
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
 from elt_lightning.data.images import batches, fingerprint
 from elt_lightning.data.shards import ShardIndex
@@ -15,10 +14,11 @@ from elt_lightning.data.streams import HeldOutStream, ShardLoader, TrainingStrea
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.fid import InceptionScores
-from elt_lightning.metrics.inception import FIDInception, download_inception
+from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.metrics.reference import InceptionMoments, ReferenceImages, load_or_compute, read_moments
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
 from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.loading import load_tokenizer
 
 REFERENCE_BATCH = 64
 
@@ -40,7 +40,7 @@ class ImageNetDataModule(GenerativeDataModule):
         inception_path: Inception weights that FID is defined by, or "download"; None measures neither FID nor IS.
         reference: what FID compares with: an npz of moments, such as ADM's ``VIRTUAL_imagenet256_labeled.npz`` or what
             ``elt stats`` wrote, or a folder or tar files of real pictures; None measures the Inception score alone.
-        cache: folder of downloads and of moments computed from pictures.
+        cache: folder of the moments that were computed from pictures.
         batch_size: global batch per optimiser step; the paper's is 512.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_workers: loader processes on each device.
@@ -81,7 +81,7 @@ class ImageNetDataModule(GenerativeDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The frozen tokenizer, loaded when it is first asked for: training itself does not need it."""
-        return build_tokenizer(self.training_index.tokenizer, self.tokenizer_path)
+        return load_tokenizer(self.training_index.tokenizer, self.tokenizer_path)
 
     def tokenizer_description(self) -> dict[str, Any]:
         """Describe the tokenizer, as the index does."""
@@ -151,8 +151,7 @@ class ImageNetDataModule(GenerativeDataModule):
     def load_inception(self) -> FIDInception:
         """Load Inception, on a GPU where there is one."""
         assert self.inception_path is not None
-        path = download_inception(self.cache) if self.inception_path == "download" else self.inception_path
-        return FIDInception.load(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        return FIDInception.load(self.inception_path).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def load_reference(self, network: FIDInception) -> InceptionMoments | None:
         """Give the moments that FID compares with."""

@@ -1,5 +1,7 @@
 """The Latin squares as continuous images: the same pictures and the same exact scores, for diffusion."""
 
+import torch
+
 from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.data.latin_squares import ORDER, LatinSquaresDataModule
 from elt_lightning.tokenizers.base import Tokenizer
@@ -9,8 +11,7 @@ from elt_lightning.tokenizers.continuous import PixelScaling
 class LatinSquareImagesDataModule(LatinSquaresDataModule):
     """Latin squares of handwritten digits as 1×40×40 images in [−1, 1]; patches of 8×8 are a token for each cell.
 
-    Nothing is quantised, so every writing is used. Metrics and their references are those of the tokens, so that both
-    families can be compared.
+    Nothing is quantised. Metrics and their references are those of the tokens, so that both families can be compared.
 
     Args:
         root: folder of the cached digit network; it may be the tokens' own.
@@ -18,6 +19,8 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_train: pictures to train on, 6.4 kB each in memory.
         num_held_out: pictures of held-out handwriting, the reference of the metrics.
+        writings_per_digit: how many of the training writings of each digit are used, the first ones; None for all, some
+            143. With a few, what has to be learnt is the squares rather than the pen, as with the tokens' few codes.
         num_workers: loader processes; the data is in memory, so 0 is fastest.
         seed: of the order of training samples; what the pictures are does not depend on it.
     """
@@ -31,13 +34,17 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         micro_batch_size: int | None = None,
         num_train: int = 20_000,
         num_held_out: int = 2_000,
+        writings_per_digit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(
             root, batch_size, micro_batch_size, num_train, num_held_out, num_workers=num_workers, seed=seed
         )
+        if writings_per_digit is not None and writings_per_digit < 1:
+            raise ValueError(f"writings_per_digit must be at least 1, not {writings_per_digit}")
         self.num_codes = None
+        self.writings_per_digit = writings_per_digit
 
     def prepare_data(self) -> None:
         """Train the digit network, once."""
@@ -48,5 +55,9 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         return PixelScaling()
 
     def load_writings(self, held_out: bool) -> Handwriting:
-        """Load all handwriting of one side of the split."""
-        return load_handwriting(held_out)
+        """Load the handwriting of one side of the split: of held-out ones always all."""
+        writings = load_handwriting(held_out)
+        if held_out or self.writings_per_digit is None:
+            return writings
+        kept = torch.cat([(writings.labels == digit).nonzero()[: self.writings_per_digit, 0] for digit in range(10)])
+        return Handwriting(writings.images[kept], writings.labels[kept])

@@ -5,7 +5,9 @@ A folder holds ``00000.tar``, ``00001.tar``, … and ``index.json``. A sample of
     <number>.codes.npy   (copies, …) what :meth:`ImageTokenizer.store` gave: the picture, then its mirror image if asked
     <number>.json        {"label": class number, "source": path of the picture below its root}
 
-where the number, nine digits, is the sample's place in the whole data set.
+where the number, nine digits or ten, below 2³², is the sample's own in the whole data set: unique, and the same whoever
+encoded it, but with gaps. Beside them lie ``encode.json`` and a small file per shard, with which ``elt encode`` goes on
+after an interruption (:mod:`elt_lightning.data.encode`); readers need neither.
 """
 
 import json

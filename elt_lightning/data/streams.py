@@ -13,6 +13,7 @@ import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -236,7 +237,7 @@ def read_sample(members: dict[str, bytes], index: ShardIndex) -> Sample:
         ValueError: they are not what the index says.
         KeyError: one is missing.
     """
-    copies = np.lib.format.read_array(io.BytesIO(members["codes.npy"]), allow_pickle=False)
+    copies = read_npy(members["codes.npy"])
     if copies.shape != (index.copies, *index.stored_shape):
         raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
     if index.num_codes is not None and not 0 <= copies.min() <= copies.max() < index.num_codes:
@@ -245,6 +246,33 @@ def read_sample(members: dict[str, bytes], index: ShardIndex) -> Sample:
     if not 0 <= label < len(index.classes):
         raise ValueError(f"label {label} is none of the {len(index.classes)} classes")
     return Sample(copies, label, int(members["__key__"]))
+
+
+def read_npy(content: bytes) -> np.ndarray:
+    """Read an array, never a pickle, from the bytes of a .npy file of version 1.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    start = 10 + int.from_bytes(content[8:10], "little")
+    shape, dtype = npy_layout(content[:start])
+    return np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Parse the header of a .npy file, shape and type; the samples of a shard have all the same.
+
+    Raises:
+        ValueError: it is no header, or one of an array that is pickled or in Fortran's order.
+    """
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("the codes are no .npy file of version 1")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or fortran_order:
+        raise ValueError("the codes are pickled, which allow_pickle=False forbids, or in Fortran's order")
+    return shape, dtype
 
 
 def collate(samples: list[Sample], copies: Tensor) -> Batch:

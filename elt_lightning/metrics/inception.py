@@ -23,6 +23,7 @@ from elt_lightning.tokenizers.base import to_bytes
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
+DOWNLOADS = "data/cache"
 WEIGHTS_SHA256 = "6726825d"
 """The first digits of the published file's SHA-256."""
 
@@ -212,11 +213,13 @@ class FIDInception(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "FIDInception":
-        """Build the network from its published weights.
+        """Build the network from its published weights: a file, or "download" to fetch it into :data:`DOWNLOADS`.
 
         Raises:
             UserError: the file is missing, cannot be read, or holds other tensors.
         """
+        if path == "download":
+            path = download_inception(DOWNLOADS)
         network = cls()
         state = _read_tensors(Path(path))
         expected = _without_counters(network.state_dict())

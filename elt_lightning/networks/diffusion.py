@@ -73,6 +73,8 @@ class LoopedDiT(nn.Module):
         super().__init__()
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
         condition_width = condition_width or width
+        if len(input_shape) < 3:
+            raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
         channels, *size = input_shape
         self.sample_shape = tuple(input_shape)
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)

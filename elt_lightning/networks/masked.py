@@ -58,6 +58,8 @@ class LoopedMaskedTransformer(nn.Module):
         initial_std: float = 0.02,
     ) -> None:
         super().__init__()
+        if num_codes is None:  # what data without a codebook say
+            raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)

@@ -1,0 +1,47 @@
+"""What the command lines of the commands without a trainer share."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from elt_lightning.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102
+        raise UserError(f"{self.prog}: {message}")
+
+
+def number_from(smallest: int) -> Callable[[str], int]:
+    """Make a type of arguments that are whole numbers from ``smallest`` up."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} up")
+        return int(text)
+
+    return parse
+
+
+def numbers_from(smallest: int) -> Callable[[str], list[int]]:
+    """Make a type of arguments that are lists such as 1,2,4."""
+    parse = number_from(smallest)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def device_of(name: str | None) -> torch.device:
+    """Give the device of that name, or a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
