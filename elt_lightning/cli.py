@@ -17,9 +17,10 @@ SUBCOMMANDS = {
     "encode": "turn pictures into tokens or latents: WebDataset shards to train on",
     "stats": "measure a folder of pictures as FID's reference",
     "plan": "say what a config will need: memory, disk, steps, GPU-hours",
+    "bench": "measure how fast this machine is with this program",
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
-    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan")
+    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan", "bench")
 }
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L

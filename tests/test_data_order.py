@@ -3,10 +3,12 @@ import random
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from elt_lightning.data.base import HeldOutOrder, TensorBatches, TrainingOrder
+from elt_lightning.data.digits import DigitsDataModule
 
 
 def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, epoch: int = 0) -> list[list[list[int]]]:
@@ -116,3 +118,16 @@ def test_a_loader_over_the_order_gives_whole_batches_with_their_places(workers: 
         assert torch.equal(batch.x, x[index].float() if dtype.is_floating_point else x[index].long())
         assert batch.x.dtype == (torch.float32 if dtype.is_floating_point else torch.int64)
         assert torch.equal(batch.labels, labels[index].long())
+
+
+@pytest.mark.parametrize(("micro", "interval", "expected"), [(None, 6, 6), (8, 6, 12), (4, 6, 24), (4, 0.5, 0.5)])
+def test_validation_comes_after_so_many_optimiser_steps_however_they_are_made(
+    micro: int | None, interval: float, expected: float
+) -> None:
+    module = DigitsDataModule(batch_size=16, micro_batch_size=micro)
+    every = None if interval == 6 else 1
+    trainer = Trainer(logger=False, accelerator="cpu", val_check_interval=interval, check_val_every_n_epoch=every)
+    for _ in range(2):  # a reloaded loader must not count twice
+        assert module.prepare_training(trainer) == (micro or 16)
+        assert trainer.val_check_interval == expected
+        assert trainer.accumulate_grad_batches == 16 // (micro or 16)

@@ -213,7 +213,7 @@ def test_codes_outside_the_codebook_are_named(tmp_path: Path) -> None:
     index = token_index([1])
     where = write_shards(tmp_path, index)
     replace_member(tmp_path / "00000.tar", "npy", npy(stored(0, index) + 300))
-    with pytest.raises(UserError, match="code 300"):
+    with pytest.raises(UserError, match="codes from 300 to 300"):
         read_all(where)
 
 

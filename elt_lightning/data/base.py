@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -183,6 +183,7 @@ class GenerativeDataModule(LightningDataModule, ABC):
             num_workers,
             seed,
         )
+        self._val_check_interval: int | float | None = None
 
     @property
     @abstractmethod
@@ -226,6 +227,19 @@ class GenerativeDataModule(LightningDataModule, ABC):
         order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
+    def prepare_training(self, trainer: Trainer) -> int:
+        """Tell the trainer to accumulate micro-batches, and give the samples of one.
+
+        Lightning counts ``val_check_interval`` in micro-batches; here it is in optimiser steps, however they are made.
+        """
+        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
+        trainer.accumulate_grad_batches = accumulation
+        if self._val_check_interval is None:
+            self._val_check_interval = trainer.val_check_interval
+        if isinstance(self._val_check_interval, int):
+            trainer.val_check_interval = self._val_check_interval * accumulation
+        return micro_batch_size
+
     def share_batch(self, world_size: int) -> tuple[int, int]:
         """Split the global batch: samples per forward pass of one device, and how many passes are accumulated."""
         per_device, remainder = divmod(self.batch_size, world_size)
@@ -252,8 +266,7 @@ class IndexedDataModule(GenerativeDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
-        trainer.accumulate_grad_batches = accumulation
+        micro_batch_size = self.prepare_training(trainer)
         dataset = self.training_set()
         if len(dataset) < self.batch_size:
             raise UserError(f"the training set has {len(dataset)} samples, fewer than batch_size {self.batch_size}")

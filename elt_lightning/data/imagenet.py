@@ -90,8 +90,7 @@ class ImageNetDataModule(GenerativeDataModule):
     def train_dataloader(self) -> ShardLoader:  # noqa: D102
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
-        trainer.accumulate_grad_batches = accumulation
+        micro_batch_size = self.prepare_training(trainer)
         if self.training_index.num_samples < self.batch_size:
             raise UserError(
                 f"{self.training_shards} holds {self.training_index.num_samples} pictures, fewer than batch_size "

@@ -94,6 +94,22 @@ class ShardStream(IterableDataset[Batch]):
                 yield from read_shard(self.location, shard, self.index, start, stop)
             first += shard.num_samples
 
+    def collate(self, samples: list[Sample], copies: Tensor) -> Batch:
+        """Stack samples, of each the copy (B,) that is asked for.
+
+        Raises:
+            UserError: a token is not in the codebook.
+        """
+        chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
+        if self.index.num_codes is not None and not 0 <= chosen.min() <= chosen.max() < self.index.num_codes:
+            place, *_ = np.argwhere((chosen < 0) | (chosen >= self.index.num_codes))[0]
+            raise UserError(
+                f"{self.location}: sample {samples[place].number} has codes from {chosen[place].min()} to "
+                f"{chosen[place].max()}, but there are {self.index.num_codes}: its shard is damaged or of another set"
+            )
+        labels, numbers = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "number"))
+        return Batch(torch.from_numpy(chosen), labels, numbers)
+
 
 @dataclass
 class TrainingStream(ShardStream):
@@ -158,7 +174,7 @@ class TrainingStream(ShardStream):
     def _batch(self, epoch: int, samples: list[Sample]) -> Batch:
         numbers = torch.tensor([sample.number for sample in samples])
         copies = random_bits(sample_seeds(self.seed, numbers), epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies
-        return collate(samples, copies)
+        return self.collate(samples, copies)
 
 
 @dataclass
@@ -179,7 +195,7 @@ class HeldOutStream(ShardStream):
         """Give this reader's share."""
         samples = self.read(list(self.index.shards), self._stretch(reader))
         while batch := list(islice(samples, self.batch_size)):
-            yield collate(batch, torch.zeros(len(batch), dtype=torch.int64))
+            yield self.collate(batch, torch.zeros(len(batch), dtype=torch.int64))
 
 
 class ShardLoader(DataLoader[Batch]):
@@ -240,8 +256,6 @@ def read_sample(members: dict[str, bytes], index: ShardIndex) -> Sample:
     copies = read_npy(members["codes.npy"])
     if copies.shape != (index.copies, *index.stored_shape):
         raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
-    if index.num_codes is not None and not 0 <= copies.min() <= copies.max() < index.num_codes:
-        raise ValueError(f"code {copies.max()} or {copies.min()} is none of the {index.num_codes} codes")
     label = int(json.loads(members["json"])["label"])
     if not 0 <= label < len(index.classes):
         raise ValueError(f"label {label} is none of the {len(index.classes)} classes")
@@ -273,10 +287,3 @@ def npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     if dtype.hasobject or fortran_order:
         raise ValueError("the codes are pickled, which allow_pickle=False forbids, or in Fortran's order")
     return shape, dtype
-
-
-def collate(samples: list[Sample], copies: Tensor) -> Batch:
-    """Stack samples, of each the copy (B,) that is asked for."""
-    chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
-    labels, numbers = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "number"))
-    return Batch(torch.from_numpy(chosen), labels, numbers)

@@ -1,0 +1,90 @@
+"""Configs: bases, and that every shipped one builds what its name says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elt_lightning.cli import main
+from elt_lightning.commands.plan import read
+from elt_lightning.commands.train import with_bases
+from elt_lightning.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+IMAGENET = sorted(
+    path for path in (ROOT / "configs" / "imagenet256").glob("*.yaml") if path.stem not in ("masked", "diffusion")
+)
+
+
+def layers(arguments: list[str], scratch: Path) -> list[dict[str, object]]:
+    flags = with_bases(arguments, scratch)
+    assert flags[::2] == ["--config"] * (len(flags) // 2)
+    return [yaml.safe_load(Path(path).read_text()) for path in flags[1::2]]
+
+
+def test_bases_come_first_and_configs_keep_their_names(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "lowest.yaml").write_text("a: 1\n")
+    (tmp_path / "middle.yaml").write_text("base: shared/lowest.yaml\na: 2\n")
+    (tmp_path / "top.yaml").write_text("base: middle.yaml\na: 3\n")
+    (tmp_path / "plain.yaml").write_text("a: 4\n")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    top, plain = str(tmp_path / "top.yaml"), str(tmp_path / "plain.yaml")
+    assert layers(["--config", top, "--config=" + plain], scratch) == [{"a": 1}, {"a": 2}, {"a": 3}, {"a": 4}]
+    flags = with_bases(["--x=1", "--config", top, "--y", "2"], scratch)
+    assert flags[0] == "--x=1"
+    assert flags[-2:] == ["--y", "2"]
+    assert Path(flags[-3]).name == "top.yaml"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: nowhere.yaml", r"nowhere\.yaml, the base of .*top\.yaml, cannot be read"),
+        ("base: top.yaml", "its own base"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_base_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "top.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        with_bases(["--config", str(tmp_path / "top.yaml")], tmp_path)
+
+
+def test_a_missing_config_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "nowhere.yaml"]) == 2
+    assert "the config nowhere.yaml cannot be read" in capsys.readouterr().err
+
+
+PUBLISHED = {
+    "maskgit_l": (24, 1),
+    "maskgit_xl": (28, 1),
+    "elt_l_8n3l": (8, 3),
+    "elt_l_8n3l_24gb": (8, 3),
+    "elt_l_12n2l": (12, 2),
+    "elt_xl_7n4l": (7, 4),
+    "dit_16": (16, 1),
+    "dit_32": (32, 1),
+    "elt_1n32l": (1, 32),
+    "elt_4n8l": (4, 8),
+    "elt_8n4l": (8, 4),
+    "elt_16n2l": (16, 2),
+}
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_rows_of_the_tables_are_what_they_are_called(path: Path) -> None:
+    config, _, module = read(["--config", str(path)])
+    assert (len(module.network.backbone.layers), module.max_loops) == PUBLISHED[path.stem]  # type: ignore[union-attr, arg-type]
+    assert config["data"]["init_args"]["batch_size"] == 512
+    assert module.distillation.mode == ("vanilla" if module.max_loops == 1 else "ilsd")
+    assert module.label_drop == 0.1
+    if "dit" in path.stem or config["trainer"]["max_steps"] == 500_000:
+        assert (module.sampler.steps, module.sampler.guidance.scale) == (512, 3.0)
+    else:
+        assert (module.sampler.steps, config["trainer"]["max_epochs"]) == (24, 270)
+
+
+def test_every_row_has_a_config() -> None:
+    assert {path.stem for path in IMAGENET} == PUBLISHED.keys()

@@ -1,0 +1,366 @@
+"""`elt plan` against counts made another way: formulas by hand, real tensors, real files."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from shard_files import token_index, write_shards
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from elt_lightning.cli import main
+from elt_lightning.commands.plan import count_validations, num_steps, read
+from elt_lightning.errors import UserError
+from elt_lightning.module import ELTModule
+from elt_lightning.networks.diffusion import LoopedDiT
+from elt_lightning.networks.masked import LoopedMaskedTransformer
+from elt_lightning.objectives.diffusion import DiffusionObjective
+from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.planning import Codes, Precision, Rehearsal, Settings, make_plan
+from elt_lightning.processes.conditioning import Condition
+from elt_lightning.samplers.diffusion import DDIMSampler
+from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.masked import MaskGITSampler
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+IMAGENET = CONFIGS / "imagenet256"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def work_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def module_of(name: str) -> ELTModule:
+    return read([f"--config={IMAGENET / name}.yaml"])[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "published"),
+    [
+        ("maskgit_l", 24, 1024, 303e6),
+        ("maskgit_xl", 28, 1152, 446e6),
+        ("elt_l_8n3l", 8, 1024, 101e6),
+        ("elt_l_12n2l", 12, 1024, 152e6),
+        ("elt_xl_7n4l", 7, 1152, 111e6),
+    ],
+)
+def test_table_1_counts_the_backbone(name: str, layers: int, width: int, published: float) -> None:
+    module = module_of(name)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    backbone, total = module.num_parameters()
+    assert backbone == layers * (12 * width**2 + 13 * width)
+    assert backbone == pytest.approx(published, rel=0.01)
+    tables = (1024 + 1) + (1000 + 1) + (256 + 1)  # codes, classes, positions
+    assert total == backbone + tables * width + 2 * width + (width**2 + width) + 2 * width + 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "published", "tolerance"),
+    [
+        ("elt_1n32l", 1, 69e6, 0.01),
+        ("elt_4n8l", 4, 271e6, 0.01),
+        ("elt_8n4l", 8, 539e6, 0.01),
+        ("elt_16n2l", 16, 1.1e9, 0.025),
+        ("dit_16", 16, 1.1e9, 0.025),
+        ("dit_32", 32, 2.1e9, 0.025),
+    ],
+)
+def test_table_2_counts_the_network(name: str, layers: int, published: float, tolerance: float) -> None:
+    module = module_of(name)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    backbone, total = module.num_parameters()
+    d, m, c, head = 2048, 8192, 1024, 128
+    matrices = 4 * d**2 + 2 * d * m + 2 * m * c
+    vectors = (3 * d + d + m + d + 2 * m) + 2 * d + 4 * head  # biases, norms, norms of queries and keys
+    assert backbone == layers * (matrices + vectors)
+    assert total == pytest.approx(published, rel=tolerance)
+
+
+def small_masked(**settings: float) -> ELTModule:
+    return ELTModule(
+        network=LoopedMaskedTransformer(50, (4, 4), 10, num_layers=2, width=32, heads=4, **settings),  # type: ignore[arg-type]
+        objective=MaskedObjective(50),
+        distillation=ILSD(3),
+        sampler=MaskGITSampler(50, 10, steps=5, guidance=Guidance(scale=2.0)),
+        num_classes=10,
+    )
+
+
+def small_diffusion(block: str = "film") -> ELTModule:
+    return ELTModule(
+        network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, heads=4, block=block),  # type: ignore[arg-type]
+        objective=DiffusionObjective(),
+        distillation=ILSD(3),
+        sampler=DDIMSampler(10, steps=4),
+        num_classes=10,
+    )
+
+
+def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | None) -> int:
+    """Run the whole loss of a training step on real tensors: bytes that autograd keeps, weights left out."""
+    network, objective = module.network.train(), module.objective
+    shape = (num_samples, *network.sample_shape)  # type: ignore[misc]
+    x = torch.randint(50, shape) if isinstance(objective, MaskedObjective) else torch.randn(shape)
+    corrupted = objective.corrupt(x, torch.arange(num_samples), 7)
+    condition = Condition(torch.randint(10, (num_samples,)), corrupted.time)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autocast("cpu", autocast, autocast is not None, cache_enabled=False),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss, _ = module.distillation.loss(network(corrupted.inputs, condition, 3, (2,)), corrupted, objective, 0.3)
+    kept = sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
+    loss.backward()
+    return kept
+
+
+@pytest.mark.parametrize("make", [small_masked, small_diffusion, lambda: small_diffusion("adaln_zero")])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTModule], precision: str) -> None:
+    module, types = make(), Precision.named(precision)
+    activations = Rehearsal(module, types).activations()
+    planned = sum(part.per_sample * 5 + part.fixed for part in (activations.loop * 3, activations.ends))
+    module.to(types.weights)
+    if types.autocast is not None:  # a GPU's autocast computes layer norms in float32, a CPU's in what it is given
+        for norm in module.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    assert planned == pytest.approx(really_kept(module, 5, types.autocast), rel=1e-3)
+
+
+def test_autocast_keeps_a_copy_of_the_shared_weights_for_each_loop() -> None:
+    module = small_masked()
+    activations = Rehearsal(module, Precision.named("bf16-mixed")).activations()
+    matrices = [layer.weight for layer in module.network.backbone.modules() if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
+    assert activations.loop.fixed == sum(2 * matrix.numel() for matrix in matrices)
+    assert Rehearsal(module, Precision.named("32-true")).activations().loop.fixed == 0
+
+
+def test_recomputed_loops_keep_their_first_states() -> None:
+    states = Rehearsal(small_masked(), Precision.named("32-true")).activations().states
+    assert states.per_sample == 3 * (1 + 16) * 32 * 4  # loops, tokens, width, bytes
+    assert abs(states.fixed) < 100
+
+
+def test_dropout_keeps_what_it_does_on_a_gpu() -> None:
+    """A byte for each element that is dropped or not: the residual branches and the embedding; nothing of attention."""
+    precision = Precision.named("32-true")
+    without, with_dropout = (Rehearsal(small_masked(dropout=rate), precision).activations() for rate in (0.0, 0.1))
+    elements = (1 + 16) * 32
+    assert with_dropout.loop.per_sample - without.loop.per_sample == 2 * 2 * elements  # two layers of two branches
+    assert with_dropout.ends.per_sample - without.ends.per_sample == pytest.approx(elements, rel=0.1)
+
+
+@pytest.mark.parametrize("make", [small_masked, small_diffusion])
+def test_macs_and_those_of_an_exit_are_those_that_torch_counts(make: Callable[[], ELTModule]) -> None:
+    module = make()
+    network = module.network.train()
+    is_masked = isinstance(module.objective, MaskedObjective)
+    x = torch.zeros(1, 16, dtype=torch.int64) if is_masked else torch.zeros(1, 4, 8, 8)
+    attention = 2 * (17**2 if is_masked else 16**2) * 32 * 2 * 3  # QK and PV, tokens, width, layers, loops
+    counts = []
+    for exits in ((), (1,)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(x, Condition(torch.zeros(1, dtype=torch.int64), torch.zeros(1)), 3, exits)
+        counts.append(counter.get_total_flops() // 2)
+    missing = network.macs(3) - counts[0]  # type: ignore[operator]
+    assert missing in (0, attention)  # torch may leave out the CPU's fused attention
+    assert Rehearsal(module, Precision.named("32-true")).exit_macs() == counts[1] - counts[0]
+
+
+def settings(**changes: object) -> Settings:
+    plain: dict[str, object] = {
+        "precision": "32-true",
+        "devices": 1,
+        "micro_batch_size": 4,
+        "batch_size": 8,
+        "steps": 10,
+        "steps_said": "max_steps",
+        "num_validations": 2,
+        "num_validation_samples": 3,
+        "num_held_out": 7,
+        "num_test_samples": 11,
+        "loops": [1, 2, 3],
+        "guidance": None,
+        "num_checkpoints": 1,
+        "tflops": 1.0,
+        "utilisation": 0.5,
+    }
+    return Settings(**(plain | changes))  # type: ignore[arg-type]
+
+
+def test_memory_of_weights_optimiser_and_average() -> None:
+    module = small_masked()
+    _, total = module.num_parameters()
+    memory = make_plan(module, settings()).memory[False]
+    assert (memory.weights, memory.gradients, memory.average) == (4 * total, 4 * total, 4 * total)
+    assert memory.optimizer_state == 8 * total
+    assert memory.gradient_buckets == 0
+    assert make_plan(module, settings(devices=2)).memory[False].gradient_buckets == 4 * total
+    half = make_plan(module, settings(precision="bf16-true")).memory[False]
+    assert (half.weights, half.optimizer_state) == (2 * total, 4 * total)
+    module.make_optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)
+    plan = make_plan(module, settings())
+    assert plan.memory[False].optimizer_state == 0
+    assert plan.checkpoint_bytes == 8 * total
+
+
+def test_memory_of_activations_grows_with_the_micro_batch_and_shrinks_with_checkpoint_loops() -> None:
+    module = small_masked()
+    plan = make_plan(module, settings())
+    twice = make_plan(module, settings(micro_batch_size=8))
+    for recompute in (False, True):
+        assert twice.memory[recompute].loops == 2 * plan.memory[recompute].loops
+        assert twice.memory[recompute].ends == 2 * plan.memory[recompute].ends
+    assert plan.memory[False].loops == 3 * plan.memory[True].loops
+    assert plan.memory[False].total > plan.memory[True].total
+    assert plan.memory[True].states == 4 * plan.activations.states.per_sample
+
+
+def test_hours_of_training_validation_and_test_by_hand() -> None:
+    """8N×3L at width 1024: 256 tokens and a class, 1024 codes; 24 sampling steps, each with two branches."""
+    module = module_of("elt_l_8n3l")
+    tokens, width = 257, 1024
+    loop = 8 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+    head = 256 * (width**2 + width * 1024)
+    planned = settings(
+        batch_size=512, steps=675_540, loops=[1, 2, 3], num_test_samples=50_000, tflops=989.0, utilisation=0.4
+    )
+    plan = make_plan(module, planned)
+    image = 3 * (3 * loop + 2 * head)
+    assert plan.image_macs.total == image
+    assert plan.training.gpu_hours(395.6e12) == pytest.approx(675_540 * 512 * 2 * image / 395.6e12 / 3600)
+    assert plan.training.gpu_hours(395.6e12) == pytest.approx(119.4, rel=1e-3)
+    assert plan.as_dict()["training"]["gpu_hours"] == pytest.approx(119.4, rel=1e-3)
+    samples = [24 * 2 * (loops * loop + head) for loops in (1, 2, 3)]
+    assert list(plan.sample_macs.values()) == samples
+    assert plan.test[3].gpu_hours(395.6e12) == pytest.approx(50_000 * 2 * samples[2] / 395.6e12 / 3600)
+    assert plan.validation.macs == 3 * sum(samples) + 7 * (3 * loop + 3 * head)
+
+    module.network.backbone.checkpoint_loops = True  # type: ignore[union-attr]
+    assert make_plan(module, planned).image_macs.total == image + 3 * loop
+    two_scales = make_plan(module, settings(guidance=[1.0, 2.0], loops=[2]))
+    assert two_scales.test[2].macs == (24 + 48) * (2 * loop + head)
+
+
+def trainer(**changes: object) -> dict[str, object]:
+    plain = {"max_steps": -1, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 100}
+    return plain | {"limit_val_batches": None} | changes
+
+
+def test_steps_come_from_steps_or_whole_batches_of_epochs() -> None:
+    assert num_steps(trainer(max_steps=7), None, 8) == (7, "max_steps")
+    assert num_steps(trainer(max_epochs=270), 1_281_167, 512)[0] == 270 * 2502
+    assert num_steps(trainer(max_epochs=2, max_steps=30), 87, 8)[0] == 20
+    assert num_steps(trainer(max_epochs=2, max_steps=15), 87, 8)[0] == 15
+    with pytest.raises(UserError, match="--num_samples"):
+        num_steps(trainer(max_epochs=2), None, 8)
+    with pytest.raises(UserError, match="max_steps"):
+        num_steps(trainer(), 87, 8)
+
+
+def test_validations_are_counted_in_optimiser_steps() -> None:
+    assert count_validations(trainer(), 1000, None) == 10
+    assert count_validations(trainer(limit_val_batches=0), 1000, None) == 0
+    each_epoch = trainer(check_val_every_n_epoch=2, val_check_interval=1.0)
+    assert count_validations(each_epoch, 1000, 100) == 5
+    assert count_validations(each_epoch | {"val_check_interval": 0.25}, 1000, 100) == 20
+    assert count_validations(each_epoch, 1000, None) == 0
+
+
+def test_disk_is_what_shards_take(tmp_path: Path) -> None:
+    for copies in (1, 2):
+        index = token_index([400], copies=copies)
+        write_shards(tmp_path / str(copies), index)
+        written = (tmp_path / str(copies) / "00000.tar").stat().st_size
+        planned = 400 * Codes(index.stored_shape, True).bytes_in_shard(copies)
+        assert written == math.ceil((planned + 1024) / 10_240) * 10_240  # a tar ends in zeros up to a whole record
+    moments = Codes((8, 32, 32), False)
+    assert 1_281_167 * moments.num_bytes == pytest.approx(21e9, rel=0.01)
+    header, block = 512, 512
+    sample = 2 * header + math.ceil((128 + 2 * 8 * 32 * 32) / block) * block + block
+    assert moments.bytes_in_shard(1) == sample
+
+
+def test_imagenet_is_assumed_where_there_are_no_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model.network.init_args.num_layers=4", "--devices=8", "--json=plan.json"]
+    assert main(["plan", "--config", str(IMAGENET / "elt_8n4l.yaml"), *flags, "--tflops", "500"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("ImageNet-1k", "1,281,167", "index.json", "assumptions", "GPU-hours", "500 TFLOP/s", "21.0 GB"):
+        assert part in printed
+    content = json.loads(Path("plan.json").read_text())
+    assert content["data"]["input_shape"] == [4, 32, 32]
+    assert content["parameters"] == pytest.approx(271e6, rel=0.01)
+    assert content["settings"]["micro_batch_size"] == 32
+    assert content["settings"]["loops"] == [1, 2, 3, 4]
+    assert content["training"]["count"] == 500_000 * 512
+    assert content["disk"]["training_codes"] == 1_281_167 * 2 * 8 * 32 * 32
+    assert content["memory"]["all_kept"]["total"] > content["memory"]["checkpointed"]["total"]
+    assert [path.name for path in Path.cwd().iterdir()] == ["plan.json"]  # nothing was begun
+
+
+def test_shards_are_asked_where_they_are(tmp_path: Path) -> None:
+    places = [write_shards(tmp_path / name, token_index([40], classes=3)) for name in ("train", "val")]
+    flags = [f"--data.init_args.training_shards={places[0]}", f"--data.init_args.held_out_shards={places[1]}"]
+    _, data, module = read([f"--config={IMAGENET / 'elt_l_8n3l.yaml'}", *flags])
+    assert (data.assumed, data.num_samples, data.num_held_out) == (None, 40, 40)
+    assert data.codes == Codes((4,), True)
+    assert (module.num_classes, module.network.sample_shape) == (3, (4,))
+
+
+def test_data_that_need_no_download_are_asked_and_nothing_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(QUICKSTART), "--data.init_args.micro_batch_size=16"]) == 0
+    printed = capsys.readouterr().out
+    assert "50,000 training samples, 2,000 held out; 5 classes; 5×5 tokens of 20 codes" in printed
+    assert "64 = 1 × 4 × 16" in printed
+    assert "assumed" not in printed
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        ([], "--config"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", str(QUICKSTART), "--model.network.init_args.widht=3"], "widht"),
+        (["--config", str(QUICKSTART), "--device=3"], "device"),
+        (["--config", str(QUICKSTART), "--model.network.init_args.heads=5"], "heads"),
+        (["--config", str(QUICKSTART), "--model.distillation.min_loops=4"], "min_loops"),
+        (["--config", str(QUICKSTART), "--devices=7"], "batch_size 64"),
+        (["--config", str(QUICKSTART), "--devices=0"], "--devices"),
+        (["--config", str(QUICKSTART), "--utilisation=1.1"], "--utilisation"),
+        (["--config", str(QUICKSTART), "--tflops=fast"], "--tflops"),
+        (["--config", str(QUICKSTART), "--num_samples=63"], "63"),
+        (["--config", str(QUICKSTART), "--trainer.max_steps=-1"], "max_steps"),
+        (["--config", str(QUICKSTART), "--trainer.precision=transformer-engine"], "transformer-engine"),
+        (["--config", str(QUICKSTART), "--ckpt_path=missing.ckpt"], "missing.ckpt"),
+        (["--config", "tensors.yaml"], "squares.safetensors"),
+        (["--config", str(QUICKSTART), "--json", "tensors.yaml"], "--overwrite"),
+    ],
+)
+def test_a_wrong_command_line_gives_one_clear_line(
+    arguments: list[str], telling: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {
+        "class_path": "elt_lightning.data.tensors.TensorDataModule",
+        "init_args": {"training_files": ["squares.safetensors"], "held_out_files": ["squares.safetensors"]},
+    }
+    tensors["init_args"] |= {"num_classes": 5, "num_codes": 20}  # type: ignore[operator]
+    Path("tensors.yaml").write_text(json.dumps({"base": str(QUICKSTART)} | {"data": tensors}))
+    assert main(["plan", *arguments]) == 2
+    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("elt: error: ")]
+    assert len(complaints) == 1
+    assert telling in complaints[0]
