@@ -35,7 +35,8 @@ class ImageNetDataModule(GenerativeDataModule):
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training pictures.
-        held_out_shards: the same of the pictures that losses are measured on.
+        held_out_shards: the same of the pictures that losses are measured on; None for the training pictures, where
+            there are too few to hold any out.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the pictures were encoded.
         inception_path: Inception weights that FID is defined by, or "download"; None measures neither FID nor IS.
         reference: what FID compares with: an npz of moments, such as ADM's ``VIRTUAL_imagenet256_labeled.npz`` or what
@@ -54,7 +55,7 @@ class ImageNetDataModule(GenerativeDataModule):
     def __init__(
         self,
         training_shards: str = "data/imagenet256/train",
-        held_out_shards: str = "data/imagenet256/val",
+        held_out_shards: str | None = "data/imagenet256/val",
         tokenizer_path: str | None = None,
         inception_path: str | None = None,
         reference: str | None = None,
@@ -68,13 +69,15 @@ class ImageNetDataModule(GenerativeDataModule):
         super().__init__(batch_size, micro_batch_size, num_workers, seed)
         if shuffle_block < 1:
             raise ValueError(f"shuffle_block must be at least 1, not {shuffle_block}")
-        self.training_shards, self.held_out_shards = training_shards, held_out_shards
+        self.training_shards, self.held_out_shards = training_shards, held_out_shards or training_shards
         self.tokenizer_path, self.shuffle_block = tokenizer_path, shuffle_block
         self.inception_path, self.reference, self.cache = inception_path, reference, Path(cache)
         self.primary_metric = HELD_OUT_LOSS if inception_path is None else "fid" if reference else "inception_score"
         self.higher_is_better = self.primary_metric == "inception_score"
-        self.training_index, self.held_out_index = ShardIndex.read(training_shards), ShardIndex.read(held_out_shards)
-        check_same_codes(training_shards, self.training_index, held_out_shards, self.held_out_index)
+        self.training_index, self.held_out_index = (
+            ShardIndex.read(location) for location in (self.training_shards, self.held_out_shards)
+        )
+        check_same_codes(self.training_shards, self.training_index, self.held_out_shards, self.held_out_index)
         self.num_classes = len(self.training_index.classes)
         self.input_shape, self.num_codes = self.training_index.input_shape, self.training_index.num_codes
 

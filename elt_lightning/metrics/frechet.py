@@ -7,6 +7,7 @@ It is called FID only for Inception features and FVD only for I3D features; any 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -23,8 +24,16 @@ class Moments:
     covariance: Tensor
 
     def to(self, device: torch.device) -> "Moments":
-        """Give the same moments on another device."""
+        """Give the same moments on another device; on the same one, themselves with what was computed of them."""
+        if self.mean.device == device:
+            return self
         return Moments(self.mean.to(device), self.covariance.to(device))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Σ^½ (D, D), with eigenvalues that rounding put below zero taken as zero; computed once, for all distances."""
+        eigenvalues, eigenvectors = torch.linalg.eigh(self.covariance)
+        return (eigenvectors * eigenvalues.clamp(min=0).sqrt()) @ eigenvectors.T
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,8 @@ def frechet_distance(first: Moments, second: Moments) -> Tensor:
     tr (Σ₁Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric, so that rounding
     never makes it complex; eigenvalues that rounding put below zero count as zero.
     """
-    eigenvalues, eigenvectors = torch.linalg.eigh(first.covariance)
-    root = (eigenvectors * eigenvalues.clamp(min=0).sqrt()) @ eigenvectors.T
-    trace_of_root = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp(min=0).sqrt().sum()
+    product = first.root @ second.covariance @ first.root
+    trace_of_root = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
     squared_difference = (first.mean - second.mean).square().sum()
     return squared_difference + first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
 
