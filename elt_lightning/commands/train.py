@@ -105,6 +105,7 @@ def quieten_libraries() -> None:
         ".*The dirpath has changed.*",
         ".*barrier.*device_id.*",
         ".*`IterableDataset` has `__len__` defined.*",
+        ".*Be aware that when using `ckpt_path`, callbacks.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
