@@ -8,7 +8,7 @@ from torch import Tensor
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import num_still_masked
-from elt_lightning.processes.noise import Stream, gumbel, sample_seeds
+from elt_lightning.processes.noise import Stream, gumbel, sample_seeds, uniform
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
 
@@ -71,13 +71,14 @@ def decode_by_hand(
                 null = network(x, Condition(torch.tensor([CLASSES])), loops)[0].double()
                 logits = (1 - scales[step]) * null + scales[step] * logits
             one = seeds[sample : sample + 1]
-            token_noise = gumbel(one, step, Stream.SAMPLED_TOKENS, (T, V))[0].double()
+            numbers = uniform(one, step, Stream.SAMPLED_TOKENS, (T,))[0].tolist()
             choice_noise = gumbel(one, step, Stream.SAMPLED_CONFIDENCE, (T,))[0].double()
-            tempered = logits / (0.5 + 0.8 * anneal) + token_noise
+            probabilities = (logits / (0.5 + 0.8 * anneal)).exp()
             hidden = [i for i in range(T) if tokens[i] == V]
             confidence = {}
             for i in hidden:
-                tokens[i] = int(tempered[i].argmax())
+                shares = (probabilities[i] / probabilities[i].sum()).tolist()
+                tokens[i] = next(v for v in range(V) if sum(shares[: v + 1]) >= numbers[i])
                 log_p = logits[i, tokens[i]] - logits[i].exp().sum().log()
                 confidence[i] = float(log_p + choice_temperature * anneal * choice_noise[i])
             keep_hidden = still_masked_by_formula(unknown, len(hidden), step, steps)

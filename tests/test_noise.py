@@ -13,6 +13,7 @@ from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import (
     Stream,
     batch_seed,
+    categorical,
     gumbel,
     integer,
     philox,
@@ -212,3 +213,28 @@ def test_conditions_join_along_the_batch() -> None:
     assert joined.time is not None
     assert torch.equal(joined.time, torch.tensor([0.1, 0.2, 0.1, 0.2]))
     assert second.joined(second).time is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_categorical_samples_the_softmax(seed: int) -> None:
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 2
+    logits[:, 2] = -torch.inf  # never drawn
+    drawn = categorical(logits.expand(30_000, 2, 6), sample_seeds(seed, torch.arange(30_000)), 1, Stream.SAMPLED_TOKENS)
+    assert drawn.shape == (30_000, 2)
+    for column in range(2):
+        counts = drawn[:, column].bincount(minlength=6)
+        assert counts[2] == 0
+        expected = logits[column].softmax(-1)
+        kept = expected > 0
+        chi_squared = ((counts[kept] - 30_000 * expected[kept]) ** 2 / (30_000 * expected[kept])).sum()
+        assert stats.chi2.sf(float(chi_squared), 4) > 1e-4
+
+
+def test_categorical_stays_in_range_where_probabilities_are_extreme() -> None:
+    seeds = sample_seeds(0, torch.arange(20_000))
+    one = torch.full((20_000, 1024), -200.0)
+    one[:, 1023] = 0.0
+    assert (categorical(one, seeds, 0, Stream.SAMPLED_TOKENS) == 1023).all()
+    flat = categorical(torch.zeros(20_000, 1024), seeds, 0, Stream.SAMPLED_TOKENS)
+    assert flat.min() < 5
+    assert 1018 < flat.max() < 1024

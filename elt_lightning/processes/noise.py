@@ -107,6 +107,18 @@ def gumbel(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()
     return -torch.log(-torch.log(uniform(seeds, step, stream, shape)))
 
 
+def categorical(logits: Tensor, seeds: Tensor, step: int, stream: Stream) -> Tensor:
+    """Sample from softmax(logits): (B, …, V) to (B, …) int64, by one uniform number for each distribution.
+
+    The first class whose cumulative probability reaches the number is taken. Gumbel noise would do as well, but draws V
+    numbers where one is enough.
+    """
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    number = uniform(seeds, step, stream, tuple(logits.shape[1:-1]))[..., None]
+    # Scaled to the sum, which rounding leaves a little off 1: there is always a class that reaches it.
+    return torch.searchsorted(cumulative, number * cumulative[..., -1:]).squeeze(-1)
+
+
 def normal(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw standard normal noise: (B, *shape) float32, never beyond ±5.8.
 

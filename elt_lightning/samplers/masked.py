@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import num_still_masked, ranks
-from elt_lightning.processes.noise import Stream, gumbel
+from elt_lightning.processes.noise import Stream, categorical, gumbel
 from elt_lightning.samplers.base import Loops, Sampler
 from elt_lightning.samplers.guidance import Guidance, Predict
 
@@ -75,8 +75,7 @@ class MaskGITSampler(Sampler):
 
     def _draw_tokens(self, logits: Tensor, seeds: Tensor, step: int) -> Tensor:
         temperature = self.temperature_bias + self.temperature_scale * (1 - (step + 1) / self.steps)
-        noise = gumbel(seeds, step, Stream.SAMPLED_TOKENS, tuple(logits.shape[1:]))
-        return (logits / temperature + noise).argmax(-1)
+        return categorical(logits / temperature, seeds, step, Stream.SAMPLED_TOKENS)
 
     def _confidence(self, logits: Tensor, tokens: Tensor, seeds: Tensor, step: int) -> Tensor:
         log_probability = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
