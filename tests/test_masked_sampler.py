@@ -152,7 +152,7 @@ def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
     network = LoopedMaskedTransformer(V, (5, 5), CLASSES, num_layers=1, width=16, heads=2).double().eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
+            parameter.copy_(torch.randn_like(parameter))
     sampler = MaskGITSampler(V, CLASSES, 6, guidance=Guidance(scale))
     labels, seeds = torch.randint(0, CLASSES, (12,)), sample_seeds(9, torch.randperm(1000)[:12])
 
