@@ -1,37 +1,24 @@
 """ImageNet, or any labelled pictures, as `elt encode imagenet` leaves them: tokens or latents in WebDataset shards."""
 
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
+from elt_lightning.data.base import HELD_OUT_LOSS
+from elt_lightning.data.encoded import EncodedDataModule
 from elt_lightning.data.images import batches, fingerprint
-from elt_lightning.data.shards import ShardIndex
-from elt_lightning.data.streams import HeldOutStream, ShardLoader, TrainingStream
-from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.fid import InceptionScores
 from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.metrics.reference import InceptionMoments, ReferenceImages, load_or_compute, read_moments
-from elt_lightning.processes.noise import Stream, normal, sample_seeds
-from elt_lightning.tokenizers.base import Tokenizer
-from elt_lightning.tokenizers.loading import load_tokenizer
 
 REFERENCE_BATCH = 64
 
 
-class ImageNetDataModule(GenerativeDataModule):
+class ImageNetDataModule(EncodedDataModule):
     """Train on encoded pictures; judge samples by FID and Inception score.
 
-    Order: with the same seed, batch size, number of devices and loader processes, batches are the same in every run,
-    and a run that resumes in the middle of an epoch goes on with the batch that was next. With other numbers of devices
-    or loader processes it goes on in another order: in the epoch that was interrupted some pictures then come twice and
-    others not at all; from the next epoch on every one comes once again. Every device gets as many batches; what does
-    not fill a global batch is left out of an epoch, other pictures in each. What a picture meets in training, its noise
-    and masks, depends on none of this.
+    What order pictures come in is said at :class:`~elt_lightning.data.encoded.EncodedDataModule`.
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training pictures.
@@ -66,84 +53,19 @@ class ImageNetDataModule(GenerativeDataModule):
         shuffle_block: int = 2048,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, micro_batch_size, num_workers, seed)
-        if shuffle_block < 1:
-            raise ValueError(f"shuffle_block must be at least 1, not {shuffle_block}")
-        self.training_shards, self.held_out_shards = training_shards, held_out_shards or training_shards
-        self.tokenizer_path, self.shuffle_block = tokenizer_path, shuffle_block
+        super().__init__(
+            training_shards,
+            held_out_shards,
+            tokenizer_path,
+            batch_size,
+            micro_batch_size,
+            num_workers,
+            shuffle_block,
+            seed,
+        )
         self.inception_path, self.reference, self.cache = inception_path, reference, Path(cache)
         self.primary_metric = HELD_OUT_LOSS if inception_path is None else "fid" if reference else "inception_score"
         self.higher_is_better = self.primary_metric == "inception_score"
-        self.training_index, self.held_out_index = (
-            ShardIndex.read(location) for location in (self.training_shards, self.held_out_shards)
-        )
-        check_same_codes(self.training_shards, self.training_index, self.held_out_shards, self.held_out_index)
-        self.num_classes = len(self.training_index.classes)
-        self.input_shape, self.num_codes = self.training_index.input_shape, self.training_index.num_codes
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The frozen tokenizer, loaded when it is first asked for: training itself does not need it."""
-        return load_tokenizer(self.training_index.tokenizer, self.tokenizer_path)
-
-    def tokenizer_description(self) -> dict[str, Any]:
-        """Describe the tokenizer, as the index does."""
-        return self.training_index.tokenizer
-
-    def train_dataloader(self) -> ShardLoader:  # noqa: D102
-        trainer = self.trainer
-        assert trainer is not None
-        micro_batch_size = self.prepare_training(trainer)
-        if self.training_index.num_samples < self.batch_size:
-            raise UserError(
-                f"{self.training_shards} holds {self.training_index.num_samples} pictures, fewer than batch_size "
-                f"{self.batch_size}"
-            )
-        stream = TrainingStream(
-            **self._place(self.training_shards, self.training_index, micro_batch_size),
-            global_batch_size=self.batch_size,
-            seed=self.seed,
-            shuffle_block=self.shuffle_block,
-        )
-        return ShardLoader(stream, lambda: trainer.global_step)
-
-    def val_dataloader(self) -> ShardLoader:  # noqa: D102
-        assert self.trainer is not None
-        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
-        return ShardLoader(HeldOutStream(**self._place(self.held_out_shards, self.held_out_index, micro_batch_size)))
-
-    def _place(self, location: str, index: ShardIndex, batch_size: int) -> dict[str, Any]:
-        """Give the settings that both kinds of streams have."""
-        assert self.trainer is not None
-        return {
-            "location": location,
-            "index": index,
-            "batch_size": batch_size,
-            "num_workers": self.num_workers,
-            "rank": self.trainer.global_rank,
-            "world_size": self.trainer.world_size,
-        }
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn what is stored into what the model takes, on its device: int64 tokens, or float32 latents."""
-        if not isinstance(batch, Batch):
-            return batch
-        assert self.trainer is not None
-        step = self.trainer.global_step if self.trainer.training else 0
-        return batch._replace(x=self.codes(batch.x, sample_seeds(self.seed, batch.indices), step))
-
-    def codes(self, stored: Tensor, seeds: Tensor, step: int) -> Tensor:
-        """Turn stored tokens (B, T), latents (B, C, H, W) or moments (B, 2·C, H, W) into tokens or latents.
-
-        Latents of moments are drawn, anew at every step: scale · (mean + std·ε).
-        """
-        if self.num_codes is not None:
-            return stored.long()
-        if self.training_index.latent_scale is None:
-            return stored.float()
-        mean, std = stored.float().chunk(2, dim=1)
-        noise = normal(seeds, step, Stream.POSTERIOR, tuple(mean.shape[1:]))
-        return self.training_index.latent_scale * (mean + std * noise)
 
     def prepare_data(self) -> None:
         """Load what samples will be judged by, once before anything is trained; pictures of reference are read here."""
@@ -171,20 +93,3 @@ class ImageNetDataModule(GenerativeDataModule):
             return []
         network = self.load_inception()
         return [InceptionScores(network, self.load_reference(network))]
-
-
-def check_same_codes(first: str, one: ShardIndex, second: str, other: ShardIndex) -> None:
-    """Check that two sets hold the same classes, in codes of the same tokenizer.
-
-    Raises:
-        UserError: they do not.
-    """
-    for name in ("classes", "image_size", "input_shape", "stored_shape", "num_codes", "latent_scale"):
-        here, there = getattr(one, name), getattr(other, name)
-        if here != there:
-            described = (f"{len(here)} and {len(there)}, or in another order",) if name == "classes" else (here, there)
-            raise UserError(f"{first} and {second} differ in {name}: {' and '.join(map(str, described))}")
-    if any(one.tokenizer.get(name) != other.tokenizer.get(name) for name in ("class_path", "sha256")):
-        raise UserError(f"{first} and {second} were encoded by different tokenizers")
-    if len(one.stored_shape) not in (1, 3) or torch.Size(one.stored_shape).numel() < 1:
-        raise UserError(f"{first}: codes of shape {one.stored_shape} are neither tokens nor latents")
