@@ -81,8 +81,7 @@ class Kept:
 
     Attributes:
         per_sample: for each sample of the pass: activations.
-        fixed: however many samples there are: copies of weights in autocast's type. Lightning runs autocast without its
-            cache, so that each application of a layer makes, and keeps, a copy of its own.
+        fixed: however many samples there are: copies of weights in autocast's type, one of each with its cache.
     """
 
     per_sample: int
@@ -176,7 +175,7 @@ class Rehearsal:
             corrupted, condition = self._batch(num_samples)
             if recompute:  # the state that a loop begins with is kept by the function that recomputes it
                 stack.callback(backbone.layers[0].register_forward_pre_hook(keep_state).remove)
-            stack.enter_context(torch.autocast("cpu", autocast, autocast is not None, cache_enabled=False))
+            stack.enter_context(torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True))
             stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
             predictions = network(corrupted.inputs, condition, loops, exits)
             if with_loss:
@@ -226,7 +225,7 @@ class Memory:
         gradient_buckets: what gradients are exchanged in by several devices.
         optimizer_state: for example AdamW's two moments.
         average: the averaged weights, which lie on the same device.
-        weight_copies: in autocast's type, a set for each loop that is held, and those of the ends.
+        weight_copies: in autocast's type.
         loops: activations of the loops, or of the one that is being recomputed.
         states: with ``checkpoint_loops``, what each loop began with.
         ends: embedding, heads and losses.

@@ -118,7 +118,7 @@ def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | Non
         return tensor
 
     with (
-        torch.autocast("cpu", autocast, autocast is not None, cache_enabled=False),
+        torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True),
         saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         loss, _ = module.distillation.loss(network(corrupted.inputs, condition, 3, (2,)), corrupted, objective, 0.3)
@@ -141,12 +141,12 @@ def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTM
     assert planned == pytest.approx(really_kept(module, 5, types.autocast), rel=1e-3)
 
 
-def test_autocast_keeps_a_copy_of_the_shared_weights_for_each_loop() -> None:
+def test_autocast_keeps_one_copy_of_the_shared_weights_for_all_loops() -> None:
     module = small_masked()
     activations = Rehearsal(module, Precision.named("bf16-mixed")).activations()
     matrices = [layer.weight for layer in module.network.backbone.modules() if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
-    assert activations.loop.fixed == sum(2 * matrix.numel() for matrix in matrices)
-    assert Rehearsal(module, Precision.named("32-true")).activations().loop.fixed == 0
+    assert activations.loop.fixed == 0
+    assert activations.ends.fixed >= sum(2 * matrix.numel() for matrix in matrices)
 
 
 def test_recomputed_loops_keep_their_first_states() -> None:

@@ -430,7 +430,7 @@ def memory_section(plan: Plan) -> list[RenderableType]:
     """Lay out what a device holds, with and without ``checkpoint_loops``."""
     settings, kept = plan.settings, plan.activations
     autocast = Precision.named(settings.precision).autocast
-    copies = f"weights copied to {str(autocast).removeprefix('torch.')} by autocast, anew for each loop that is held"
+    copies = f"weights copied to {str(autocast).removeprefix('torch.')} by autocast"
     samples = f"{settings.micro_batch_size:,} samples ×"
     names = {
         "weights": "weights",

@@ -34,6 +34,7 @@ from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import claim_numbered, next_numbered, written_aside
 from elt_lightning.module import ELTModule
+from elt_lightning.precision import cache_weight_casts
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
@@ -221,7 +222,9 @@ class ELTCommandLine(LightningCLI):
             callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        cache_weight_casts(trainer)
+        return trainer
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""

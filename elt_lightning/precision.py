@@ -1,0 +1,33 @@
+"""Mixed precision for shared weights."""
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch.optim import Optimizer
+
+
+class CachedMixedPrecision(MixedPrecision):
+    """Lightning's mixed precision, with autocast's cache on: a weight is cast once in a step, not once in every loop.
+
+    Without the cache each loop keeps a copy of the shared weights in bfloat16 for the backward pass, and the memory of
+    a looped model grows with loops as if its weights were not shared. The cache ends with the step's forward pass.
+
+    In bfloat16 gradients are not scaled, so that a fused optimiser's can be clipped too.
+    """
+
+    def autocast_context_manager(self) -> torch.autocast:
+        """Give autocast with its cache."""
+        dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.half
+        return torch.autocast(self.device, dtype=dtype, cache_enabled=True)
+
+    def clip_gradients(self, optimizer: Optimizer, *args: object, **kwargs: object) -> None:
+        """Clip; Lightning's own refuses fused optimisers even where no scaler is at work."""
+        kind = MixedPrecision if self.scaler is not None else Precision
+        kind.clip_gradients(self, optimizer, *args, **kwargs)  # type: ignore[arg-type]
+
+
+def cache_weight_casts(trainer: Trainer) -> None:
+    """Give a trainer in mixed precision the plugin above; strategies with a precision of their own keep it."""
+    plugin = trainer.precision_plugin
+    if type(plugin) is MixedPrecision:
+        trainer.strategy.precision_plugin = CachedMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
