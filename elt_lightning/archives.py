@@ -32,7 +32,7 @@ class SampleArchive:
         self._part(rank, "labels").unlink(missing_ok=True)
 
     def add(self, pictures: np.ndarray, labels: np.ndarray) -> None:
-        """Append pictures (n, H, W, C) uint8 and labels (n,), the next ones of this rank."""
+        """Append pictures (n, H, W, C), or clips (n, F, H, W, C), uint8 and labels (n,), the next ones of this rank."""
         self._shape = pictures.shape[1:]
         for name, values in (("pictures", pictures), ("labels", labels.astype(np.int64))):
             with self._part(self.rank, name).open("ab") as file:
@@ -73,5 +73,5 @@ class SampleArchive:
 
 
 def picture_array(pixels: Tensor) -> np.ndarray:
-    """Turn pixels (B, C, H, W) float in [0, 1] into bytes as files hold them: (B, H, W, C) uint8."""
-    return to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()
+    """Turn pixels (B, C, …, H, W) float in [0, 1] into bytes as files hold them: (B, …, H, W, C) uint8."""
+    return to_bytes(pixels).movedim(1, -1).cpu().numpy()

@@ -27,7 +27,8 @@ class Row:
         guidance: guidance scale.
         metrics: {name: one value per repeat}.
         samples_per_second: drawing alone, over all devices, without decoding and scoring.
-        pictures: (n, C, H, W) uint8, the first samples; the same labels and seeds in every row.
+        pictures: (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every
+            row.
         correct: (n,) bool, which of the pictures are right; empty where no metric can say.
     """
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elt_lightning.evaluation import Row
 from elt_lightning.files import written_aside
+from elt_lightning.pictures import clip_strip, write_gif
 
 matplotlib.use("Agg")
 
@@ -122,14 +123,16 @@ class Report:
         return table
 
     def write(self, folder: Path) -> None:
-        """Write the four files; each appears whole or not at all."""
+        """Write the files, of clips an animated one too; each appears whole or not at all."""
         with written_aside(folder / "loops.json") as aside:
             aside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
         with written_aside(folder / "loops.csv") as aside:
             self._write_csv(aside)
         best = self.best_per_loop()
+        pictures = {f"L = {row.loops}": row.pictures for row in best}
+        if best[0].pictures.ndim == 5:
+            write_gif(folder / "loops.gif", pictures)
         with written_aside(folder / "loops.png") as aside:
-            pictures = {f"L = {row.loops}": row.pictures for row in best}
             loops_figure(pictures, [row.correct for row in best]).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
@@ -188,13 +191,15 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Fig
     """Draw one labelled row of pictures after another; a column shares class and seed.
 
     Args:
-        rows: {label: (n, C, H, W) uint8}, C 1 or 3.
+        rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
         correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one.
     """
-    columns = max(len(pictures) for pictures in rows.values())
-    figure = Figure(figsize=(1 + 1.4 * columns, 1.4 * len(rows)), dpi=100)
+    stills = {label: pictures_of(values) for label, values in rows.items()}
+    columns = max(len(pictures) for pictures in stills.values())
+    height, width = next(iter(stills.values())).shape[2:]
+    figure = Figure(figsize=(1 + 1.4 * columns * width / height, 1.4 * len(rows)), dpi=100)
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    for place, (label, pictures) in enumerate(rows.items()):
+    for place, (label, pictures) in enumerate(stills.items()):
         for axes in grid[place]:
             axes.set_axis_off()
         grid[place, 0].text(-0.15, 0.5, label, transform=grid[place, 0].transAxes, ha="right", va="center", fontsize=14)
@@ -207,9 +212,14 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Fig
     return figure
 
 
-def picture_row(pictures: Tensor, gap: int = 2) -> Tensor:
-    """Lay pictures (n, C, H, W) uint8 side by side with white gaps: (H + gap, n·(W + gap)), or (…, …, 3) in colour."""
-    padded = torch.nn.functional.pad(pictures, (0, gap, 0, gap), value=255)
+def pictures_of(samples: Tensor) -> Tensor:
+    """Give pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
+    return samples if samples.ndim == 4 else clip_strip(samples)
+
+
+def picture_row(samples: Tensor, gap: int = 2) -> Tensor:
+    """Lay pictures, or frames of clips, side by side, white between: (H + gap, n·(W + gap)), or (…, …, 3) in colour."""
+    padded = torch.nn.functional.pad(pictures_of(samples), (0, gap, 0, gap), value=255)
     row = padded.permute(2, 0, 3, 1).flatten(1, 2)  # H (n W) C
     return row.squeeze(-1)
 

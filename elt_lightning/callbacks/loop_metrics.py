@@ -143,7 +143,8 @@ class LoopMetrics(Callback):
         if trainer.is_global_zero:
             self.report.write(folder)
             Console(width=None if Console().is_terminal else 140).print(self.report.table())
-            print("\n".join(str(folder / name) for name in ("loops.png", "pareto.png", "loops.csv", "loops.json")))
+            names = ("loops.gif", "loops.png", "pareto.png", "loops.csv", "loops.json")
+            print("\n".join(str(folder / name) for name in names if (folder / name).exists()))
 
     def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
         """Measure every loop count at every guidance scale, with a progress bar."""

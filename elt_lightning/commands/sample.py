@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from elt_lightning.checkpoints import build_module, read_checkpoint
 from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.pictures import write_gif, write_mp4
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reports import loops_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
@@ -42,9 +44,27 @@ def run(name: str, arguments: list[str]) -> None:
     for loops in options.loops or [module.max_loops]:
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), sampler=sampler)
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
-    with written_aside(options.output) as aside:
-        loops_figure(rows).savefig(aside, bbox_inches="tight")
+    write_samples(options.output, rows)
     print(options.output)
+
+
+def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
+    """Write samples as a picture with a row for each loop count; clips as a GIF or MP4 where the name ends so.
+
+    Raises:
+        UserError: a film is asked for, but the samples are pictures.
+    """
+    if output.suffix not in (".gif", ".mp4"):
+        with written_aside(output) as aside:
+            loops_figure(rows).savefig(aside, bbox_inches="tight")
+        return
+    if next(iter(rows.values())).ndim != 5:
+        raise UserError(f"{output}: the model's samples are pictures, not clips: choose a name that ends in .png")
+    if output.suffix == ".gif":
+        write_gif(output, rows)
+    else:
+        # Rows of clips, C F H W each: across the width, then down the height.
+        write_mp4(output, torch.cat([torch.cat(list(clips), dim=-1) for clips in rows.values()], dim=-2))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
-    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="picture to write (default grid.png)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("grid.png"),
+        help="picture to write (default grid.png); of clips .gif and .mp4 too",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
     return parser
