@@ -37,7 +37,7 @@ def nearest_figure(samples: Tensor, nearest: Nearest, labels: Sequence[str] = ()
     """Draw each sample above its nearest training item, with their distance between them.
 
     Args:
-        samples: (n, C, H, W) pictures, or (n, C, F, H, W) clips, of which first, middle and last frame are drawn; uint8.
+        samples: (n, C, H, W) pictures, or (n, C, F, H, W) clips, drawn by first, middle and last frame; uint8.
         nearest: of :func:`~elt_lightning.metrics.nearest.nearest_items`.
         labels: of the samples, to stand above them.
     """
@@ -78,7 +78,8 @@ def write_gif(path: str | Path, rows: dict[str, Tensor], fps: int = 8) -> None:
     line, column = height * scale + GAP, width * scale + GAP
     across = margin + max(len(clips) for clips in rows.values()) * column
     # All frames stand one below another in one picture, so that they get one palette, and colours do not flicker.
-    sheet = Image.new("RGB", (across, num_frames * len(rows) * line), "white")
+    mode = "L" if all(clips.shape[1] == 1 for clips in rows.values()) else "RGB"
+    sheet = Image.new(mode, (across, num_frames * len(rows) * line), "white")
     draw = ImageDraw.Draw(sheet)
     for frame in range(num_frames):
         for place, (label, clips) in enumerate(rows.items()):
@@ -87,8 +88,8 @@ def write_gif(path: str | Path, rows: dict[str, Tensor], fps: int = 8) -> None:
             for number, clip in enumerate(clips.cpu()):
                 picture = Image.fromarray(clip[:, frame].expand(3, -1, -1).permute(1, 2, 0).numpy())
                 picture = picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-                sheet.paste(picture, (margin + number * column, top))
-    indexed = sheet.quantize(256, dither=Image.Dither.NONE)
+                sheet.paste(picture.convert(mode), (margin + number * column, top))
+    indexed = sheet if mode == "L" else sheet.quantize(256, dither=Image.Dither.NONE)
     down = len(rows) * line
     frames = [indexed.crop((0, frame * down, across, (frame + 1) * down)) for frame in range(num_frames)]
     with written_aside(path) as aside:

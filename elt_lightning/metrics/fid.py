@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elt_lightning.metrics.frechet import FixedPrecisionMetric, MomentSums, frechet_distance
 from elt_lightning.metrics.inception import FIDInception
+from elt_lightning.metrics.inception_score import ScoreSums
 from elt_lightning.metrics.reference import InceptionMoments
 
 FULL_COUNT = 50_000
@@ -27,8 +28,11 @@ def fid_name(count: int, name: str = "fid") -> str:
 
     The fewer the samples, the higher the score of the same model, so that numbers of different counts do not compare.
     """
-    if count >= FULL_COUNT:
-        return name
+    return name if count >= FULL_COUNT else name_with_count(count, name)
+
+
+def name_with_count(count: int, name: str) -> str:
+    """Put the number of samples behind the name of a score: fid200, fvd2k, fvd2.5k."""
     return f"{name}{count / 1000:g}k" if count >= 1000 else f"{name}{count}"
 
 
@@ -55,10 +59,8 @@ class InceptionScores(FixedPrecisionMetric):
         for kind, size in (("pool", network.num_pool), ("spatial", network.num_spatial)):
             for state, zeros in vars(MomentSums.zeros(size)).items():
                 self.add_state(f"{kind}_{state}", zeros, dist_reduce_fx="sum")
-        shape = (MAX_SPLITS, network.num_classes)
-        self.add_state("split_probabilities", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("split_entropies", torch.zeros(MAX_SPLITS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("split_counts", torch.zeros(MAX_SPLITS, dtype=torch.int64), dist_reduce_fx="sum")
+        for state, zeros in vars(ScoreSums.zeros(MAX_SPLITS, network.num_classes)).items():
+            self.add_state(f"split_{state}", zeros, dist_reduce_fx="sum")
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Take in pixels (B, 3 or 1, H, W) float in [0, 1]; labels are not looked at.
@@ -70,11 +72,7 @@ class InceptionScores(FixedPrecisionMetric):
         splits = self._splits(len(pixels))
         self._sums("pool").add(features.pool)
         self._sums("spatial").add(features.spatial)
-        log_probabilities = features.logits_unbiased.to(self.split_entropies).log_softmax(1)
-        probabilities = log_probabilities.exp()
-        self.split_probabilities.index_add_(0, splits, probabilities)
-        self.split_entropies.index_add_(0, splits, -(probabilities * log_probabilities).sum(1))
-        self.split_counts.index_add_(0, splits, torch.ones_like(splits))
+        self._score_sums().add(features.logits_unbiased.to(self.split_entropies).softmax(1), splits)
 
     def _splits(self, count: int) -> Tensor:
         """Give the splits (count,) of the next samples of this rank."""
@@ -88,6 +86,9 @@ class InceptionScores(FixedPrecisionMetric):
     def _sums(self, kind: str) -> MomentSums:
         return MomentSums(*(getattr(self, f"{kind}_{state}") for state in ("total", "total_outer", "count")))
 
+    def _score_sums(self) -> ScoreSums:
+        return ScoreSums(self.split_probabilities, self.split_entropies, self.split_counts)
+
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         scores = {}
         count, device = int(self.split_counts.sum()), self.split_counts.device
@@ -96,15 +97,7 @@ class InceptionScores(FixedPrecisionMetric):
             if real is not None:
                 distance = frechet_distance(real.to(device), self._sums(kind).moments())
                 scores[fid_name(count, name)] = distance.clamp(min=0)
-        return scores | {"inception_score": self._inception_score()}
-
-    def _inception_score(self) -> Tensor:
-        """Mean over splits of exp(mean KL(p‖p̄)), where mean KL(p‖p̄) = H(p̄) − mean H(p)."""
-        used = self.split_counts > 0
-        counts = self.split_counts[used]
-        mean = self.split_probabilities[used] / counts[:, None]
-        divergence = -torch.special.xlogy(mean, mean).sum(1) - self.split_entropies[used] / counts
-        return divergence.exp().mean()
+        return scores | {"inception_score": self._score_sums().score()}
 
 
 def rank_and_world_size() -> tuple[int, int]:

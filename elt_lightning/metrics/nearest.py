@@ -24,7 +24,8 @@ class Nearest(NamedTuple):
 def nearest_items(samples: Tensor, batches: Iterable[Tensor], count: int = 1) -> Nearest:
     """Search a set, batch by batch, for the items with the smallest mean squared pixel difference to each sample.
 
-    Differences are exact; of items equally near the first one is taken. Memory holds one batch as float64.
+    Differences are exact; of items equally near the first one is taken. Memory holds the samples and one batch as
+    float64, which the samples' device must have.
 
     Args:
         samples: (n, C, H, W) pictures or (n, C, F, H, W) clips, uint8.

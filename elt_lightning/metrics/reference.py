@@ -1,9 +1,9 @@
-"""What samples are compared with: moments of the Inception features of real images, read from a file or computed."""
+"""What samples are compared with: moments of the features of real images or clips, read from a file or computed."""
 
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ class InceptionMoments:
 
 @dataclass(frozen=True)
 class ReferenceImages:
-    """Real images that reference moments are computed from.
+    """Real images, or clips, that reference moments are computed from.
 
     Attributes:
-        batches: gives the images from the first to the last: (B, 3, H, W) uint8, or float in [0, 1]; B may vary.
+        batches: gives the images from the first to the last: (B, 3, H, W) uint8, or float in [0, 1]; B may vary. Clips
+            are (B, 3, F, H, W).
         fingerprint: identifies their content: it changes when an image is added, altered or left out.
         settings: what was done to them that changes pixels, such as the size; plain data.
         num_images: how many there are, for the progress bar; None if unknown.
@@ -73,11 +74,16 @@ def load_or_compute(
     if not isinstance(source, ReferenceImages):
         return read_moments(source)
     identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = Path(cache_folder) / f"inception_moments_{digest}.npz"
+    path = cached_file(cache_folder, "inception_moments", identity)
     if not path.is_file():
         write_moments(path, compute_moments(source.batches(), network, source.num_images))
     return read_moments(path)
+
+
+def cached_file(folder: str | Path, stem: str, identity: Any) -> Path:
+    """Name a file by the SHA-256 of the plain data that its content follows from."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Path(folder) / f"{stem}_{digest}.npz"
 
 
 def compute_moments(
@@ -96,20 +102,26 @@ def compute_moments(
     device = next(network.parameters()).device
     sums_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs lack float64
     pool, spatial = (MomentSums.zeros(size, sums_device) for size in (network.num_pool, network.num_spatial))
-    columns = (TextColumn("reading real images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=num_images)
-        for images in batches:
-            features = network.features(images.to(device))
-            pool.add(features.pool)
-            spatial.add(features.spatial)
-            bar.advance(task, len(images))
+    for images in with_progress(batches, "reading real images", num_images):
+        features = network.features(images.to(device))
+        pool.add(features.pool)
+        spatial.add(features.spatial)
     count = int(pool.count)
     if count < 2:
         raise UserError(f"reference moments need at least 2 images, not {count}")
     cpu = torch.device("cpu")
     return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count)
+
+
+def with_progress(batches: Iterable[Tensor], what: str, total: int | None) -> Iterator[Tensor]:
+    """Pass batches on, counting their items in a progress bar on a terminal; None: nobody knows how many there are."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))
 
 
 def write_moments(path: str | Path, moments: InceptionMoments) -> None:
@@ -127,10 +139,14 @@ def write_moments(path: str | Path, moments: InceptionMoments) -> None:
         np.savez(file, **arrays)
 
 
-def read_moments(path: str | Path) -> InceptionMoments:
+def read_moments(path: str | Path, num_features: int | None = None) -> InceptionMoments:
     """Read moments from a file of :func:`write_moments`, or from a reference batch of the ADM evaluator.
 
     ``mu`` and ``sigma`` are required; the others are read where there are any.
+
+    Args:
+        path: the file.
+        num_features: how many features ``mu`` is of; None for Inception's.
 
     Raises:
         UserError: the file is missing, or is not such a file.
@@ -147,7 +163,7 @@ def read_moments(path: str | Path) -> InceptionMoments:
                 raise UserError(
                     f"{path} holds no reference moments: it needs mu and sigma, and has {', '.join(sorted(names))}"
                 )
-            pool = _moments(path, file["mu"], file["sigma"], FIDInception.num_pool, "")
+            pool = _moments(path, file["mu"], file["sigma"], num_features or FIDInception.num_pool, "")
             has_spatial = {"mu_s", "sigma_s"} <= names
             spatial = (
                 _moments(path, file["mu_s"], file["sigma_s"], FIDInception.num_spatial, "_s") if has_spatial else None
@@ -164,7 +180,7 @@ def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: i
     if mean.shape != (size,) or covariance.shape != (size, size):
         raise UserError(
             f"{path}: mu{suffix} and sigma{suffix} have shapes {mean.shape} and {covariance.shape}, not {(size,)} and "
-            f"{(size, size)}: were they made with another network than FID's Inception?"
+            f"{(size, size)}: were they made with another network?"
         )
     moments = Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
     if not (moments.mean.isfinite().all() and moments.covariance.isfinite().all()):

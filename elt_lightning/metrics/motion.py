@@ -1,0 +1,144 @@
+"""A small 3-D convolutional network that names the motion in a short clip, and the scores built on it.
+
+It plays the part that I3D plays for FVD. A distance over its features is called ``fd_motion``, never FVD.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from elt_lightning.files import written_aside
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.frechet import FrechetDistance
+
+SIDE = 32
+"""Height and width that the network reads; larger clips are averaged down to it."""
+
+AT_ONCE = 64
+"""Clips in one forward pass, which bounds memory; it does not change results."""
+
+logger = logging.getLogger(__name__)
+
+
+class MotionNetwork(nn.Module):
+    """Name a motion: clips (n, 1 or 3, F, H, W) to logits (n, 10); 64 features stand before the last layer.
+
+    Clips are float in [0, 1] or bytes, of 8 … 16 frames of 32 … 64 pixels a side; colours are averaged to grey.
+    """
+
+    num_features = 64
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv3d(1, 16, 3, stride=(1, 2, 2), padding=1),
+            nn.GELU(),
+            nn.Conv3d(16, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv3d(32, 64, 3, stride=(1, 2, 2), padding=1),
+            nn.GELU(),
+            nn.Conv3d(64, 64, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+            nn.Linear(64, self.num_features),
+            nn.GELU(),
+        )
+        self.classifier = nn.Linear(self.num_features, self.num_classes)
+
+    def features(self, clips: Tensor) -> Tensor:
+        """(n, 1 or 3, F, H, W) to (n, 64)."""
+        parts = [self.convolutions(_grey(part)) for part in clips.split(AT_ONCE)]
+        return torch.cat(parts)
+
+    def forward(self, clips: Tensor) -> Tensor:  # noqa: D102
+        return self.classifier(self.features(clips))
+
+
+def _grey(clips: Tensor) -> Tensor:
+    """Turn clips into what the network reads: (n, 1, F, 32, 32) float in [0, 1]."""
+    pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
+    return F.adaptive_avg_pool3d(pixels.mean(1, keepdim=True), (clips.shape[2], SIDE, SIDE))
+
+
+def load_or_train_motion_network(
+    path: Path, clips: Tensor, labels: Tensor, held_out_clips: Tensor, held_out_labels: Tensor
+) -> MotionNetwork:
+    """Load the network from its cache, or train it once, seeded, in half a minute, and write the cache.
+
+    Args:
+        path: the cached file; give another one for other clips.
+        clips: (n, 1 or 3, F, H, W) uint8 or float in [0, 1], for training.
+        labels: (n,) int64 in [0, 10), their motions.
+        held_out_clips: others, that say how well the network reads.
+        held_out_labels: their motions.
+    """
+    network = MotionNetwork()
+    if not path.is_file():
+        train_motion_network(network, clips, labels)
+        with torch.no_grad():
+            accuracy = (network(held_out_clips).argmax(1) == held_out_labels).float().mean()
+        logger.info("trained the motion network: it reads %.1f %% of the held-out clips", 100 * accuracy)
+        with written_aside(path) as aside:
+            save_file(network.state_dict(), aside)
+    network.load_state_dict(load_file(path))
+    return network.eval().requires_grad_(False)
+
+
+def train_motion_network(
+    network: MotionNetwork, clips: Tensor, labels: Tensor, steps: int = 300, seed: int = 0
+) -> None:
+    """Fit the network to clips in batches of 32, with every random number from ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if isinstance(module, nn.Conv3d | nn.Linear):
+                module.reset_parameters()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for _ in range(steps):
+            chosen = torch.randint(len(clips), (32,), generator=generator)
+            loss = F.cross_entropy(network(clips[chosen]), labels[chosen], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+class RecognisedMotion(SampleMetric):
+    """``recognised``: the share of clips that the motion network reads as the motion that was asked for."""
+
+    right: Tensor
+    count: Tensor
+
+    def __init__(self, network: MotionNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, pixels: Tensor, labels: Tensor) -> None:
+        """Take in clips (B, 1 or 3, F, H, W) float in [0, 1] and the motions (B,) that were asked for."""
+        self.right += self.correct(pixels, labels).sum()
+        self.count += len(labels)
+
+    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        return self.network(pixels).argmax(1) == labels
+
+    def compute(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"recognised": self.right / self.count}
+
+
+def motion_metrics(network: MotionNetwork, real: Iterable[Tensor]) -> list[SampleMetric]:
+    """Build ``recognised``, and ``fd_motion`` against real clips: batches of (B, 1 or 3, F, H, W)."""
+    distance = FrechetDistance("fd_motion", network.features, network.num_features, "motion_network")
+    distance.network = network  # a module inside a metric moves to the samples' device with it
+    distance.set_reference(real)
+    return [RecognisedMotion(network), distance]
