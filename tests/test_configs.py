@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
 from elt_lightning.commands.train import with_bases
 from elt_lightning.errors import UserError
+from elt_lightning.tokenizers.vq_training import VQTraining
 
 ROOT = Path(__file__).parent.parent
 IMAGENET = sorted(
@@ -88,3 +90,24 @@ def test_rows_of_the_tables_are_what_they_are_called(path: Path) -> None:
 
 def test_every_row_has_a_config() -> None:
     assert {path.stem for path in IMAGENET} == PUBLISHED.keys()
+
+
+def test_table_4s_model_is_of_the_published_size() -> None:
+    config, data, module = read(["--config", str(ROOT / "configs" / "ucf101" / "elt_6n4l.yaml")])
+    backbone, total = module.num_parameters()
+    assert backbone == pytest.approx(76e6, rel=0.01)
+    assert total == pytest.approx(78.8e6, rel=0.01)
+    assert (data.num_samples, module.max_loops, module.sampler.steps, module.label_drop) == (9537, 4, 12, 0.0)
+    assert config["data"]["init_args"]["batch_size"] == 256
+    # Table 4 gives multiply-accumulates: 4.3k GFLOPs at 4 loops and 12 steps, 13k at 6 loops and 24 steps.
+    assert module.macs_per_sample(4) == pytest.approx(4.3e12, rel=0.02)
+    assert 2 * module.macs_per_sample(6) == pytest.approx(13e12, rel=0.02)
+
+
+def test_the_tokenizers_config_builds_magvits_network() -> None:
+    section = yaml.safe_load((ROOT / "configs" / "ucf101" / "tokenizer.yaml").read_text())["model"]
+    settings = {name: section["init_args"][name] for name in ("sample_shape", "filters")}
+    with torch.device("meta"):
+        training = VQTraining(**settings)
+    assert training.network.settings.grid(training.sample_shape) == (4, 16, 16)
+    assert training.network.settings.num_codes == 1024

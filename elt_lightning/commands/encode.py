@@ -1,4 +1,4 @@
-"""`elt encode`: pictures to shards of latents or tokens, once, so that training need not do it again and again."""
+"""`elt encode`: pictures or clips to shards of latents or tokens, once, so that training need not do it each time."""
 
 import argparse
 import importlib
@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elt_lightning.commands.arguments import Parser, device_of, number_from
 from elt_lightning.data.crops import Crops, default_workers
-from elt_lightning.data.encode import ImageEncoding, ShardFolder
+from elt_lightning.data.encode import Encoding, ShardFolder
+from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import ImageSource, open_source
 from elt_lightning.data.shards import INDEX, ShardIndex
 from elt_lightning.errors import UserError
@@ -38,12 +41,17 @@ def run(name: str, arguments: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
+    from elt_lightning.commands import encode_ucf101  # which stands on what is below
+
     parser = Parser(prog="elt encode", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is encoded")
     imagenet = kinds.add_parser(
         "imagenet", help="pictures in class folders, in folders with a list of labels, or in tars", allow_abbrev=False
     )
     add_imagenet_arguments(imagenet)
+    encode_ucf101.add_arguments(
+        kinds.add_parser("ucf101", help="clips of UCF-101, or laid out like it", allow_abbrev=False)
+    )
     return parser
 
 
@@ -55,19 +63,26 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="PATH",
-        help="folder of pictures or of tars; or tars, 'x-{00..99}.tar'",
+        help="folder of pictures or of tars; or tars, 'x-{00..99}.tar', each of which stays one shard",
     )
     parser.add_argument(
         "--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of an ImageTokenizer"
     )
-    parser.add_argument("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
-    parser.add_argument("--size", type=number_from(1), default=256, help="side of the centre crop (default 256)")
-    parser.add_argument("--mirrored", action="store_true", help="keep the codes of each picture's mirror image too")
     parser.add_argument("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
     parser.add_argument(
         "--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)"
     )
+    add_shared_arguments(parser, "picture", size=256, samples_per_shard=10_000, batch_size=64)
+
+
+def add_shared_arguments(
+    parser: argparse.ArgumentParser, thing: str, size: int, samples_per_shard: int, batch_size: int
+) -> None:
+    """Describe what every kind's command line has; ``thing`` is what one sample is called, the rest are defaults."""
+    parser.add_argument("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
+    parser.add_argument("--size", type=number_from(1), default=size, help=f"side of the centre crop (default {size})")
+    parser.add_argument("--mirrored", action="store_true", help=f"keep the codes of each {thing}'s mirror image too")
     parser.add_argument(
         "--shard",
         type=share,
@@ -76,9 +91,14 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
         help="do the I-th of N equal shares, I from 0 (default 0/1)",
     )
     parser.add_argument(
-        "--samples_per_shard", type=number_from(1), default=10_000, help="default 10000; a tar stays one"
+        "--samples_per_shard",
+        type=number_from(1),
+        default=samples_per_shard,
+        help=f"default {samples_per_shard}",
     )
-    parser.add_argument("--batch_size", type=number_from(1), default=64, help="pictures encoded at once (default 64)")
+    parser.add_argument(
+        "--batch_size", type=number_from(1), default=batch_size, help=f"{thing}s encoded at once (default {batch_size})"
+    )
     parser.add_argument(
         "--num_workers",
         type=number_from(0),
@@ -87,11 +107,9 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
     parser.add_argument(
-        "--max_unreadable", type=fraction, default=0.01, help="share of pictures that may be unreadable (default 0.01)"
+        "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
     )
-    parser.add_argument(
-        "--seed", type=number_from(0), default=0, help="of the order of a folder's pictures (default 0)"
-    )
+    parser.add_argument("--seed", type=number_from(0), default=0, help="of the order of a folder's files (default 0)")
 
 
 def encode_imagenet(options: argparse.Namespace) -> None:
@@ -106,7 +124,16 @@ def encode_imagenet(options: argparse.Namespace) -> None:
     classes = read_classes(options.classes_from) if options.classes_from else None
     tokenizer = build_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
     source = open_source(options.root, options.labels, classes, options.samples_per_shard, options.seed)
-    encoding = ImageEncoding(source, tokenizer, options.size, options.mirrored)
+    encode_into_shards(ImageEncoding(source, tokenizer, options.size, options.mirrored), options, device)
+
+
+def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: torch.device) -> None:
+    """Do this process's share of the shards, and write the index when all are done.
+
+    Raises:
+        UserError: see :func:`run`.
+    """
+    source = encoding.source
     folder = ShardFolder(options.output, encoding.settings())
     share_number, shares = options.shard
     mine = range(share_number, source.num_parts, shares)
@@ -114,7 +141,7 @@ def encode_imagenet(options: argparse.Namespace) -> None:
     print(f"{options.output}: {source.num_parts} shards, {len(mine)} of them this process's, {len(parts)} still to do")
     crops = encoding.run(folder, parts, options.batch_size, options.num_workers, device, options.max_unreadable)
     with closing(crops):
-        summary = watch(crops, count_pictures(source, parts))
+        summary = watch(crops, count_pictures(source, parts), encoding)
     index = encoding.write_index(folder, options.max_unreadable)
     if index is None:
         missing = sum(folder.finished(part) is None for part in range(source.num_parts))
@@ -122,7 +149,7 @@ def encode_imagenet(options: argparse.Namespace) -> None:
     else:
         skipped = f", without {len(index.unreadable)} unreadable ones" if index.unreadable else ""
         print(
-            f"{summary}; {options.output / INDEX} lists {index.num_samples} pictures{skipped}, "
+            f"{summary}; {options.output / INDEX} lists {index.num_samples} {encoding.thing}s{skipped}, "
             f"{len(index.classes)} classes, {len(index.shards)} shards"
         )
 
@@ -133,11 +160,17 @@ def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def watch(batches: Iterator[Crops], total: int | None) -> str:
-    """Show how the work goes, name what is unreadable, and say at the end what was done and how fast."""
+def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> str:
+    """Show how the work goes, name what is unreadable, and say at the end what was done and how fast.
+
+    Args:
+        batches: what was encoded.
+        total: of what is to do, None if unknown.
+        encoding: says what it is called.
+    """
     done = num_unreadable = 0
     began = time.perf_counter()
-    with progress(total) as show:
+    with progress(total, encoding) as show:
         for crops in batches:
             for name, reason in crops.unreadable:
                 print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
@@ -145,12 +178,13 @@ def watch(batches: Iterator[Crops], total: int | None) -> str:
             num_unreadable += len(crops.unreadable)
             show(done)
     speed = done / (time.perf_counter() - began)
-    return f"{done - num_unreadable} pictures encoded now, {num_unreadable} unreadable, {speed:.1f} images/s"
+    encoded = f"{done - num_unreadable} {encoding.thing}s encoded now"
+    return f"{encoded}, {num_unreadable} unreadable, {speed:.1f} {encoding.unit}"
 
 
 @contextmanager
-def progress(total: int | None, every_seconds: float = 15.0) -> Iterator[Callable[[int], None]]:
-    """Give what to tell how many pictures are done: a bar on a terminal, a line now and then elsewhere."""
+def progress(total: int | None, encoding: Encoding, every_seconds: float = 15.0) -> Iterator[Callable[[int], None]]:
+    """Give what to tell how much is done: a bar on a terminal, a line now and then elsewhere."""
     began = time.perf_counter()
     last = began
 
@@ -160,7 +194,7 @@ def progress(total: int | None, every_seconds: float = 15.0) -> Iterator[Callabl
         if now - last >= every_seconds:
             last = now
             of_total = "" if total is None else f"/{total}"
-            print(f"{done}{of_total} pictures  {done / (now - began):.1f} images/s", flush=True)
+            print(f"{done}{of_total} {encoding.thing}s  {done / (now - began):.1f} {encoding.unit}", flush=True)
 
     if not sys.stdout.isatty():
         yield show_line
@@ -169,31 +203,49 @@ def progress(total: int | None, every_seconds: float = 15.0) -> Iterator[Callabl
     with Progress(*columns) as bars:
         task = bars.add_task("", total=total)
         yield lambda done: bars.update(
-            task, completed=done, description=f"{done / (time.perf_counter() - began):.1f} images/s"
+            task, completed=done, description=f"{done / (time.perf_counter() - began):.1f} {encoding.unit}"
         )
 
 
 def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
-    """Build the tokenizer of a short name or a class path.
+    """Build the tokenizer of pictures of a short name or a class path.
 
     Raises:
         UserError: there is no such tokenizer, its file is missing or wrong, or it takes none.
     """
-    module_name, _, class_name = TOKENIZERS.get(name, name).rpartition(".")
+    kind = find_class(name, TOKENIZERS)
+    if not (isinstance(kind, type) and issubclass(kind, ImageTokenizer)):
+        raise UserError(f"--tokenizer {name} is not an ImageTokenizer")
+    tokenizer: ImageTokenizer = build(kind, name, path)
+    return tokenizer
+
+
+def find_class(name: str, short_names: dict[str, str]) -> Any:
+    """Import what a short name or a class path means.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    module_name, _, class_name = short_names.get(name, name).rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
+        return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(TOKENIZERS)
+        known = ", ".join(short_names)
         raise UserError(
             f"--tokenizer {name} is neither one of {known} nor a class that can be imported ({error})"
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, ImageTokenizer)):
-        raise UserError(f"--tokenizer {name} is not an ImageTokenizer")
+
+
+def build(kind: Any, name: str, path: str | None) -> Any:
+    """Build a tokenizer, with its file where one is given.
+
+    Raises:
+        UserError: its file is missing or wrong, or it takes none.
+    """
     try:
-        tokenizer: ImageTokenizer = kind(**({} if path is None else {"path": path}))
+        return kind(**({} if path is None else {"path": path}))
     except TypeError as error:
         raise UserError(f"--tokenizer {name} with --tokenizer_path {path}: {error}") from error
-    return tokenizer
 
 
 def read_classes(location: str) -> tuple[str, ...]:

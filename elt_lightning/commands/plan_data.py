@@ -8,33 +8,57 @@ from jsonargparse import ArgumentParser
 
 from elt_lightning.commands.train import find_section
 from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.data.encoded import EncodedDataModule
 from elt_lightning.data.imagenet import ImageNetDataModule
 from elt_lightning.data.tensors import TensorDataModule
+from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.planning import Codes
 from elt_lightning.tokenizers.base import Tokenizer
 
 
-class AssumedImageNet(GenerativeDataModule):
-    """Stands in for ImageNet-1k at 256×256 pixels, encoded, where it is not there yet; it has no samples.
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published data set once it is encoded.
+
+    Attributes:
+        name: in the plan.
+        num_classes: number of classes.
+        input_shape: the token grid, or latents.
+        num_codes: codebook size, None for latents.
+        stored: of what ``elt encode`` keeps of a sample: of latents the moments, means and standard deviations.
+        num_samples: to train on.
+        num_held_out: the others.
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, ...]
+    num_codes: int | None
+    stored: tuple[int, ...]
+    num_samples: int
+    num_held_out: int
+
+
+IMAGENET_TOKENS = Published("ImageNet-1k", 1000, (16, 16), 1024, (256,), 1_281_167, 50_000)
+IMAGENET_LATENTS = Published("ImageNet-1k", 1000, (4, 32, 32), None, (8, 32, 32), 1_281_167, 50_000)
+UCF101_TOKENS = Published("UCF-101, split 1", 101, (4, 16, 16), 1024, (1024,), 9537, 3783)
+
+
+class Assumed(GenerativeDataModule):
+    """Stands in for a published data set, encoded, where it is not there yet; it has no samples.
 
     Args:
-        has_tokens: 16×16 tokens of MaskGIT's 1024 codes, or Stable Diffusion's latents 4×32×32.
+        published: the data set.
         batch_size: global batch per optimiser step.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
     """
 
-    NUM_SAMPLES, NUM_HELD_OUT = 1_281_167, 50_000
-
-    num_classes = 1000
-
-    def __init__(self, has_tokens: bool, batch_size: int, micro_batch_size: int | None) -> None:
+    def __init__(self, published: Published, batch_size: int, micro_batch_size: int | None) -> None:
         super().__init__(batch_size, micro_batch_size, num_workers=0, seed=0)
-        self.input_shape = (16, 16) if has_tokens else (4, 32, 32)
-        self.num_codes = 1024 if has_tokens else None
-        # Of latents, `elt encode` keeps the moments: means and standard deviations.
-        self.codes = Codes((16 * 16,), is_tokens=True) if has_tokens else Codes((2 * 4, 32, 32), is_tokens=False)
+        self.num_classes, self.input_shape = published.num_classes, published.input_shape
+        self.num_codes = published.num_codes
 
     @property
     def tokenizer(self) -> Tokenizer:  # noqa: D102
@@ -53,7 +77,7 @@ class Data:
         num_samples: to train on; None where that is known only once they are there.
         num_held_out: whose losses validation measures, 0 where that is not known.
         codes: what is kept of a picture on disk, None for data that are not encoded beforehand.
-        assumed: why ImageNet-1k is assumed, None where the data themselves were asked.
+        assumed: what data set is assumed, and why; None where the data themselves were asked.
     """
 
     module: GenerativeDataModule
@@ -89,7 +113,7 @@ class Data:
 
 
 def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
-    """Ask the data module of a config, or assume ImageNet-1k where its shards are not there yet.
+    """Ask the data module of a config, or assume the published set where its shards are not there yet.
 
     Args:
         config: resolved.
@@ -104,17 +128,30 @@ def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
     try:
         module = parser.instantiate(parser.parse_object({"data": section})).data
     except UserError as error:
-        if not issubclass(pydoc.locate(section["class_path"]), ImageNetDataModule):  # type: ignore[arg-type]
+        published = published_set(config)
+        if published is None:
             raise
-        has_tokens = find_section(config, "model.network.init_args.num_codes")[0] is not None
         sizes = {name: section["init_args"][name] for name in ("batch_size", "micro_batch_size")}
-        assumed = AssumedImageNet(has_tokens, **sizes)
-        num_samples = num_samples or assumed.NUM_SAMPLES
-        return Data(assumed, num_samples, assumed.NUM_HELD_OUT, assumed.codes, assumed=str(error))
-    if isinstance(module, ImageNetDataModule):
+        return Data(
+            Assumed(published, **sizes),
+            num_samples or published.num_samples,
+            published.num_held_out,
+            Codes(published.stored, published.num_codes is not None),
+            assumed=f"{published.name}, because {error}",
+        )
+    if isinstance(module, EncodedDataModule):
         index, held_out = module.training_index, module.held_out_index.num_samples
         codes = Codes(index.stored_shape, index.num_codes is not None)
         return Data(module, num_samples or index.num_samples, held_out, codes)
     if isinstance(module, TensorDataModule):
         return Data(module, num_samples or len(module.training_set()), len(module.held_out_set()))
     return Data(module, num_samples or getattr(module, "num_train", None), getattr(module, "num_held_out", 0))
+
+
+def published_set(config: dict[str, Any]) -> Published | None:
+    """Say which published set a config is for, None where it is for other data."""
+    kind: Any = pydoc.locate(config["data"]["class_path"])
+    has_tokens = find_section(config, "model.network.init_args.num_codes")[0] is not None
+    if issubclass(kind, ImageNetDataModule):
+        return IMAGENET_TOKENS if has_tokens else IMAGENET_LATENTS
+    return UCF101_TOKENS if issubclass(kind, UCF101TokensDataModule) else None

@@ -36,7 +36,10 @@ def data_section(data: Data) -> list[RenderableType]:
     count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
     held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
     line = f"{count} training samples{held_out}; {module.num_classes:,} classes; {what}"
-    return [line] if data.assumed is None else [f"assumed, as ImageNet-1k: {line}", f"because {data.assumed}"]
+    if data.assumed is None:
+        return [line]
+    name, _, reason = data.assumed.partition(", because ")
+    return [f"assumed, as {name}: {line}", f"because {reason}"]
 
 
 def parameter_section(plan: Plan) -> list[RenderableType]:

@@ -10,13 +10,14 @@ import sys
 import tempfile
 import warnings
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,11 +31,12 @@ from elt_lightning.callbacks.recipe import Recipe
 from elt_lightning.callbacks.sample_writer import SampleWriter
 from elt_lightning.callbacks.throughput import Throughput
 from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
-from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import claim_numbered, next_numbered, written_aside
 from elt_lightning.module import ELTModule
 from elt_lightning.precision import cache_weight_casts
+from elt_lightning.tokenizers.vq_training import VQTraining
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
@@ -81,6 +83,9 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
+            if trains_tokenizer(arguments):
+                TokenizerCommandLine.for_arguments([name, *arguments])
+                return
             arguments = with_stored_config(arguments, Path(scratch))
             ELTCommandLine.for_arguments([name, *arguments])
     except ArgumentError as error:
@@ -136,15 +141,21 @@ def bracketed(value: str) -> str:
     return value if value.startswith("[") else f"[{value}]"
 
 
-class ELTCommandLine(LightningCLI):
-    """LightningCLI with what every run of this project has: links from data to model, callbacks, a run folder."""
+class RunCommandLine(LightningCLI):
+    """LightningCLI with what every run of this project has: a run folder, its config, progress, errors of one line."""
+
+    model_class: type[LightningModule]
+    datamodule_class: type[BatchedDataModule]
+    names_model_class: bool
+    """Whether a config's ``model`` section names a class, or holds the settings of ``model_class`` itself."""
 
     @classmethod
-    def for_arguments(cls, arguments: list[str]) -> "ELTCommandLine":
+    def for_arguments(cls, arguments: list[str]) -> "RunCommandLine":
         """Parse the arguments, build everything and run the command."""
         return cls(
-            ELTModule,
-            GenerativeDataModule,
+            cls.model_class,
+            cls.datamodule_class,
+            subclass_mode_model=cls.names_model_class,
             subclass_mode_data=True,
             save_config_callback=None,
             auto_configure_optimizers=False,
@@ -168,32 +179,19 @@ class ELTCommandLine(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callbacks that every run has, the run's folder, and the links."""
+        """Add the run's folder, checkpoints, and the one seed."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; a new one by default")
-        parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
-        parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(SampleWriter, "samples")
-        for source, targets in FROM_DATA.items():
-            for target in targets:
-                parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
-        parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("seed_everything", "model.init_args.seed" if self.names_model_class else "model.seed")
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder, and put there what the trainer writes."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
-        measures_tokenizer = self.subcommand == "test" and config.loop_metrics.reconstruction
-        if self.subcommand != "fit" and config.ckpt_path is None and not measures_tokenizer:
-            raise UserError(f"elt {self.subcommand} needs a trained model: --ckpt_path PATH")
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
-        if self.subcommand == "predict":
-            config.return_predictions = False  # they are written as they come, not kept in memory
-        if self.subcommand in ("validate", "test"):
-            config.verbose = False  # the sweep prints a table of its own
 
     def instantiate_classes(self) -> None:
         """Build data module, model and trainer.
@@ -217,7 +215,7 @@ class ELTCommandLine(LightningCLI):
         if logger in (None, True):
             # An empty name and version: TensorBoard's files lie in the run's folder itself.
             kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
-        callbacks: list[Callback] = [Throughput(), Recipe(FORMAT_VERSION, *self.recipe())]
+        callbacks = self.own_callbacks()
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
@@ -226,16 +224,9 @@ class ELTCommandLine(LightningCLI):
         cache_weight_casts(trainer)
         return trainer
 
-    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
-        resolved = self.resolved_config()
-        for source, targets in FROM_DATA.items():
-            value = getattr(self.datamodule, source)
-            for target in targets:
-                section, last = find_section(resolved, target)
-                if section is not None:
-                    section[last] = list(value) if isinstance(value, tuple) else value
-        return resolved["model"], resolved["data"]
+    def own_callbacks(self) -> list[Callback]:
+        """Give the callbacks that have no settings."""
+        return []
 
     def resolved_config(self) -> dict[str, Any]:
         """Every setting of this command after defaults, configs and flags, as plain data."""
@@ -259,7 +250,76 @@ class ELTCommandLine(LightningCLI):
         if self.trainer.is_global_zero and self.trainer.state.finished:
             last = self.run_dir / "checkpoints" / "last.ckpt"
             print(f"trained {self.trainer.global_step} steps: {last}")
-            print(f"next: elt test --ckpt_path {last}")
+            print(f"next: {self.next_command(last)}")
+
+    def next_command(self, checkpoint: Path) -> str:
+        """Say what a finished training is there for."""
+        raise NotImplementedError
+
+
+class ELTCommandLine(RunCommandLine):
+    """Trains and measures :class:`ELTModule`: links from data to model, and the callbacks of such runs."""
+
+    model_class = ELTModule
+    datamodule_class = GenerativeDataModule
+    names_model_class = False
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that have settings, and the links."""
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(SampleWriter, "samples")
+        for source, targets in FROM_DATA.items():
+            for target in targets:
+                parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Ask for a checkpoint where one is needed; settle the run's folder."""
+        config = self.config[self.subcommand]
+        measures_tokenizer = self.subcommand == "test" and config.loop_metrics.reconstruction
+        if self.subcommand != "fit" and config.ckpt_path is None and not measures_tokenizer:
+            raise UserError(f"elt {self.subcommand} needs a trained model: --ckpt_path PATH")
+        super().before_instantiate_classes()
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written as they come, not kept in memory
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # the sweep prints a table of its own
+
+    def own_callbacks(self) -> list[Callback]:
+        """Measure speed, and put the recipe into checkpoints."""
+        return [Throughput(), Recipe(FORMAT_VERSION, *self.recipe())]
+
+    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
+        resolved = self.resolved_config()
+        for source, targets in FROM_DATA.items():
+            value = getattr(self.datamodule, source)
+            for target in targets:
+                section, last = find_section(resolved, target)
+                if section is not None:
+                    section[last] = list(value) if isinstance(value, tuple) else value
+        return resolved["model"], resolved["data"]
+
+    def next_command(self, checkpoint: Path) -> str:  # noqa: D102
+        return f"elt test --ckpt_path {checkpoint}"
+
+
+class TokenizerCommandLine(RunCommandLine):
+    """Trains a tokenizer: :class:`VQTraining` on clips or pictures themselves."""
+
+    model_class = VQTraining
+    datamodule_class = BatchedDataModule
+    names_model_class = True
+
+    def before_instantiate_classes(self) -> None:
+        """Train alone; what a tokenizer is worth, `elt test --reconstruction` says on what it encoded."""
+        if self.subcommand != "fit":
+            raise UserError(f"elt {self.subcommand} is not for tokenizers: elt fit trains one, elt encode uses it")
+        super().before_instantiate_classes()
+
+    def next_command(self, checkpoint: Path) -> str:  # noqa: D102
+        return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
 
 
 def choose_run_dir(config: Namespace, subcommand: str) -> Path:
@@ -305,6 +365,13 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     stored = scratch / "checkpoint.yaml"
     stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
     return ["--config", str(stored), *arguments]
+
+
+def trains_tokenizer(arguments: list[str]) -> bool:
+    """Say whether a config names a class as its model, as those of tokenizers do."""
+    paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    configs = [yaml.safe_load(Path(path).read_text()) for path in paths]
+    return any(isinstance(config, dict) and "class_path" in (config.get("model") or {}) for config in configs)
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:

@@ -148,28 +148,15 @@ class HeldOutOrder(Sampler[Tensor]):
         return iter(self.batches)
 
 
-class GenerativeDataModule(LightningDataModule, ABC):
-    """Codes to train on, the tokenizer that gives them meaning, and the metrics that judge samples.
+class BatchedDataModule(LightningDataModule):
+    """Shares a global batch out: over devices, and over the forward passes of each.
 
     Args:
         batch_size: global batch per optimiser step, whatever the number of devices.
         micro_batch_size: samples per forward pass on one device; the rest is accumulated. None: no accumulation.
         num_workers: loader processes.
         seed: of the order of training samples; linked to ``seed_everything``.
-
-    Attributes:
-        num_classes: number of classes.
-        input_shape: the token grid (height, width), or latents (channels, height, width).
-        num_codes: codebook size, None for continuous latents.
-        primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`HELD_OUT_LOSS`.
-        higher_is_better: its direction.
     """
-
-    num_classes: int
-    input_shape: tuple[int, ...]
-    num_codes: int | None = None
-    primary_metric: str
-    higher_is_better: bool
 
     def __init__(self, batch_size: int, micro_batch_size: int | None, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -184,6 +171,77 @@ class GenerativeDataModule(LightningDataModule, ABC):
             seed,
         )
         self._val_check_interval: int | float | None = None
+
+    def prepare_training(self, trainer: Trainer) -> int:
+        """Tell the trainer to accumulate micro-batches, and give the samples of one.
+
+        Lightning counts ``val_check_interval`` in micro-batches; here it is in optimiser steps, however they are made.
+        """
+        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
+        trainer.accumulate_grad_batches = accumulation
+        if self._val_check_interval is None:
+            self._val_check_interval = trainer.val_check_interval
+        if isinstance(self._val_check_interval, int):
+            trainer.val_check_interval = self._val_check_interval * accumulation
+        return micro_batch_size
+
+    def share_batch(self, world_size: int) -> tuple[int, int]:
+        """Split the global batch: samples per forward pass of one device, and how many passes are accumulated."""
+        per_device, remainder = divmod(self.batch_size, world_size)
+        micro_batch_size = min(self.micro_batch_size or per_device, per_device)
+        if remainder or micro_batch_size < 1 or per_device % micro_batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} does not split into {world_size} devices times micro-batches of "
+                f"{self.micro_batch_size or per_device}: choose a batch_size that is a multiple of both"
+            )
+        return micro_batch_size, per_device // micro_batch_size
+
+    def training_order(self, num_samples: int) -> TrainingOrder:
+        """Give the order of a training set, of micro-batches that the trainer is told to accumulate.
+
+        Raises:
+            UserError: there are fewer samples than in a global batch.
+        """
+        trainer = self.trainer
+        assert trainer is not None
+        micro_batch_size = self.prepare_training(trainer)
+        if num_samples < self.batch_size:
+            raise UserError(f"the training set has {num_samples} samples, fewer than batch_size {self.batch_size}")
+        return TrainingOrder(
+            num_samples,
+            self.batch_size,
+            micro_batch_size,
+            trainer.global_rank,
+            trainer.world_size,
+            self.seed,
+            lambda: trainer.global_step,
+        )
+
+    def held_out_order(self, num_samples: int) -> HeldOutOrder:
+        """Give the order of a set that losses are measured on."""
+        assert self.trainer is not None
+        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
+        return HeldOutOrder(num_samples, micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
+
+
+class GenerativeDataModule(BatchedDataModule, ABC):
+    """Codes to train on, the tokenizer that gives them meaning, and the metrics that judge samples.
+
+    The arguments are those of :class:`BatchedDataModule`.
+
+    Attributes:
+        num_classes: number of classes.
+        input_shape: the token grid (height, width), or latents (channels, height, width).
+        num_codes: codebook size, None for continuous latents.
+        primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`HELD_OUT_LOSS`.
+        higher_is_better: its direction.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, ...]
+    num_codes: int | None = None
+    primary_metric: str
+    higher_is_better: bool
 
     @property
     @abstractmethod
@@ -227,30 +285,6 @@ class GenerativeDataModule(LightningDataModule, ABC):
         order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
-    def prepare_training(self, trainer: Trainer) -> int:
-        """Tell the trainer to accumulate micro-batches, and give the samples of one.
-
-        Lightning counts ``val_check_interval`` in micro-batches; here it is in optimiser steps, however they are made.
-        """
-        micro_batch_size, accumulation = self.share_batch(trainer.world_size)
-        trainer.accumulate_grad_batches = accumulation
-        if self._val_check_interval is None:
-            self._val_check_interval = trainer.val_check_interval
-        if isinstance(self._val_check_interval, int):
-            trainer.val_check_interval = self._val_check_interval * accumulation
-        return micro_batch_size
-
-    def share_batch(self, world_size: int) -> tuple[int, int]:
-        """Split the global batch: samples per forward pass of one device, and how many passes are accumulated."""
-        per_device, remainder = divmod(self.batch_size, world_size)
-        micro_batch_size = min(self.micro_batch_size or per_device, per_device)
-        if remainder or micro_batch_size < 1 or per_device % micro_batch_size:
-            raise UserError(
-                f"batch_size {self.batch_size} does not split into {world_size} devices times micro-batches of "
-                f"{self.micro_batch_size or per_device}: choose a batch_size that is a multiple of both"
-            )
-        return micro_batch_size, per_device // micro_batch_size
-
 
 class IndexedDataModule(GenerativeDataModule):
     """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
@@ -264,29 +298,12 @@ class IndexedDataModule(GenerativeDataModule):
         """What validation and test losses are measured on."""
 
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
-        trainer = self.trainer
-        assert trainer is not None
-        micro_batch_size = self.prepare_training(trainer)
         dataset = self.training_set()
-        if len(dataset) < self.batch_size:
-            raise UserError(f"the training set has {len(dataset)} samples, fewer than batch_size {self.batch_size}")
-        order = TrainingOrder(
-            len(dataset),
-            self.batch_size,
-            micro_batch_size,
-            trainer.global_rank,
-            trainer.world_size,
-            self.seed,
-            lambda: trainer.global_step,
-        )
-        return self._loader(dataset, order)
+        return self._loader(dataset, self.training_order(len(dataset)))
 
     def val_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
-        assert self.trainer is not None
-        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
         dataset = self.held_out_set()
-        order = HeldOutOrder(len(dataset), micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(dataset, order)
+        return self._loader(dataset, self.held_out_order(len(dataset)))
 
     def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return DataLoader(

@@ -1,4 +1,4 @@
-"""Encoding pictures into shards, so that what was finished survives whatever happens.
+"""Encoding pictures or clips into shards, so that what was finished survives whatever happens.
 
 The output folder holds, beside the shards and the index of :mod:`elt_lightning.data.shards`:
 
@@ -10,25 +10,24 @@ Everything is written under another name first. A shard without its small file i
 
 import io
 import json
-import math
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from elt_lightning.data.crops import CROP, Crops, Picture, Request, chunks, crop_all
+from elt_lightning.data.crops import Crops, Picture, Request, chunks
 from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import Shard, ShardIndex
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.tokenizers.base import ImageTokenizer
 
 SETTINGS = "encode.json"
 SETTINGS_VERSION = 1
@@ -160,40 +159,69 @@ class ShardWriter:
         self.finished.unreadable.extend(names)
 
 
+class Storing(Protocol):
+    """What encoding asks of a tokenizer; see :class:`~elt_lightning.tokenizers.base.ImageTokenizer`."""
+
+    num_codes: int | None
+
+    def store(self, pixels: Tensor) -> Tensor: ...  # noqa: D102
+
+    def description(self) -> dict[str, Any]: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
-class ImageEncoding:
+class Encoding(ABC):
     """What is encoded, with what, and how: all that decides the content of the shards.
 
     Attributes:
-        source: the pictures; each of its parts becomes one shard.
+        source: the pictures, or clips; each of its parts becomes one shard.
         tokenizer: in eval mode, on the device that is to do the work.
         size: height and width of the crops, in pixels.
         mirrored: keep the codes of each picture's mirror image too.
+        thing: what one of them is called.
+        unit: of speed.
+        crop: how they are brought to their size.
+        frames: of a clip; None for pictures.
+        latent_scale: of the tokenizer; None for tokens.
 
     Raises:
         UserError: the size does not suit the tokenizer, or its codes do not fit the format.
     """
 
     source: ImageSource
-    tokenizer: ImageTokenizer
+    tokenizer: Storing
     size: int
     mirrored: bool
 
+    thing: ClassVar[str]
+    unit: ClassVar[str]
+    crop: ClassVar[str]
+
     def __post_init__(self) -> None:
-        if self.size % self.tokenizer.downsampling:
-            raise UserError(
-                f"--size {self.size} is not a multiple of {self.tokenizer.downsampling}, the tokenizer's step"
-            )
         if (self.tokenizer.num_codes or 0) > 2**15:
             raise UserError(f"shards keep tokens in 16 bits: {self.tokenizer.num_codes} codes are too many")
 
     @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """The token grid, or the latents' shape."""
+
+    @property
+    @abstractmethod
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of what is kept of one copy."""
-        shape = self.tokenizer.code_shape(self.size, self.size)
-        if self.tokenizer.latent_channels is None:
-            return (math.prod(shape),)
-        return shape if self.tokenizer.latent_scale is None else (2 * shape[0], *shape[1:])
+
+    @property
+    def frames(self) -> int | None:  # noqa: D102
+        return None
+
+    @property
+    def latent_scale(self) -> float | None:  # noqa: D102
+        return None
+
+    @abstractmethod
+    def read(self, requests: Iterable[Request], num_workers: int) -> Iterator[Crops]:
+        """Decode and crop, in the order of the requests; they are taken as they are needed."""
 
     def settings(self) -> dict[str, Any]:
         """Say in plain data what decides the content of the shards."""
@@ -201,7 +229,7 @@ class ImageEncoding:
             "tokenizer": self.tokenizer.description(),
             "size": self.size,
             "mirrored": self.mirrored,
-            "crop": CROP,
+            "crop": self.crop,
             "classes": self.source.classes,
         } | self.source.description()
 
@@ -231,7 +259,7 @@ class ImageEncoding:
             UserError: more are unreadable, the source is damaged, or memory or disk are full. Finished shards stay.
         """
         failures: list[UserError] = []
-        crops_of_parts = crop_all(self._requests(parts, batch_size, failures), self.size, num_workers)
+        crops_of_parts = self.read(self._requests(parts, batch_size, failures), num_workers)
         unreadable: list[str] = []
         num_tried = 0
         for part, batches in groupby(crops_of_parts, key=lambda crops: crops.part):
@@ -245,7 +273,7 @@ class ImageEncoding:
                     yield crops
                     num_tried += crops.num_tried
                     unreadable += [f"{name} ({reason})" for name, reason in crops.unreadable]
-                    check_share(unreadable, max(num_tried, FEW), max_unreadable)
+                    check_share(unreadable, max(num_tried, FEW), max_unreadable, self.thing)
         if failures:
             raise failures[0]
 
@@ -285,34 +313,35 @@ class ImageEncoding:
         num_samples = sum(shard.num_samples for shard in shards.values())
         is_complete = len(shards) == self.source.num_parts
         num_tried = num_samples + len(unreadable)
-        check_share(unreadable, num_tried if is_complete else max(num_tried, FEW), max_unreadable)
+        check_share(unreadable, num_tried if is_complete else max(num_tried, FEW), max_unreadable, self.thing)
         if not is_complete:
             return None
         if not num_samples:
-            raise UserError(f"there was not one picture that could be read: {folder.path} gets no index")
+            raise UserError(f"there was not one {self.thing} that could be read: {folder.path} gets no index")
         highest = max(shard.highest_label for shard in shards.values())
         index = ShardIndex(
             classes=self.source.classes or tuple(str(number) for number in range(highest + 1)),
             image_size=self.size,
             copies=2 if self.mirrored else 1,
-            input_shape=self.tokenizer.code_shape(self.size, self.size),
+            input_shape=self.input_shape,
             stored_shape=self.stored_shape,
             num_codes=self.tokenizer.num_codes,
-            latent_scale=self.tokenizer.latent_scale,
+            latent_scale=self.latent_scale,
             tokenizer=folder.settings["tokenizer"],
-            crop=CROP,
+            crop=self.crop,
             shards=tuple(
                 Shard(shard_name(number), shard.num_samples) for number, shard in shards.items() if shard.num_samples
             ),
             unreadable=unreadable,
+            frames=self.frames,
         )
         index.write(folder.path)
         return index
 
 
 @torch.inference_mode()
-def encode_pixels(pixels: Tensor, tokenizer: ImageTokenizer, mirrored: bool) -> np.ndarray:
-    """Turn pixels (B, 3, size, size) uint8 into what is kept of them, (B, copies, …) on the CPU.
+def encode_pixels(pixels: Tensor, tokenizer: Storing, mirrored: bool) -> np.ndarray:
+    """Turn pixels (B, 3, …, size, size) uint8 into what is kept of them, (B, copies, …) on the CPU.
 
     Raises:
         UserError: the device's memory is too small.
@@ -321,19 +350,19 @@ def encode_pixels(pixels: Tensor, tokenizer: ImageTokenizer, mirrored: bool) -> 
     try:
         copies = [tokenizer.store(scaled)] + ([tokenizer.store(scaled.flip(-1))] if mirrored else [])
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{len(pixels)} pictures at once do not fit the memory: lower --batch_size") from error
+        raise UserError(f"{len(pixels)} samples at once do not fit the memory: lower --batch_size") from error
     return torch.stack(copies, 1).cpu().numpy()
 
 
-def check_share(unreadable: Sequence[str], num_tried: int, max_unreadable: float) -> None:
-    """Check that not too many pictures are unreadable.
+def check_share(unreadable: Sequence[str], num_tried: int, max_unreadable: float, thing: str) -> None:
+    """Check that not too many pictures, or things of another name, are unreadable.
 
     Raises:
         UserError: they are; the first are named.
     """
     if len(unreadable) > max_unreadable * num_tried:
         raise UserError(
-            f"{len(unreadable)} pictures cannot be read, more than --max_unreadable {max_unreadable:g} allows: "
+            f"{len(unreadable)} {thing}s cannot be read, more than --max_unreadable {max_unreadable:g} allows: "
             f"{', '.join(unreadable[:3])}{', …' if len(unreadable) > 3 else ''}; allow more to go on, "
             "or mend them and begin in another --output"
         )

@@ -1,9 +1,9 @@
-"""Encoded images on disk: WebDataset shards, and the index that says what they hold.
+"""Encoded images or clips on disk: WebDataset shards, and the index that says what they hold.
 
 A folder holds ``00000.tar``, ``00001.tar``, … and ``index.json``. A sample of a shard is two members,
 
     <number>.codes.npy   (copies, …) what :meth:`ImageTokenizer.store` gave: the picture, then its mirror image if asked
-    <number>.json        {"label": class number, "source": path of the picture below its root}
+    <number>.json        {"label": class number, "source": path of the picture below its root; of a clip, path:start}
 
 where the number, nine digits or ten, below 2³², is the sample's own in the whole data set: unique, and the same whoever
 encoded it, but with gaps. Beside them lie ``encode.json`` and a small file per shard, with which ``elt encode`` goes on
@@ -46,7 +46,8 @@ class ShardIndex:
         classes: names of the classes, in the order of their numbers.
         image_size: height and width of the pictures, in pixels.
         copies: 1, or 2 where each picture's mirror image is there too.
-        input_shape: the token grid (rows, columns), or the latents' (channels, rows, columns).
+        input_shape: the token grid (rows, columns), or the latents' (channels, rows, columns); of clips, the token grid
+            (frames, rows, columns).
         stored_shape: of what is kept of one copy: (tokens,), or (channels, rows, columns) with twice the channels where
             ``latent_scale`` is set.
         num_codes: codebook size, None for latents.
@@ -56,6 +57,7 @@ class ShardIndex:
         shards: the files, in order.
         unreadable: pictures that were skipped.
         version: of this format.
+        frames: of a clip, before it became tokens; None for pictures.
     """
 
     classes: tuple[str, ...]
@@ -70,6 +72,7 @@ class ShardIndex:
     shards: tuple[Shard, ...]
     unreadable: tuple[str, ...] = field(default=())
     version: int = FORMAT_VERSION
+    frames: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -129,6 +132,7 @@ def _parsed(content: dict[str, Any]) -> ShardIndex:
         crop=str(content["crop"]),
         shards=shards,
         unreadable=_strings(content["unreadable"]),
+        frames=None if content.get("frames") is None else int(content["frames"]),
     )
 
 

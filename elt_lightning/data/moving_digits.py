@@ -1,0 +1,257 @@
+"""Real handwriting carried along ten motions: the smallest videos there are, as files laid out like UCF-101.
+
+The class is the motion, whatever the digit. No single frame tells it, and most have a twin that is the same run
+backwards. Training videos show the writings that training of digits uses, held-out videos the others.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from elt_lightning.data.decoding import write_clip
+from elt_lightning.data.handwriting import load_handwriting
+from elt_lightning.data.ucf101 import UCF101DataModule
+from elt_lightning.errors import UserError
+
+VIDEOS, LISTS, SETTINGS = "UCF-101", "ucfTrainTestlist", "moving_digits.json"
+
+VERSION = 1
+"""Of what is drawn."""
+
+CLIPS_PER_GROUP = 4
+"""A group is a few videos of one writing, as UCF-101's groups are of one scene."""
+
+FRAMES = (32, 49)
+"""A video has at least so many frames, and fewer than so many."""
+
+
+class Path2D(NamedTuple):
+    """Where a digit is in each frame, (F,) each: right and down from the middle, in [−1, 1], and its size in [0, 1]."""
+
+    x: Tensor
+    y: Tensor
+    size: Tensor
+
+
+def _line(x: float, y: float) -> Callable[[Tensor, float], Path2D]:
+    """Go straight in a direction; the phase says how far to its side."""
+
+    def move(time: Tensor, phase: float) -> Path2D:
+        along, aside = 2 * time - 1, torch.full_like(time, phase - 0.5)
+        return Path2D(x * along + abs(y) * aside, y * along + abs(x) * aside, torch.ones_like(time))
+
+    return move
+
+
+def _circle(turns: float) -> Callable[[Tensor, float], Path2D]:
+    """Go round the middle so many times, clockwise as one sees it."""
+
+    def move(time: Tensor, phase: float) -> Path2D:
+        angle = 2 * math.pi * (turns * time + phase)
+        return Path2D(angle.cos(), angle.sin(), torch.ones_like(time))
+
+    return move
+
+
+def _zoom(first: float, last: float) -> Callable[[Tensor, float], Path2D]:
+    """Change size on the spot."""
+
+    def move(time: Tensor, phase: float) -> Path2D:
+        place = torch.full_like(time, phase - 0.5)
+        return Path2D(place, -place, first + (last - first) * time)
+
+    return move
+
+
+def _bounce(time: Tensor, phase: float) -> Path2D:
+    """Fall to the ground and jump up again, on the spot."""
+    height = (math.pi * (3 * time + phase)).sin().abs()
+    return Path2D(torch.full_like(time, phase - 0.5), 1 - 2 * height, torch.ones_like(time))
+
+
+def _zigzag(time: Tensor, phase: float) -> Path2D:
+    """Go right, and up and down in straight lines meanwhile."""
+    return Path2D(2 * time - 1, 4 * ((3 * time + phase) % 1 - 0.5).abs() - 1, torch.ones_like(time))
+
+
+MOTIONS: dict[str, Callable[[Tensor, float], Path2D]] = {
+    "Bouncing": _bounce,
+    "Clockwise": _circle(1.5),
+    "Counterclockwise": _circle(-1.5),
+    "Down": _line(0, 1),
+    "Growing": _zoom(0.3, 1.0),
+    "Left": _line(-1, 0),
+    "Right": _line(1, 0),
+    "Shrinking": _zoom(1.0, 0.3),
+    "Up": _line(0, -1),
+    "Zigzag": _zigzag,
+}
+"""The classes: each turns times (F,) in [0, 1] and a phase in [0, 1) into a path."""
+
+
+@dataclass(frozen=True)
+class MovingDigits:
+    """What the files hold.
+
+    Attributes:
+        training_videos: of each class.
+        held_out_videos: of each class.
+        side: height and width of a frame in pixels; even.
+        fps: frames per second.
+        seed: of the writings and how they move.
+    """
+
+    training_videos: int = 40
+    held_out_videos: int = 10
+    side: int = 64
+    fps: int = 20
+    seed: int = 0
+
+    def write(self, root: str | Path) -> None:
+        """Write the files below a root, once: the folder appears whole or not at all.
+
+        Below it lie ``UCF-101/<Motion>/v_<Motion>_gXX_cYY.avi`` (MPEG-4 as XviD writes it, every third with B-frames)
+        and ``ucfTrainTestlist`` with the lists of split 1. The first groups are held out, as in UCF-101.
+
+        Raises:
+            UserError: the folder holds something else, or PyAV or scikit-learn is not installed.
+        """
+        root = Path(root)
+        if self._is_written(root):
+            return
+        root.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+        try:
+            self._write_videos(aside)
+            (aside / SETTINGS).write_text(json.dumps(self._settings()) + "\n")
+            aside.chmod(0o755)
+            os.rename(aside, root)
+        except OSError as error:
+            if not self._is_written(root):  # or another process was faster
+                raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _settings(self) -> dict[str, int]:
+        return asdict(self) | {"version": VERSION}
+
+    def _is_written(self, root: Path) -> bool:
+        try:
+            found = json.loads((root / SETTINGS).read_text())
+        except (OSError, ValueError) as error:
+            if root.exists() and (not root.is_dir() or any(root.iterdir())):
+                raise UserError(f"{root} holds something else than moving digits: choose another root") from error
+            return False
+        if found != self._settings():
+            raise UserError(f"{root} holds moving digits of other settings, {found}: delete it, or choose another root")
+        return True
+
+    def _write_videos(self, root: Path) -> None:
+        lists: dict[bool, list[str]] = {True: [], False: []}
+        for label, motion in enumerate(MOTIONS):
+            for number, (held_out, group, clip, writing) in enumerate(self._writings(label)):
+                name = f"{motion}/v_{motion}_g{group:02d}_c{clip:02d}.avi"
+                frames = self.draw(motion, writing, number)
+                write_clip(root / VIDEOS / name, frames, self.fps, b_frames=2 if number % 3 == 2 else 0)
+                lists[held_out].append(name if held_out else f"{name} {label + 1}")
+        (root / LISTS).mkdir()
+        for name, lines in (
+            ("classInd", [f"{label + 1} {motion}" for label, motion in enumerate(MOTIONS)]),
+            ("testlist01", lists[True]),
+            ("trainlist01", lists[False]),
+        ):
+            (root / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+
+    def _writings(self, label: int) -> Iterator[tuple[bool, int, int, Tensor]]:
+        """Give what each video of a class shows: whether it is held out, its group and clip, and the writing (8, 8)."""
+        group = 0
+        for held_out, videos in ((True, self.held_out_videos), (False, self.training_videos)):
+            images = load_handwriting(held_out).images[:, 0]
+            generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + held_out)
+            chosen = torch.randperm(len(images), generator=generator)
+            for video in range(videos):
+                group += video % CLIPS_PER_GROUP == 0
+                yield held_out, group, video % CLIPS_PER_GROUP + 1, images[chosen[video // CLIPS_PER_GROUP]]
+
+    def draw(self, motion: str, writing: Tensor, number: int) -> Tensor:
+        """Draw a video.
+
+        Args:
+            motion: one of :data:`MOTIONS`.
+            writing: (8, 8) float in [0, 1].
+            number: of the video in its class; with the seed it decides phase, pace, size and the grey of the ground.
+
+        Returns:
+            (F, side, side, 3) uint8: light ink on grey.
+        """
+        generator = torch.Generator().manual_seed(1000 * (1000 * self.seed + list(MOTIONS).index(motion)) + number)
+        phase, scale, grey = torch.rand(3, generator=generator).tolist()
+        count = int(torch.randint(*FRAMES, (), generator=generator))
+        path = MOTIONS[motion](torch.linspace(0, 1, count), phase)
+        ink = F.interpolate(writing[None, None], scale_factor=4, mode="bicubic").clamp(0, 1)
+        size = (0.36 + 0.12 * scale) * path.size  # of the digit, as a share of the frame
+        zoom, room = 1 / size, 1 - size.max()
+        zeros = torch.zeros_like(zoom)
+        # What affine_grid asks for: from a place in the frame to the place in the writing.
+        rows = (zoom, zeros, -zoom * room * path.x, zeros, zoom, -zoom * room * path.y)
+        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [count, 1, self.side, self.side], align_corners=False)
+        cover = F.grid_sample(ink.expand(count, -1, -1, -1), grid, align_corners=False)
+        ground = 96 + 48 * grey
+        return (ground + (235 - ground) * cover).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+
+
+class MovingDigitsDataModule(UCF101DataModule):
+    """Moving digits, written when they are first needed, then read as UCF-101 is; all else is the same.
+
+    Args:
+        root: folder of the files.
+        training_videos: of each class.
+        held_out_videos: of each class.
+        num_frames: of a clip.
+        size: of a clip's frames in pixels.
+        stride: frames of the video from one frame of the clip to the next.
+        batch_size: global batch per optimiser step.
+        micro_batch_size: samples per forward pass on one device; None for no accumulation.
+        num_workers: loader processes on each device.
+        seed: of the order of training samples, and the moments that are cut out; the files do not depend on it.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/moving_digits",
+        training_videos: int = 40,
+        held_out_videos: int = 10,
+        num_frames: int = 16,
+        size: int = 64,
+        stride: int = 1,
+        batch_size: int = 32,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root=f"{root}/{VIDEOS}",
+            annotations=f"{root}/{LISTS}",
+            num_frames=num_frames,
+            size=size,
+            stride=stride,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.folder, self.files = root, MovingDigits(training_videos, held_out_videos)
+
+    def prepare_data(self) -> None:
+        """Write the files, once."""
+        self.files.write(self.folder)

@@ -1,0 +1,217 @@
+"""Tokens of clips, as `elt encode ucf101` leaves them, and the clips that samples are compared with."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elt_lightning.data.base import HELD_OUT_LOSS
+from elt_lightning.data.clip_batches import ClipBatch, ClipRequest, FixedClips
+from elt_lightning.data.clips import ClipShape, Video
+from elt_lightning.data.decoding import BrokenClipError, num_frames
+from elt_lightning.data.encoded import EncodedDataModule
+from elt_lightning.data.moving_digits import LISTS, VIDEOS
+from elt_lightning.data.ucf101 import Split, list_videos
+from elt_lightning.errors import UserError
+from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.fvd import build_video_scores
+from elt_lightning.metrics.motion import MotionNetwork, load_or_train_motion_network, motion_metrics
+from elt_lightning.metrics.reference import ReferenceImages
+from elt_lightning.metrics.video_protocols import VideoProtocol, video_protocol
+
+CLIPS_AT_ONCE = 16
+
+
+class VideoTokensDataModule(EncodedDataModule):
+    """Train on encoded clips; a subclass says how what is drawn is judged.
+
+    Raises:
+        UserError: the shards hold no clips; see also :class:`~elt_lightning.data.encoded.EncodedDataModule`.
+    """
+
+    def clip_shape(self, stride: int) -> ClipShape:
+        """Give the shape of the clips that were encoded, with frames so far apart."""
+        frames = self.training_index.frames
+        if frames is None:
+            raise UserError(f"{self.training_shards} holds tokens of pictures, not of clips")
+        return ClipShape(frames, self.training_index.image_size, stride)
+
+
+class UCF101TokensDataModule(VideoTokensDataModule):
+    """Tokens of UCF-101's clips; samples are judged by FVD and the Inception score of C3D, by a named protocol.
+
+    Args:
+        training_shards: folder or URL with ``index.json`` and the shards of the training clips.
+        held_out_shards: the same of the clips that losses are measured on; None for the training clips.
+        tokenizer_path: where the tokenizer's file lies; by default where it lay when the clips were encoded.
+        root: folder of the videos, ``<Class>/v_<Class>_gXX_cYY.avi``, which FVD's real clips are of.
+        annotations: folder of ``classInd.txt``, ``trainlist0N.txt`` and ``testlist0N.txt``.
+        split: N, where the protocol asks for training videos alone.
+        i3d_path: I3D as TorchScript, which FVD is defined by; None measures no FVD.
+        c3d_path: C3D as TorchScript, which the Inception score is defined by; None measures none.
+        protocol: "styleganv-2048", "tats-2048" or "magvit-10kx4"; it says how many samples and repeats are meant.
+        cache: folder of the moments of real clips.
+        batch_size: global batch per optimiser step; MAGVIT's is 256.
+        micro_batch_size: samples per forward pass on one device; None for no accumulation.
+        num_workers: loader processes on each device.
+        shuffle_block: samples that a loader process shuffles at once.
+        seed: of the order of training samples.
+    """
+
+    def __init__(
+        self,
+        training_shards: str = "data/ucf101/train_tokens",
+        held_out_shards: str | None = "data/ucf101/test_tokens",
+        tokenizer_path: str | None = None,
+        root: str = "data/ucf101/UCF-101",
+        annotations: str = "data/ucf101/ucfTrainTestlist",
+        split: int = 1,
+        i3d_path: str | None = None,
+        c3d_path: str | None = None,
+        protocol: str = "styleganv-2048",
+        cache: str = "data/cache",
+        batch_size: int = 256,
+        micro_batch_size: int | None = None,
+        num_workers: int = 2,
+        shuffle_block: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            training_shards,
+            held_out_shards,
+            tokenizer_path,
+            batch_size,
+            micro_batch_size,
+            num_workers,
+            shuffle_block,
+            seed,
+        )
+        self.root, self.annotations, self.split, self.cache = root, annotations, split, cache
+        self.i3d_path, self.c3d_path = i3d_path, c3d_path
+        self.protocol = video_protocol(protocol)
+        self.primary_metric = (
+            "fvd" if i3d_path is not None else "inception_score" if c3d_path is not None else HELD_OUT_LOSS
+        )
+        self.higher_is_better = self.primary_metric == "inception_score"
+
+    def prepare_data(self) -> None:
+        """Load what samples will be judged by, once before anything is trained; real clips are read here."""
+        self.build_metrics()
+
+    def build_metrics(self) -> list[SampleMetric]:
+        """``fvd`` and ``inception_score``, each where its network was given."""
+        if self.i3d_path is None and self.c3d_path is None:
+            return []
+        return [build_video_scores(self.protocol, self.real_clips(), self.cache, self.i3d_path, self.c3d_path)]
+
+    def real_clips(self) -> ReferenceImages:
+        """Describe the clips that the protocol compares samples with."""
+        split: Split = "all" if self.protocol.split == "all" else self.split
+        videos = list_videos(self.root, self.annotations, split, held_out=False)
+        shape = self.clip_shape(self.protocol.stride)
+        listing = "".join(f"{video.name}\0{os.path.getsize(video.path)}\n" for video in videos)
+        return ReferenceImages(
+            lambda: protocol_clips(self.protocol, videos, shape),
+            hashlib.sha256(os.fsencode(listing)).hexdigest(),
+            {"size": shape.size, "frames": shape.num_frames},
+        )
+
+
+class MovingDigitsTokensDataModule(VideoTokensDataModule):
+    """Tokens of moving digits; samples are judged by a network that names motions.
+
+    ``recognised`` is the share of samples that it reads as the motion asked for, ``fd_motion`` a Fréchet distance over
+    its features to held-out clips.
+
+    Args:
+        training_shards: folder with ``index.json`` and the shards of the training clips.
+        held_out_shards: the same of the clips that losses are measured on; None for the training clips.
+        tokenizer_path: where the tokenizer's file lies; by default where it lay when the clips were encoded.
+        root: folder of the videos, as :class:`~elt_lightning.data.moving_digits.MovingDigitsDataModule` wrote them.
+        stride: frames of the video from one frame of a clip to the next, as they were encoded.
+        batch_size: global batch per optimiser step.
+        micro_batch_size: samples per forward pass on one device; None for no accumulation.
+        num_workers: loader processes.
+        shuffle_block: samples that a loader process shuffles at once.
+        seed: of the order of training samples.
+    """
+
+    primary_metric = "recognised"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        training_shards: str = "data/moving_digits_tokens/train",
+        held_out_shards: str | None = "data/moving_digits_tokens/test",
+        tokenizer_path: str | None = None,
+        root: str = "data/moving_digits",
+        stride: int = 2,
+        batch_size: int = 64,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        shuffle_block: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            training_shards,
+            held_out_shards,
+            tokenizer_path,
+            batch_size,
+            micro_batch_size,
+            num_workers,
+            shuffle_block,
+            seed,
+        )
+        self.root, self.shape = root, self.clip_shape(stride)
+
+    def prepare_data(self) -> None:
+        """Train the motion network, once."""
+        self.load_motion_network()
+
+    def load_motion_network(self) -> MotionNetwork:
+        """Load the network that names motions, training it where there is no cached one for this shape of clips."""
+        training, held_out = (read_all(self._videos(side), self.shape, 2) for side in (False, True))
+        name = f"motion_network_{self.shape.num_frames}x{self.shape.size}_{self.shape.stride}.safetensors"
+        return load_or_train_motion_network(
+            Path(self.root) / name, training.pixels, training.labels, held_out.pixels, held_out.labels
+        )
+
+    def _videos(self, held_out: bool) -> list[Video]:
+        return list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, held_out)
+
+    def build_metrics(self) -> list[SampleMetric]:
+        """``recognised``, and ``fd_motion`` against held-out clips."""
+        real = read_all(self._videos(held_out=True), self.shape, clips_per_video=4)
+        return motion_metrics(self.load_motion_network(), (part.float() / 255 for part in real.pixels.split(64)))
+
+
+def protocol_clips(protocol: VideoProtocol, videos: Sequence[Video], shape: ClipShape) -> Iterator[Tensor]:
+    """Read the real clips of a protocol, in batches (B, 3, F, S, S) uint8."""
+    windows = protocol.choose([length_of(video) for video in videos])
+    for first in range(0, len(windows), CLIPS_AT_ONCE):
+        part = windows[first : first + CLIPS_AT_ONCE]
+        yield torch.stack([shape.read(videos[window.video].path, window.start) for window in part])
+
+
+def length_of(video: Video) -> int:
+    """Count the frames of a video; one that cannot be read has none, and gives no clip."""
+    try:
+        return num_frames(video.path)
+    except BrokenClipError:
+        return 0
+
+
+def read_all(videos: Sequence[Video], shape: ClipShape, clips_per_video: int) -> ClipBatch:
+    """Read the same clips of each video as in every run, all into memory.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    clips = FixedClips(videos, shape, clips_per_video)
+    batch, broken = clips[ClipRequest(torch.arange(len(clips)))]
+    if broken:
+        raise UserError(f"the video {broken[0][0]} cannot be read: {broken[0][1]}")
+    return batch
