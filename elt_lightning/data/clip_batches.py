@@ -20,9 +20,6 @@ from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 
 logger = logging.getLogger(__name__)
 
-MOMENT = Stream.TIME
-"""Which moment of a video is cut out is a time too; training on pixels of clips draws no other: the stream is free."""
-
 ATTEMPTS = 8
 """Videos that are tried in training before a batch is given up: the one whose turn it is, and others in its place."""
 
@@ -152,7 +149,7 @@ class TrainingClips(ClipDataset):
 
     def read(self, place: int, epoch: int, broken: list[tuple[str, str]]) -> Clip | None:  # noqa: D102
         seeds = sample_seeds(self.seed, torch.tensor([place]))
-        words = random_bits(seeds, epoch, MOMENT, 2 * ATTEMPTS)[0].tolist()
+        words = random_bits(seeds, epoch, Stream.CLIP_START, 2 * ATTEMPTS)[0].tolist()
         mirrored = self.mirrored and bool(random_bits(seeds, epoch, Stream.MIRRORED, 1) % 2)
         for attempt in range(ATTEMPTS):
             moment, other = words[2 * attempt : 2 * attempt + 2]

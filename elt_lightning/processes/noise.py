@@ -36,6 +36,8 @@ class Stream(IntEnum):
     SHARD_ORDER = 12
     MIRRORED = 13
     POSTERIOR = 14
+    CLIP_START = 15
+    REVIVED_CODES = 16
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:

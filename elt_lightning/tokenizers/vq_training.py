@@ -32,9 +32,6 @@ from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
 
-REVIVAL = Stream.MASK_ORDER
-"""Which vectors become codes is an order too; a tokenizer's training masks nothing, so the stream is free."""
-
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 """Settings in which a 2-D tokenizer that is inflated may differ: the weights' shapes do not depend on them."""
 
@@ -381,7 +378,7 @@ class VQTraining(LightningModule):
 def draw_vectors(vectors: Tensor, count: int, seed: int, step: int) -> Tensor:
     """Draw ``count`` ≤ N different rows of vectors (N, D); which ones depends on (seed, step, N) alone."""
     seeds = sample_seeds(seed, torch.arange(len(vectors), device=vectors.device))
-    order = random_bits(seeds, step, REVIVAL, 1).flatten().argsort(stable=True)
+    order = random_bits(seeds, step, Stream.REVIVED_CODES, 1).flatten().argsort(stable=True)
     return vectors[order[:count]]
 
 
