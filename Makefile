@@ -183,7 +183,7 @@ table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (GPU-hours: elt plan);
 table8: $(BIN)/elt ## Table 8, training profile: benchmarks/training.json of a GPU; renders what is there
 	$(TABLE) 8 --benchmarks $(BENCHMARKS)
 
-fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in 8 minutes
+fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in an estimated 8 minutes on 2 cores
 	$(call diffusion,elt_4n8l)
 	$(call diffusion,elt_4n8l,vanilla)
 	$(FIGURE) 1 --ilsd $(ILSD_CHECKPOINT) --vanilla $(VANILLA_CHECKPOINT)
@@ -197,7 +197,7 @@ fig5: $(BIN)/elt ## best FID per parameter budget: the runs of table1 and table2
 	$(call diffusion,$(TABLE2_MODELS))
 	$(FIGURE) 5 --measured $(RUNS)
 
-fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 GPU-hours); SMOKE=1 in 8 minutes
+fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 GPU-hours); SMOKE=1 in an estimated 8 minutes on 2 cores
 	$(call diffusion,dit_32)
 	$(call diffusion,elt_16n2l)
 	$(call diffusion,elt_8n4l)
@@ -207,7 +207,7 @@ fig7: $(BIN)/elt ## FVD per loop count: UCF101= I3D= (GPU-hours: elt plan); SMOK
 	$(video)
 	$(FIGURE) 7 --measured $(VIDEO_RUNS)
 
-fig8: $(BIN)/elt ## FID per loop count with and without ILSD: IMAGENET= VQGAN= VAE= (1,150 GPU-hours); SMOKE=1 from the committed ablation
+fig8: $(BIN)/elt ## FID per loop count with and without ILSD: IMAGENET= VQGAN= VAE= (1,150 GPU-hours); SMOKE=1 from the committed ablation, at once
 	$(call masked,elt_l_8n3l)
 	$(call masked,elt_l_8n3l,vanilla)
 	$(call diffusion,elt_8n4l)
@@ -221,7 +221,7 @@ fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours); SMOKE=
 	$(call masked,elt_l_8n3l,distillation)
 	$(FIGURE) 13 --measured $(RUNS)
 
-fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in 4 minutes
+fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in an estimated 4 minutes on 2 cores
 	$(call diffusion,elt_8n4l)
 	@if [ -f $(NORMS_CHECKPOINT) ]; then \
 		$(BIN)/python -m elt_lightning.reproduce.update_norms --ckpt_path $(NORMS_CHECKPOINT) --output $(NORMS); fi

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elt_lightning import __version__
@@ -151,18 +152,24 @@ def write_results(summary: dict[str, Any], arms: list[Arm], folder: Path) -> Non
     """Write the summary, its figure and its table."""
     with written_aside(folder / "ablation.json") as aside:
         aside.write_text(json.dumps(summary, indent=1) + "\n")
+    metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     with written_aside(folder / "ablation.png") as aside:
-        figure(summary, arms).savefig(aside, bbox_inches="tight")
+        figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
     with written_aside(folder / "ablation.md") as aside:
-        aside.write_text(table(summary, arms))
+        aside.write_text("\n".join(table(summary, arms, metric) for metric in metrics))
     print("\n".join(str(folder / f"ablation.{ending}") for ending in ("png", "md", "json")))
 
 
-def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
-    """Draw the primary metric against the loop count: a line for each looped arm, a level for each unlooped one."""
-    drawing = Figure(figsize=(7, 4.5), dpi=150)
-    axes = drawing.add_subplot()
-    metric = summary["primary_metric"]
+def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
+    """Draw metrics side by side against the loop count."""
+    drawing = Figure(figsize=(7 * len(metrics), 4.5), dpi=150)
+    for axes, metric in zip(drawing.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        draw(axes, summary, arms, metric)
+    return drawing
+
+
+def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> None:
+    """Draw one metric: a line for each looped arm, a level for each unlooped one."""
     for arm in arms:
         rows = summary["arms"][arm.name]["rows"]
         values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
@@ -187,12 +194,10 @@ def figure(summary: dict[str, Any], arms: list[Arm]) -> Figure:
     axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return drawing
 
 
-def table(summary: dict[str, Any], arms: list[Arm]) -> str:
-    """Write the primary metric as a Markdown table: arms down, loop counts across."""
-    metric = summary["primary_metric"]
+def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
+    """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
     lines = [
         f"| {metric}, % | backbone parameters | " + " | ".join(f"L = {loops}" for loops in columns) + " |",

@@ -1,0 +1,431 @@
+"""`make table1` and its like: a table of the paper, its numbers beside what was counted and measured here.
+
+python -m elt_lightning.reproduce.tables 1 --measured runs/imagenet256 --output docs/results/tables
+
+Writes ``table1.md``, ``table1.csv`` and ``table1.json``. A "paper" column holds what is printed, a "counted" one what
+follows from the configs alone, a "measured" one what `elt test` or a benchmark left behind, and nothing else: it is
+empty where there is nothing.
+
+Tables 1, 2 and 4 read ``<measured>/<config>/test*/loops.json``. Tables 3 and 8 read two JSON files of benchmarks::
+
+    inference.json  {"device": "…", "rows": [{"scale": "L", "num_layers": 8, "loops": 3, "batch_size": 8,
+                     "samples_per_second": 9.1, "baseline_samples_per_second": 3.1}, …]}
+    training.json   {"device": "…", "rows": [{"model": "elt_8n4l", "seconds_per_step": 1.2,
+                     "peak_memory_bytes": 123}, {"model": "dit_32", …}]}
+"""
+
+import argparse
+import csv
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+from elt_lightning.metrics.fid import name_with_count
+from elt_lightning.reproduce.accounting import Count, count_row, count_scale, gflops_as_printed, params_as_printed
+from elt_lightning.reproduce.published import (
+    PAPER,
+    TABLE_1,
+    TABLE_2,
+    TABLE_3,
+    TABLE_3_BATCH,
+    TABLE_4,
+    TABLE_8,
+    Printed,
+    Row,
+)
+
+SMALL_SCALE = (
+    "small-scale twin: small networks, data that the project makes; its numbers do not compare with the paper's"
+)
+
+TITLES = {
+    1: "ImageNet 256×256, masked generation",
+    2: "ImageNet 256×256, diffusion",
+    3: f"inference throughput over the unlooped baseline of the same scale, batch {TABLE_3_BATCH}",
+    4: "UCF-101, class-conditional",
+    8: "a training step of ELT 8N×4L over one of the 32-layer DiT",
+}
+
+NOTES = {
+    1: [
+        "GFLOPs are multiply–accumulates of a sample in the layers alone, 24 steps × 2 branches of guidance, without "
+        "the attention products QKᵀ and PV: counted so, the rows of scale L come out. Those of scale XL do not, and we "
+        "know of no way to derive what is printed there.",
+    ],
+    2: [
+        "The paper does not describe the network. Width 2048, FiLM blocks and a condition of width 1024 are inferred "
+        "from its parameter counts, of whole networks (params_total); they are not the only solution.",
+    ],
+    3: [
+        "A looped model and its baseline take the same multiply–accumulates; what differs is the size of the weights. "
+        "The paper measured on one TPU v6e. Counted are masked ImageNet models.",
+    ],
+    4: [
+        "GFLOPs are multiply–accumulates of a sample in the layers alone, attention products included, without "
+        "guidance.",
+        "The printed parameters of MAGVIT-L come out with embeddings and head (params_total), those of ELT without "
+        "them (params_backbone). MaGNeTS is another method, which this project does not build.",
+    ],
+    8: [
+        'Ratios are of ELT over DiT; "the same" is taken as 1×. FLOPs are counted in the forward pass; the student of '
+        "ILSD adds one application of the head, under 0.1 % of it. The paper measured on TPU v6e.",
+    ],
+}
+
+HEADINGS = {
+    "fid": "FID",
+    "fvd": "FVD",
+    "inception_score": "IS",
+    "gflops": "GFLOPs",
+    "gmacs_per_pass": "GMACs of a pass",
+    "gmacs_per_sample": "GMACs of a sample",
+    "depth": "D",
+}
+
+COUNTED = ("depth", "params", "params_backbone", "params_total", "gflops", "gmacs_per_pass", "gmacs_per_sample")
+"""What needs no training, in the order of its columns in Tables 1, 2 and 4."""
+
+Kind = Literal["paper", "counted", "measured"]
+
+
+class Column(NamedTuple):
+    """A quantity, and where its values are from."""
+
+    quantity: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number of ours, with the standard deviation over repeats where there is one."""
+
+    value: float
+    spread: float | None = None
+
+
+Cells = dict[Column, Printed | Value]
+
+
+@dataclass
+class Table:
+    """A table to write: its columns, and of each row the cells that are filled."""
+
+    number: int
+    small_scale: bool
+    columns: list[Column] = field(default_factory=list)
+    rows: dict[str, Cells] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Say what it is; of small models, first of all that."""
+        what = f", {SMALL_SCALE}" if self.small_scale else f": {TITLES[self.number]}"
+        return f"Table {self.number}{what}"
+
+    def flat_rows(self) -> list[dict[str, str | float | None]]:
+        """Give rows as plain numbers by ``<quantity>_<kind>``; a column with spreads has another one for them."""
+        flat: list[dict[str, str | float | None]] = []
+        spreads = {column for cells in self.rows.values() for column, cell in cells.items() if cell.spread is not None}
+        for model, cells in self.rows.items():
+            row: dict[str, str | float | None] = {"model": model}
+            for column in self.columns:
+                cell, name = cells.get(column), "_".join(column)
+                row[name] = None if cell is None else cell.value
+                if column in spreads:
+                    row[f"{name}_spread"] = None if cell is None else cell.spread
+            flat.append(row)
+        return flat
+
+    def markdown(self) -> str:
+        """Lay it out for readers."""
+        headings = [f"{HEADINGS.get(quantity, quantity)}, {kind}" for quantity, kind in self.columns]
+        lines = [["model", *headings], ["---"] * (1 + len(headings))]
+        lines += [
+            [model, *(shown(column.quantity, cells.get(column)) for column in self.columns)]
+            for model, cells in self.rows.items()
+        ]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join([f"# {self.title}", "", table, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write it as Markdown, CSV and JSON."""
+        stem, rows = folder / f"table{self.number}", self.flat_rows()
+        with written_aside(stem.with_suffix(".md")) as aside:
+            aside.write_text(self.markdown())
+        with written_aside(stem.with_suffix(".csv")) as aside, aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        with written_aside(stem.with_suffix(".json")) as aside:
+            content = {"table": self.number, "title": self.title, "rows": rows, "notes": self.notes}
+            aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        print(stem.with_suffix(".md"))
+
+
+def shown(quantity: str, cell: Printed | Value | None) -> str:
+    """Write a cell for readers: what is printed to the letter, our own numbers with the digits that matter."""
+    if cell is None:
+        return ""
+    if isinstance(cell, Printed):
+        return cell.text
+    if quantity.startswith("params"):
+        return f"{cell.value / 1e6:,.1f}M" if cell.value >= 1e6 else f"{cell.value:,.0f}"
+    if quantity.endswith("ratio"):
+        return f"{cell.value:.2f}×"
+    spread = "" if cell.spread is None else f" ± {cell.spread:.2g}"
+    return (f"{cell.value:,.0f}" if cell.value >= 1000 else f"{cell.value:.4g}") + spread
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `elt test` measured of a row's model at its loop count.
+
+    Attributes:
+        path: of the ``loops.json``.
+        report: all of it.
+        row: of the report.
+        distance: name of the metric that decides: one of the wanted kind, plain or with its count; None without any.
+    """
+
+    path: Path
+    report: dict[str, Any]
+    row: dict[str, Any]
+    distance: str | None
+
+    def goodness(self, kind: str) -> tuple[float, float]:
+        """Order results: of more samples first, then lower ones; those without the metric last."""
+        if self.distance is None:
+            return (0.0, 0.0)
+        return count_in(self.distance, kind), -self.row["metrics"][self.distance]["mean"]
+
+    def values(self, kind: str, with_score: bool) -> dict[str, Value]:
+        """Give what was measured by the name that it may stand under.
+
+        The Inception score depends on the number of samples too: it gets the count behind its name unless the distance
+        beside it has a plain one.
+        """
+        names = {} if self.distance is None else {self.distance: self.distance}
+        if with_score and "inception_score" in self.row["metrics"]:
+            with_count = name_with_count(self.report["num_samples"], "inception_score")
+            names["inception_score" if self.distance == kind else with_count] = "inception_score"
+        scores = {name: self.row["metrics"][metric] for name, metric in names.items()}
+        return {name: Value(score["mean"], score["std"]) for name, score in scores.items()}
+
+    def note(self) -> str:
+        """Say where it is from."""
+        report = self.report
+        return (
+            f"{self.path}, {self.row['loops']} loops, {report['sampling_steps']} steps, guidance "
+            f"{self.row['guidance']:g}, {report['num_samples']:,} samples, features of {report['feature_network']}."
+        )
+
+
+def count_in(name: str, kind: str) -> float:
+    """Read the samples that a metric's name tells of: 2000 in fid2k; infinity in the plain name; 0 in other kinds."""
+    parts = re.fullmatch(rf"{kind}(?:([\d.]+)(k?))?", name)
+    if parts is None:
+        return 0.0
+    return math.inf if parts[1] is None else float(parts[1]) * (1000 if parts[2] else 1)
+
+
+def find_result(row: Row, counted: Count, kind: str, runs: Path, table: Table) -> Result | None:
+    """Find the best of what was measured of a row, over guidance scales as the paper does.
+
+    A run is the row's only where its network has the row's size and sampling took the row's steps. For a table of small
+    models any network and steps do, a metric of any kind, and the most loops that there are.
+
+    Args:
+        row: of the paper.
+        counted: its model.
+        kind: "fid" or "fvd".
+        runs: folder of the runs, each named after its config.
+        table: gets a note for each run that is left out.
+    """
+    results = []
+    for path in sorted((runs / str(row.name)).glob("test*/loops.json")):
+        report = json.loads(path.read_text())
+        most = max(measured["loops"] for measured in report["rows"])
+        loops = min(row.loops, most) if table.small_scale else row.loops
+        for measured in report["rows"]:
+            if measured["loops"] != loops:
+                continue
+            if not table.small_scale and measured["params_backbone"] != counted.params_backbone:
+                table.notes.append(
+                    f"{row.model}: {path} is left out: its network is another one, with "
+                    f"{measured['params_backbone']:,} parameters in the layers."
+                )
+            elif table.small_scale or report["sampling_steps"] == row.steps:
+                names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
+                names = sorted((name for name in names if count_in(name, kind)), key=lambda name: count_in(name, kind))
+                others = [report["primary_metric"]] if table.small_scale else [None]
+                results.append(Result(path, report, measured, (others + names)[-1]))
+    return max(results, key=lambda result: result.goodness(kind), default=None)
+
+
+def generation_table(number: int, rows: Sequence[Row], kind: str, runs: Path, small_scale: bool) -> Table:
+    """Fill Table 1, 2 or 4.
+
+    Args:
+        number: of the table.
+        rows: of the paper.
+        kind: of distance, "fid" or "fvd".
+        runs: folder of the runs.
+        small_scale: take runs of other networks; what is counted is then of them.
+    """
+    scores = [kind, *(["inception_score"] if rows[0].inception_score else [])]
+    table = Table(number, small_scale)
+    for row in rows:
+        printed = {Column(name, "paper"): getattr(row, name) for name in (*scores, *COUNTED[:2], "gflops")}
+        cells: Cells = {column: number for column, number in printed.items() if number is not None}
+        table.rows[row.model] = cells
+        counted = count_row(row)
+        if counted is None:
+            continue
+        result = find_result(row, counted, kind, runs, table)
+        if result is not None:
+            values = result.values(kind, len(scores) > 1)
+            cells |= {Column(name, "measured"): value for name, value in values.items()}
+            table.notes.append(f"{row.model}: {result.note()}")
+        if not small_scale:
+            cells |= counted_cells(row, counted)
+            table.notes += differences(row, counted)
+        elif result is not None:
+            cells |= {
+                Column("params_backbone", "counted"): Value(result.row["params_backbone"]),
+                Column("params_total", "counted"): Value(result.row["params_total"]),
+                Column("gmacs_per_sample", "counted"): Value(result.row["macs_per_sample"] / 1e9),
+            }
+    filled = {column for cells in table.rows.values() for column in cells}
+    kinds: tuple[Kind, ...] = ("paper", "measured", "counted")
+    table.columns = [Column(score, kind) for score in scores for kind in kinds[:2]]
+    table.columns += sorted(column for column in filled - {*table.columns} if column.kind == "measured")
+    table.columns += [column for name in COUNTED for kind in kinds if (column := Column(name, kind)) in filled]
+    table.notes.append("GMACs are 10⁹ multiply–accumulates of the whole network, attention products included.")
+    return with_provenance(table)
+
+
+def counted_cells(row: Row, counted: Count) -> Cells:
+    """Fill the columns that need no training."""
+    cells: Cells = {
+        Column("params_backbone", "counted"): Value(counted.params_backbone),
+        Column("params_total", "counted"): Value(counted.params_total),
+        Column("gmacs_per_pass", "counted"): Value(counted.forward_macs / 1e9),
+        Column("gmacs_per_sample", "counted"): Value(counted.sample_macs / 1e9),
+    }
+    if row.gflops is not None:
+        cells[Column("gflops", "counted")] = Value(gflops_as_printed(row, counted))
+    if row.depth is not None:
+        cells[Column("depth", "counted")] = Value(counted.effective_depth)
+    return cells
+
+
+def differences(row: Row, counted: Count) -> list[str]:
+    """Say where a count would not be printed as the paper prints it."""
+    pairs = [("params", row.params, float(params_as_printed(row, counted)))]
+    if row.gflops is not None:
+        pairs.append(("gflops", row.gflops, gflops_as_printed(row, counted)))
+    return [
+        f"{row.model}: {shown(name, Value(ours))} {HEADINGS.get(name, 'parameters')} counted, {printed.text} printed "
+        f"({100 * (ours / printed.value - 1):+.1f} %)."
+        for name, printed, ours in pairs
+        if not printed.agrees(ours)
+    ]
+
+
+def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
+    """Fill Table 3, from ``inference.json``."""
+    speed, macs, params, baseline_params = "throughput ratio", "MACs ratio", "params_backbone", "params of the baseline"
+    table = Table(3, small_scale, [Column(speed, "paper"), Column(speed, "measured")])
+    table.columns += [Column(name, "counted") for name in (macs, params, baseline_params)]
+    content = read_benchmark(benchmarks / "inference.json", table)
+    for row in TABLE_3:
+        cells: Cells = {Column(speed, "paper"): row.ratio}
+        if not small_scale:
+            looped, baseline = count_scale(row.scale, row.num_layers, row.loops), count_scale(row.scale)
+            cells[Column(macs, "counted")] = Value(looped.forward_macs / baseline.forward_macs)
+            cells[Column(params, "counted")] = Value(looped.params_backbone)
+            cells[Column(baseline_params, "counted")] = Value(baseline.params_backbone)
+        wanted: dict[str, object] = {"num_layers": row.num_layers, "loops": row.loops}
+        wanted |= {} if small_scale else {"scale": row.scale, "batch_size": TABLE_3_BATCH}
+        for found in content:
+            if wanted.items() <= found.items():
+                ratio = found["samples_per_second"] / found["baseline_samples_per_second"]
+                cells[Column(speed, "measured")] = Value(ratio)
+        table.rows[row.model] = cells
+    return with_provenance(table)
+
+
+def training_table(benchmarks: Path, small_scale: bool) -> Table:
+    """Fill Table 8, from ``training.json``."""
+    flops, others = "FLOPs ratio", {"step time ratio": "seconds_per_step", "peak memory ratio": "peak_memory_bytes"}
+    kinds: tuple[Kind, ...] = ("paper", "measured")
+    table = Table(8, small_scale, [Column(flops, "paper"), Column(flops, "counted")])
+    table.columns += [Column(name, kind) for name in others for kind in kinds]
+    printed = zip((flops, *others), (TABLE_8.flops, TABLE_8.step_time, TABLE_8.peak_memory), strict=True)
+    cells: Cells = {Column(name, "paper"): number for name, number in printed}
+    rows = {row.name: row for row in TABLE_2}
+    looped, baseline = count_row(rows[TABLE_8.model]), count_row(rows[TABLE_8.baseline])
+    if looped and baseline and not small_scale:
+        cells[Column(flops, "counted")] = Value(looped.forward_macs / baseline.forward_macs)
+    content = {found.get("model"): found for found in read_benchmark(benchmarks / "training.json", table)}
+    if {TABLE_8.model, TABLE_8.baseline} <= content.keys():
+        for name, key in others.items():
+            cells[Column(name, "measured")] = Value(content[TABLE_8.model][key] / content[TABLE_8.baseline][key])
+    table.rows[f"{rows[TABLE_8.model].model} / {rows[TABLE_8.baseline].model}"] = cells
+    return with_provenance(table)
+
+
+def read_benchmark(path: Path, table: Table) -> list[dict[str, Any]]:
+    """Read the rows of a benchmark, and note its device; none where there is no file."""
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text())
+    table.notes.append(f"Measured on {content.get('device', 'an unnamed device')}: {path}.")
+    return content.get("rows", [])
+
+
+def with_provenance(table: Table) -> Table:
+    """Add the table's own notes, and what its columns are."""
+    table.notes += [] if table.small_scale else NOTES[table.number]
+    configs = "the runs" if table.small_scale else "the configs"
+    table.notes.append(
+        f"paper: {PAPER}; counted: from {configs}; measured: here, empty where nothing was. "
+        f"Made by `make table{table.number}{' SMOKE=1' if table.small_scale else ''}`."
+    )
+    return table
+
+
+TABLES: dict[int, Callable[[argparse.Namespace], Table]] = {
+    1: lambda options: generation_table(1, TABLE_1, "fid", options.measured, options.small_scale),
+    2: lambda options: generation_table(2, TABLE_2, "fid", options.measured, options.small_scale),
+    3: lambda options: throughput_table(options.benchmarks, options.small_scale),
+    4: lambda options: generation_table(4, TABLE_4, "fvd", options.measured, options.small_scale),
+    8: lambda options: training_table(options.benchmarks, options.small_scale),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("number", type=int, choices=TABLES, help="of the table")
+    parser.add_argument("--measured", type=Path, help="folder of runs; by default runs/imagenet256 or runs/ucf101")
+    parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of Tables 3 and 8's JSON")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/tables"), help="folder of the results")
+    parser.add_argument("--small_scale", action="store_true", help="the runs are of small networks: the title says so")
+    options = parser.parse_args(arguments)
+    options.measured = options.measured or Path("runs/ucf101" if options.number == 4 else "runs/imagenet256")
+    TABLES[options.number](options).write(options.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"tables: error: {error}")

@@ -1,0 +1,328 @@
+"""Tables and figures: what is printed, counted and measured stays apart; everything renders without a single run."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from small_runs import train_small_squares
+
+from elt_lightning.reproduce import figures, tables
+from elt_lightning.reproduce.accounting import count_row
+from elt_lightning.reproduce.published import TABLE_1, TABLE_2, TABLE_4
+
+ROOT = Path(__file__).parent.parent
+NUMBERS = (1, 2, 3, 4, 8)
+FIGURES = (1, 4, 5, 6, 7, 8, 13, 14)
+
+
+@pytest.fixture(autouse=True)
+def work_in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def make_table(number: int, folder: Path, *flags: object) -> dict[str, Any]:
+    """Render a table with its runs in ``folder``, and give its JSON."""
+    where = ["--measured", folder, "--benchmarks", folder, "--output", folder / "tables"]
+    tables.main([str(word) for word in (number, *where, *flags)])
+    return json.loads((folder / "tables" / f"table{number}.json").read_text())
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]], test: str = "test", **changes: Any) -> None:
+    """Write a ``loops.json`` as `elt test` does."""
+    plain = {"guidance": 1.0, "params_total": 7, "macs_per_sample": 5_000_000_000, "effective_depth": 1}
+    metrics = [
+        {
+            name: score if isinstance(score, dict) else {"mean": score, "std": None}
+            for name, score in row["metrics"].items()
+        }
+        for row in rows
+    ]
+    report = {
+        "primary_metric": next(iter(metrics[0])),
+        "higher_is_better": False,
+        "feature_network": "a network",
+        "num_samples": 50_000,
+        "train_loops": 3,
+        "sampling_steps": 24,
+        "rows": [plain | row | {"metrics": scores} for row, scores in zip(rows, metrics, strict=True)],
+    }
+    path = folder / test / "loops.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report | changes))
+
+
+def size(row: Any) -> int:
+    counted = count_row(row)
+    assert counted is not None
+    return counted.params_backbone
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("flags", [(), ("--small_scale",)])
+def test_without_runs_nothing_is_measured(number: int, flags: tuple[str, ...], tmp_path: Path) -> None:
+    table = make_table(number, tmp_path, *flags)
+    measured = [name for row in table["rows"] for name in row if "_measured" in name]
+    assert measured
+    assert all(row[name] is None for row in table["rows"] for name in row if "_measured" in name)
+    assert ("small-scale twin" in table["title"]) == bool(flags)
+    markdown = (tmp_path / "tables" / f"table{number}.md").read_text()
+    assert markdown.startswith(f"# {table['title']}\n")
+    with (tmp_path / "tables" / f"table{number}.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["model"] for line in lines] == [row["model"] for row in table["rows"]]
+    assert list(lines[0]) == list(table["rows"][0])
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, TABLE_1), (2, TABLE_2), (4, TABLE_4)])
+def test_what_is_printed_and_counted_is_always_there(number: int, rows: Any, tmp_path: Path) -> None:
+    table = make_table(number, tmp_path)
+    for row, cells in zip(rows, table["rows"], strict=True):
+        counted = count_row(row)
+        assert cells["params_paper"] == row.params.value
+        for name in ("fid", "fvd", "inception_score", "gflops", "depth"):
+            printed = getattr(row, name)
+            assert cells.get(f"{name}_paper") == (printed and printed.value)
+            if printed is not None and printed.spread is not None:
+                assert cells[f"{name}_paper_spread"] == printed.spread
+        assert cells["params_backbone_counted"] == (counted and counted.params_backbone)
+        assert cells["params_total_counted"] == (counted and counted.params_total)
+        assert cells["gmacs_per_sample_counted"] == (counted and counted.sample_macs / 1e9)
+    text = (tmp_path / "tables" / f"table{number}.md").read_text()
+    if number == 4:
+        assert "| 96.4±2 |" in text
+    if number == 1:
+        assert re.search(r"ELT-XL 7N×4L: 5,501 GFLOPs counted, 3.9k printed \(\+41.0 %\)", text)
+        assert "no way to derive" in text
+
+
+SCORES = st.dictionaries(
+    st.sampled_from(["fid", "fid2k", "fid8", "sfid", "sfid2k", "fd_digits", "inception_score", "valid_squares"]),
+    st.floats(0.5, 400),
+    min_size=1,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scores=SCORES, steps=st.sampled_from([24, 12]), other=st.booleans(), count=st.sampled_from([2000, 50_000]))
+def test_a_measured_value_is_always_the_runs_own(
+    scores: dict[str, float], steps: int, other: bool, count: int, tmp_path: Path
+) -> None:
+    row = TABLE_1[2]
+    shutil.rmtree(tmp_path / "elt_l_8n3l", ignore_errors=True)
+    measured = {"loops": 3, "params_backbone": size(row) + other, "metrics": scores}
+    write_run(tmp_path / "elt_l_8n3l", [measured], sampling_steps=steps, num_samples=count)
+    cells = make_table(1, tmp_path)["rows"][2]
+    found = {name: value for name, value in cells.items() if "_measured" in name and value is not None}
+    if other or steps != row.steps:
+        assert found == {}
+        return
+    assert cells["fid_measured"] == scores.get("fid")
+    assert ("fid2k_measured" in found) == ("fid2k" in scores and "fid" not in scores)
+    assert (cells["inception_score_measured"] is not None) == ("inception_score" in scores and "fid" in scores)
+    assert set(found.values()) <= set(scores.values())
+    assert not [name for name in found if name.startswith(("sfid", "fd", "valid"))]
+
+
+def test_the_best_guidance_scale_counts_and_spreads_are_kept(tmp_path: Path) -> None:
+    common = {"loops": 3, "params_backbone": size(TABLE_1[2])}
+    rows = [
+        {**common, "guidance": 1.0, "metrics": {"fid": 9.5, "inception_score": 50.0}},
+        {**common, "guidance": 3.0, "metrics": {"fid": {"mean": 4.25, "std": 0.125}, "inception_score": 60.0}},
+        {**common, "loops": 4, "metrics": {"fid": 1.0, "inception_score": 99.0}},
+    ]
+    write_run(tmp_path / "elt_l_8n3l", rows)
+    write_run(tmp_path / "elt_l_8n3l", [{**common, "metrics": {"fid2k": 0.5}}], test="test_quick")
+    table = make_table(1, tmp_path)
+    cells = table["rows"][2]
+    assert (cells["fid_measured"], cells["fid_measured_spread"], cells["inception_score_measured"]) == (4.25, 0.125, 60)
+    assert all(row["fid_measured"] is None for row in table["rows"] if row is not cells)
+    assert "| 4.25 ± 0.12 |" in (tmp_path / "tables" / "table1.md").read_text()
+    assert any("guidance 3" in note and "elt_l_8n3l/test/loops.json" in note for note in table["notes"])
+
+
+def test_the_two_video_rows_are_told_apart_by_loops_and_steps(tmp_path: Path) -> None:
+    common = {"params_backbone": size(TABLE_4[2])}
+    rows = [{**common, "loops": loops, "metrics": {"fvd": 100.0 + loops}} for loops in (4, 6)]
+    write_run(tmp_path / "elt_6n4l", rows, sampling_steps=12)
+    write_run(
+        tmp_path / "elt_6n4l", [{**common, "loops": 6, "metrics": {"fvd256": 77.0}}], "test_24", sampling_steps=24
+    )
+    cells = make_table(4, tmp_path)["rows"]
+    assert [row["fvd_measured"] for row in cells] == [None, None, 104.0, None]
+    assert [row["fvd256_measured"] for row in cells] == [None, None, None, 77.0]
+
+
+def test_a_run_of_another_network_is_named_and_left_out_but_for_a_twin(tmp_path: Path) -> None:
+    row = {"loops": 2, "params_backbone": 1234, "metrics": {"fid8": 3.0}}
+    write_run(tmp_path / "elt_l_8n3l", [{**row, "loops": 3}], sampling_steps=4)
+    table = make_table(1, tmp_path)
+    assert any("left out" in note and "1,234" in note for note in table["notes"])
+    assert all(value is None for row in table["rows"] for name, value in row.items() if "_measured" in name)
+    write_run(tmp_path / "elt_l_12n2l", [{**row, "metrics": {"valid_squares": 0.5}}])
+    twin = make_table(1, tmp_path, "--small_scale")["rows"]
+    assert (twin[2]["fid8_measured"], twin[2]["params_backbone_counted"], twin[2]["fid_measured"]) == (3.0, 1234, None)
+    assert twin[3]["valid_squares_measured"] == 0.5
+    assert twin[0]["params_backbone_counted"] is None
+
+
+def test_benchmarks_fill_tables_3_and_8(tmp_path: Path) -> None:
+    common = {"num_layers": 8, "loops": 3, "samples_per_second": 6.0, "baseline_samples_per_second": 4.0}
+    rows = [{**common, "scale": "L", "batch_size": 8}, {**common, "scale": "H", "loops": 4, "batch_size": 16}]
+    (tmp_path / "inference.json").write_text(json.dumps({"device": "a GPU", "rows": rows}))
+    table = make_table(3, tmp_path)
+    assert [row["throughput ratio_measured"] for row in table["rows"]] == [None, 1.5, None, None]
+    assert [row["MACs ratio_counted"] for row in table["rows"]] == [1.0] * 4
+    assert any("a GPU" in note for note in table["notes"])
+
+    rows = [
+        {"model": "elt_8n4l", "seconds_per_step": 3.0, "peak_memory_bytes": 60},
+        {"model": "dit_32", "seconds_per_step": 2.0, "peak_memory_bytes": 80},
+    ]
+    (tmp_path / "training.json").write_text(json.dumps({"rows": rows}))
+    (row,) = make_table(8, tmp_path)["rows"]
+    assert (row["step time ratio_measured"], row["peak memory ratio_measured"]) == (1.5, 0.75)
+    assert row["FLOPs ratio_counted"] == pytest.approx(1, abs=0.005)
+    assert row["peak memory ratio_paper"] == 0.66
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_committed_tables_are_up_to_date(number: int, tmp_path: Path) -> None:
+    committed = json.loads((ROOT / "docs" / "results" / "tables" / f"table{number}.json").read_text())
+    for row, now in zip(committed["rows"], make_table(number, tmp_path)["rows"], strict=True):
+        assert {n: v for n, v in row.items() if "_measured" not in n} == {
+            n: v for n, v in now.items() if "_measured" not in n
+        }
+
+
+def make_figure(number: int, folder: Path, *flags: object) -> list[dict[str, str]]:
+    """Render a figure, and give the lines of its CSV."""
+    output = folder / "figures"
+    figures.main([str(word) for word in (number, "--output", output, *flags)])
+    with Image.open(output / f"fig{number}.png") as picture:
+        assert min(picture.size) > 200
+        assert picture.convert("L").getextrema()[0] < 100  # something dark is drawn
+    with (output / f"fig{number}.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames
+        return list(reader)
+
+
+@pytest.mark.parametrize("number", FIGURES)
+def test_figures_without_runs_have_nothing_measured(number: int, tmp_path: Path) -> None:
+    lines = make_figure(number, tmp_path, "--measured", tmp_path)
+    assert not [line for line in lines if line.get("source") == "measured"]
+    assert (number in (4, 5, 7)) == any(line.get("source") == "paper" for line in lines)
+
+
+@pytest.mark.parametrize("number", [4, 5, 7, 8, 13])
+def test_twins_draw_the_committed_ablation_alone(number: int, tmp_path: Path) -> None:
+    lines = make_figure(number, tmp_path, "--measured", "docs/results", "--small_scale")
+    assert {line["source"] for line in lines} == {"measured"}
+    assert "valid_squares" in {line["metric"] for line in lines}
+    summary = json.loads((ROOT / "docs/results/ablation/ablation.json").read_text())
+    if number in (8, 13):
+        modes = {"ilsd", "vanilla"} if number == 8 else {arm["mode"] for arm in summary["config"]["arms"].values()}
+        assert {line["mode"] for line in lines if line["family"] == "masked"} == modes
+    seeds = summary["arms"]["ilsd"]["rows"][3]["metrics"]["valid_squares"]
+    values = [float(line["value"]) for line in lines if line["loops"] == "4"]
+    assert number == 5 or any(value == pytest.approx(sum(seeds) / len(seeds)) for value in values)
+
+
+@pytest.mark.parametrize("number", FIGURES)
+@pytest.mark.parametrize("small_scale", [True, False])
+def test_titles_of_twins_say_so(number: int, small_scale: bool) -> None:
+    nothing = {"measured": Path("nowhere"), "ilsd": None, "vanilla": None, "norms": None}
+    drawing, _ = figures.render(Namespace(number=number, small_scale=small_scale, **nothing))
+    title = drawing.get_suptitle()
+    assert title.startswith(f"Figure {number}")
+    assert ("small-scale twin: Latin squares" in title) == small_scale
+
+
+def test_figures_of_runs(tmp_path: Path) -> None:
+    """Each loop count at its best guidance; ways of training from folders of their own; budgets by their best."""
+
+    def rows(*values: float) -> list[dict[str, Any]]:
+        return [
+            {"loops": loops, "params_backbone": 100, "metrics": {"fid": value + extra}, "guidance": 1.0 + extra}
+            for loops, value in enumerate(values, start=1)
+            for extra in (0.5, 0.0, 1.0)
+        ]
+
+    write_run(tmp_path / "elt_l_8n3l", rows(9, 5, 3, 4))
+    write_run(tmp_path / "vanilla" / "elt_l_8n3l", rows(30, 20, 6, 7))
+    write_run(tmp_path / "maskgit_l", rows(4), train_loops=1)
+    write_run(tmp_path / "elt_8n4l", rows(8, 2), train_loops=4)
+    measured = make_figure(8, tmp_path, "--measured", tmp_path)
+    assert {(line["family"], line["series"]) for line in measured} == {
+        ("masked", "elt_l_8n3l, ILSD"),
+        ("masked", "elt_l_8n3l, vanilla looping"),
+        ("diffusion", "elt_8n4l, ILSD"),
+    }
+    masked = [float(line["value"]) for line in measured if line["series"] == "elt_l_8n3l, ILSD"]
+    assert masked == [9, 5, 3, 4]
+    budgets = [line for line in make_figure(5, tmp_path, "--measured", tmp_path) if line["source"] == "measured"]
+    assert {(line["family"], line["series"], float(line["value"])) for line in budgets} == {
+        ("masked", "looped", 3.0),
+        ("masked", "unlooped", 4.0),
+        ("diffusion", "looped", 2.0),
+    }
+    points = figures.read_runs(tmp_path)
+    front = figures.pareto_front(points)
+    assert [point.value for point in front] == [2.0]  # all cost the same here
+    assert len(make_figure(4, tmp_path, "--measured", tmp_path)) == 21 + len(points)
+
+
+def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    shutil.copytree(latin_squares_root, tmp_path / "data" / "latin_squares")
+    checkpoint = train_small_squares(ROOT / "configs" / "quickstart.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = make_figure(1, tmp_path, "--ilsd", checkpoint, "--vanilla", checkpoint, "--num", 2)
+    assert [(line["row"], line["loops"]) for line in lines] == [
+        (label, str(loops)) for label in ("ILSD", "vanilla") for loops in (1, 2, 3, 4, 5)
+    ]
+    (tmp_path / "ilsd").symlink_to(checkpoint.parent.parent)
+    curves = make_figure(6, tmp_path, "--measured", tmp_path, "--small_scale")
+    assert {(line["metric"], line["loops"]) for line in curves} == {("valid_squares", "4")}
+    norms = tmp_path / "update_norms.csv"
+    norms.write_text("step,loop,update_norm\n1,1,3.0\n1,2,2.0\n2,1,1.5\n2,2,0.5\n")
+    assert len(make_figure(14, tmp_path, "--norms", norms)) == 4
+
+
+def test_help_lists_every_target() -> None:
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = ["tables", "figures", *(f"table{number}" for number in NUMBERS), *(f"fig{number}" for number in FIGURES)]
+    for name in names:
+        line = re.search(rf"^  make {name} +(.+)$", help_text, re.MULTILINE)
+        assert line, name
+        if name not in ("tables", "figures", "table3", "table8"):
+            assert "SMOKE=1" in line[1]
+            assert "GPU-hours" in line[1] or "runs of" in line[1]
+
+
+@pytest.mark.parametrize("smoke", [(), ("SMOKE=1",)])
+def test_targets_render_what_is_there(smoke: tuple[str, ...], tmp_path: Path) -> None:
+    """What make would do, without training: SMOKE=1 is told apart in every command."""
+    old = ["-o", "pyproject.toml", "-o", "constraints.txt", "-n"]
+    done = subprocess.run(
+        ["make", *old, "tables", "figures", *smoke], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    commands = [line for line in done.stdout.splitlines() if "reproduce.tables" in line or "reproduce.figures" in line]
+    assert len(commands) == len(NUMBERS) + len(FIGURES)
+    assert all(("--small_scale" in command) == bool(smoke) for command in commands)
+    assert smoke or "elt fit" not in done.stdout
+
+
+def test_a_target_renders(tmp_path: Path) -> None:
+    old = ["-o", "pyproject.toml", "-o", "constraints.txt", f"SMALL={tmp_path}", "SMOKE=1"]
+    subprocess.run(["make", *old, "fig8"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (tmp_path / "figures" / "fig8.png").stat().st_size > 10_000
