@@ -9,20 +9,29 @@ import pytest
 from PIL import Image
 
 from elt_lightning.cli import main
+from elt_lightning.data.ucf101 import list_videos
+from elt_lightning.data.video_tokens import MovingDigitsTokensDataModule, read_all
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-def test_the_whole_chain_runs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the target leaves."""
+    folder = tmp_path_factory.mktemp("ucf101_smoke")
     # Of the target's environment all is there: nothing is to be installed, whatever the dates of these files say.
     old = ["-o", "pyproject.toml", "-o", "constraints.txt"]
-    settings = ["SMOKE=1", f"VIDEO_SMOKE_DIR={tmp_path}", f"BIN={Path(sys.executable).parent}"]
+    settings = ["SMOKE=1", f"VIDEO_SMOKE_DIR={folder}", f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(["make", *old, "ucf101", *settings], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    index = json.loads((tmp_path / "data" / "train_tokens" / "index.json").read_text())
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs(smoke: Path) -> None:
+    index = json.loads((smoke / "data" / "train_tokens" / "index.json").read_text())
     assert (index["num_samples"], index["input_shape"], index["frames"]) == (60, [4, 4, 4], 16)
-    test = tmp_path / "runs" / "elt_6n4l" / "test"
+    test = smoke / "runs" / "elt_6n4l" / "test"
     report = json.loads((test / "loops.json").read_text())
     assert [row["loops"] for row in report["rows"]] == [1, 2, 3]
     assert report["primary_metric"] == "fvd8"
@@ -32,6 +41,23 @@ def test_the_whole_chain_runs(tmp_path: Path) -> None:
     for name in ("loops.gif", "samples.gif"):
         with Image.open(test / name) as film:
             assert film.n_frames == 16  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_samples_of_moving_digits_are_judged_by_their_motions(smoke: Path) -> None:
+    tokens, videos = smoke / "data", smoke / "files" / "videos"
+    data = MovingDigitsTokensDataModule(
+        str(tokens / "train_tokens"), str(tokens / "test_tokens"), root=str(videos), stride=1
+    )
+    assert (data.num_classes, data.input_shape, data.primary_metric) == (10, (4, 4, 4), "recognised")
+    data.prepare_data()
+    real = read_all(list_videos(videos / "UCF-101", videos / "ucfTrainTestlist", 1, held_out=False), data.shape, 1)
+    scores = {}
+    for metric in data.build_metrics():
+        metric.update(real.pixels.float() / 255, real.labels)
+        scores |= {name: float(value) for name, value in metric.compute().items()}
+    assert scores["recognised"] > 0.8  # of the videos that the network learnt from; one of ten by chance
+    assert scores["fd_motion"] > 0
 
 
 def test_the_tokenizer_is_not_tested_by_the_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
