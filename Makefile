@@ -16,7 +16,7 @@ $(BIN)/elt: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: $(BIN)/elt ## train a looped generator on handwritten Latin squares, test it at 1 to 6 loops (5 minutes on 2 cores)
+quickstart: $(BIN)/elt ## train a looped generator on handwritten Latin squares, test it at 1 to 6 loops (3 minutes on 2 cores)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart
 
 test: $(BIN)/elt ## lint, check types, run the tests
@@ -28,7 +28,7 @@ test: $(BIN)/elt ## lint, check types, run the tests
 ablation: $(BIN)/elt ## ILSD against vanilla looping and unlooped models, 3 seeds (under 50 minutes on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation
 
-ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (an estimated hour on 2 cores; resumes)
+ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (about an hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_diffusion.yaml
 
 # What `make imagenet` works on; SMOKE=1 draws small pictures, writes random networks in the published formats and trains

@@ -16,6 +16,7 @@ from PIL import Image
 from small_runs import SMALL, SMALL_SQUARES, train_small_squares
 
 from elt_lightning.cli import main
+from elt_lightning.commands.train import ELTCommandLine
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART, DIGITS = REPOSITORY / "configs" / "quickstart.yaml", REPOSITORY / "configs" / "digits.yaml"
@@ -328,3 +329,20 @@ def assert_same(first: object, second: object) -> None:
             assert_same(one, other)
     else:
         assert first == second
+
+
+@pytest.mark.parametrize(
+    ("command", "setting"), [("fit", "micro_batch_size"), ("fit", "checkpoint_loops"), ("test", "loop_metrics.batch_size")]
+)
+def test_running_out_of_memory_names_what_to_change(
+    command: str, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(arguments: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(ELTCommandLine, "for_arguments", run_out)
+    assert main([command, "--config", str(DIGITS)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert setting in error
+    assert "2.00 GiB" in error

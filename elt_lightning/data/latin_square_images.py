@@ -1,11 +1,21 @@
 """The Latin squares as continuous images: the same pictures and the same exact scores, for diffusion."""
 
 import torch
+from torch import Tensor
 
 from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.data.latin_squares import ORDER, LatinSquaresDataModule
-from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.tokenizers.base import Tokenizer, to_bytes
 from elt_lightning.tokenizers.continuous import PixelScaling
+from elt_lightning.tokenizers.patch_vq import with_lines
+
+
+class SquarePixels(PixelScaling):
+    """Pixels of Latin squares, which people are shown with a line around each cell."""
+
+    def present(self, pixels: Tensor) -> Tensor:
+        """(B, 1, 40, 40) float in [0, 1] to (B, 1, 46, 46) uint8."""
+        return with_lines(to_bytes(pixels), SIDE)
 
 
 class LatinSquareImagesDataModule(LatinSquaresDataModule):
@@ -52,7 +62,7 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
 
     def load_tokenizer(self) -> Tokenizer:
         """Scale pixels, without a file."""
-        return PixelScaling()
+        return SquarePixels()
 
     def load_writings(self, held_out: bool) -> Handwriting:
         """Load the handwriting of one side of the split: of held-out ones always all."""

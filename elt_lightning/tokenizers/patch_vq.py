@@ -68,13 +68,18 @@ class PatchVQTokenizer(Tokenizer):
 
     def present(self, pixels: Tensor) -> Tensor:
         """Show the patches with a line between them: (B, 1, G·(P + 1) + 1, G·(P + 1) + 1) uint8."""
-        patches = cut_patches(to_bytes(pixels), self.codebook.shape[-1])
-        lined = join_patches(F.pad(patches, (0, 1, 0, 1), value=LINE), self.grid)
-        return F.pad(lined, (1, 0, 1, 0), value=LINE)
+        return with_lines(to_bytes(pixels), self.codebook.shape[-1])
 
     def description(self) -> dict[str, Any]:  # noqa: D102
         class_path = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class_path": class_path, "init_args": {"path": str(self.path)}, "sha256": sha256(self.path)}
+
+
+def with_lines(pictures: Tensor, side: int) -> Tensor:
+    """Draw a line around each cell of ``side`` pixels: (B, 1, R·side, C·side) uint8, wider by 1 pixel for each cell."""
+    grid = (pictures.shape[2] // side, pictures.shape[3] // side)
+    lined = join_patches(F.pad(cut_patches(pictures, side), (0, 1, 0, 1), value=LINE), grid)
+    return F.pad(lined, (1, 0, 1, 0), value=LINE)
 
 
 def cut_patches(pixels: Tensor, side: int) -> Tensor:
