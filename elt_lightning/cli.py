@@ -17,10 +17,11 @@ SUBCOMMANDS = {
     "encode": "turn pictures into tokens or latents: WebDataset shards to train on",
     "stats": "measure a folder of pictures as FID's reference",
     "plan": "say what a config will need: memory, disk, steps, GPU-hours",
+    "export": "write a checkpoint's model as safetensors and config.json",
     "bench": "measure how fast this machine is with this program",
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
-    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan", "bench")
+    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan", "export", "bench")
 }
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L

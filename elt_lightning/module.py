@@ -1,6 +1,7 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +64,22 @@ class ELTModule(LightningModule):
         self.prediction_loops: Loops = distillation.max_loops
         self.held_out_loops: Sequence[int] = range(1, distillation.max_loops + 1)
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "ELTModule":
+        """Build the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
+
+        Args:
+            source: an exported folder; its name ``owner/name`` on Hugging Face; or a checkpoint, whose averaged weights
+                are taken.
+            revision: branch, tag or commit on Hugging Face; None for the newest.
+
+        Raises:
+            UserError: there is no such model, it is damaged, or it comes from a newer version.
+        """
+        from elt_lightning.checkpoints import load_pretrained  # knows this module, and callbacks, which it must not
+
+        return load_pretrained(source, revision)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another network before anything is loaded.

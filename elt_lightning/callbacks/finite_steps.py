@@ -1,0 +1,120 @@
+"""Steps that would break the weights are not taken, and broken weights are not saved."""
+
+import logging
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from elt_lightning.callbacks.ema import EMA
+from elt_lightning.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class FiniteSteps(Callback):
+    """Skip every optimiser step whose loss or total gradient norm is infinite or not a number.
+
+    Such a step changes neither weights, the optimiser's moments nor the average. It counts as a step of training all
+    the same, so that the next one meets other samples and other noise, and it is logged: ``train/skipped_steps`` is how
+    many there were so far, those before a resumed checkpoint included.
+
+    All devices decide alike: each looks at its own losses and at its gradients, or its shards of them, and one number
+    is summed over the devices. Reading it is the one time per step that this callback waits for the device. Losses of
+    accumulated micro-batches are kept on the device until then.
+
+    With a gradient scaler (fp16) the scaler skips such steps itself and lowers its scale; they are counted here too.
+
+    Args:
+        max_in_a_row: training stops after so many. A new scaler starts at 2¹⁶ and may skip 16 until it finds its scale.
+
+    Raises:
+        ValueError: ``max_in_a_row`` is below 1.
+    """
+
+    def __init__(self, max_in_a_row: int = 20) -> None:
+        if max_in_a_row < 1:
+            raise ValueError(f"max_in_a_row must be at least 1, not {max_in_a_row}")
+        self.max_in_a_row = max_in_a_row
+        self.skipped = self._in_a_row = 0
+        self._loss: Tensor | float = 0.0
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add up the losses of a step: the sum is finite only if each of them is."""
+        self._loss = self._loss + loss.detach()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the step before gradients are clipped.
+
+        Raises:
+            UserError: it is one too many in a row that is not finite.
+        """
+        total = self._loss + get_total_norm(gradients(optimizer)).to(pl_module.device)
+        self._loss = 0.0
+        bad = trainer.strategy.reduce((~torch.isfinite(total)).float(), reduce_op="sum")
+        if bad.item():
+            self._skip(trainer, optimizer)
+        else:
+            self._in_a_row = 0
+        pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def _skip(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        self.skipped += 1
+        self._in_a_row += 1
+        step = trainer.global_step + 1
+        if self._in_a_row == 1:
+            logger.warning("step %d is skipped: its loss or gradient is not finite", step)
+        if self._in_a_row == self.max_in_a_row:
+            raise UserError(
+                f"training stops at step {step}: the last {self._in_a_row} steps were skipped, as their loss or "
+                "gradient was not finite; lower the learning rate, clip gradients with --trainer.gradient_clip_val=1, "
+                "or take --trainer.precision=bf16-mixed in place of 16-mixed; "
+                f"{last_good_checkpoint(trainer)}"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            for gradient in gradients(optimizer):
+                gradient.fill_(torch.nan)  # a fused optimiser looks for these itself, and must find some gradient
+        else:
+            optimizer.zero_grad(set_to_none=True)  # optimisers leave alone what has no gradient, weights and moments
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMA):
+                callback.updates = trainer.global_step + 1  # to the average, this step is done already
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the weights themselves: a finite but enormous step may have broken them.
+
+        Raises:
+            UserError: not all of them are finite. Nothing is written then.
+        """
+        is_finite = all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+            raise UserError(
+                f"the weights of step {trainer.global_step} are not finite and are not saved: lower the learning rate; "
+                f"{last_good_checkpoint(trainer)}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self.skipped = state_dict["skipped"]
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """List the gradients that an optimiser is about to use."""
+    return [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+
+
+def last_good_checkpoint(trainer: Trainer) -> str:
+    """Say where the newest checkpoint of a run lies."""
+    path = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    return f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"

@@ -1,0 +1,77 @@
+"""`elt export`: a checkpoint's model as a folder to publish: model.safetensors and config.json."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from elt_lightning.checkpoints import CONFIG, FORMAT_VERSION, WEIGHTS, build_module, read_checkpoint
+from elt_lightning.commands.arguments import Parser
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+from elt_lightning.module import ELTModule
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Write what the command line asks for.
+
+    Raises:
+        UserError: the command line or the checkpoint is wrong, or the folder cannot be written.
+    """
+    options = build_parser().parse_args(arguments)
+    taken = [file for file in (WEIGHTS, CONFIG) if (options.output / file).exists()]
+    if taken and not options.overwrite:
+        raise UserError(f"{options.output} has a {taken[0]}: choose another --output, or add --overwrite")
+    checkpoint = read_checkpoint(options.ckpt_path)
+    module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
+    try:
+        write(options.output, module, describe(checkpoint, options.weights))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{options.output} cannot be written: {error}") from error
+    print(options.output)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = Parser(prog="elt export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that was exported there")
+    return parser
+
+
+def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
+    """Say in plain data what the weights are of: the content of ``config.json``.
+
+    Of the data there is what the model depends on, not where they lay.
+    """
+    recipe = checkpoint["elt"]
+    network = recipe["model"]["network"].get("init_args", {})
+    return {
+        "version": FORMAT_VERSION,
+        "weights": weights,
+        "step": checkpoint["global_step"],
+        "data": {
+            "class_path": recipe["data"]["class_path"],
+            "num_classes": recipe["model"]["num_classes"],
+            "input_shape": network.get("input_shape"),
+            "num_codes": network.get("num_codes"),
+        },
+        "tokenizer": recipe["tokenizer"],
+        "model": recipe["model"],
+    }
+
+
+def write(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
+    """Write both files aside, then give both their names: whatever fails, an older export there stays as it was."""
+    # The format refuses tensors that share memory, as tied weights do.
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with written_aside(folder / CONFIG) as config, written_aside(folder / WEIGHTS) as weights:
+        config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
+        save_file(state, weights, metadata={"format": "pt"})

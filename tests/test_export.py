@@ -1,0 +1,193 @@
+"""Models to publish: `elt export`, `ELTModule.from_pretrained`, and sampling from what they write and read."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import train_small_squares
+from torch import nn
+
+from elt_lightning import checkpoints, cli
+from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.cli import main
+from elt_lightning.commands import sample
+from elt_lightning.errors import UserError
+from elt_lightning.files import sha256
+from elt_lightning.module import ELTModule
+from elt_lightning.networks.masked import LoopedMaskedTransformer
+from elt_lightning.processes.noise import sample_seeds
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+class TiedTransformer(LoopedMaskedTransformer):
+    """The same network, one of whose layers has two names."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.also_head_dense: nn.Module = self.head_dense
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_small_squares(QUICKSTART, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    monkeypatch.setitem(cli.SUBCOMMANDS, "export", "write a model to publish")
+    monkeypatch.setitem(cli._MODULES, "export", "elt_lightning.commands.export")
+    monkeypatch.setattr(sample, "read_checkpoint", checkpoints.read_pretrained, raising=False)
+    monkeypatch.chdir(checkpoint.parent.parent.parent.parent)
+
+
+def export(checkpoint: Path, folder: Path, *flags: str) -> Path:
+    assert main(["export", "--ckpt_path", str(checkpoint), "--output", str(folder), *flags]) == 0
+    return folder
+
+
+def draw(module: ELTModule) -> torch.Tensor:
+    return module.sample(torch.arange(4), 3, sample_seeds(0, torch.arange(4)))
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_an_exported_model_is_the_one_of_the_checkpoint(weights: Any, checkpoint: Path, tmp_path: Path) -> None:
+    folder = export(checkpoint, tmp_path / "model", "--weights", weights)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    original = build_module(read_checkpoint(checkpoint), weights)
+    loaded = ELTModule.from_pretrained(folder)
+    assert not loaded.training
+    assert loaded.state_dict().keys() == original.state_dict().keys()
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, original.state_dict()[name])
+    assert torch.equal(draw(loaded), draw(original))
+
+
+def test_the_config_says_how_to_build_the_model_and_nothing_of_where_the_data_lay(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    config = json.loads((export(checkpoint, tmp_path / "model") / "config.json").read_text())
+    recipe = torch.load(checkpoint, weights_only=True)["elt"]
+    assert (config["version"], config["weights"], config["step"]) == (1, "ema", 6)
+    assert (config["model"], config["tokenizer"]) == (recipe["model"], recipe["tokenizer"])
+    assert config["data"] == {
+        "class_path": "elt_lightning.data.latin_squares.LatinSquaresDataModule",
+        "num_classes": 5,
+        "input_shape": [5, 5],
+        "num_codes": recipe["model"]["network"]["init_args"]["num_codes"],
+    }
+
+
+def test_sample_draws_the_same_from_the_folder_as_from_the_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for weights in ("ema", "raw"):
+        folder = export(checkpoint, tmp_path / weights, f"--weights={weights}")
+        for source in (checkpoint, folder):
+            flags = [f"--ckpt_path={source}", f"--weights={weights}", "--num=2", f"--output={source}.png"]
+            assert main(["sample", *flags, "--overwrite"]) == 0
+        assert Path(f"{checkpoint}.png").read_bytes() == Path(f"{folder}.png").read_bytes()
+    assert main(["sample", f"--ckpt_path={tmp_path / 'raw'}", f"--output={tmp_path / 'none.png'}"]) == 2
+    assert "--weights raw" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unless_asked(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(checkpoint, tmp_path / "model")
+    (folder / "README.md").write_text("What it is.\n")
+    before = sha256(folder / "model.safetensors")
+    arguments = ["export", "--ckpt_path", str(checkpoint), "--output", str(folder), "--weights=raw"]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert sha256(folder / "model.safetensors") == before
+    assert main([*arguments, "--overwrite"]) == 0
+    assert sha256(folder / "model.safetensors") != before
+    assert json.loads((folder / "config.json").read_text())["weights"] == "raw"
+    assert (folder / "README.md").read_text() == "What it is.\n"
+
+
+def test_a_full_disk_leaves_the_older_export(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(checkpoint, tmp_path / "model")
+    before = {path.name: sha256(path) for path in folder.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("elt_lightning.commands.export.save_file", full)
+    arguments = ["export", "--ckpt_path", str(checkpoint), "--output", str(folder), "--weights=raw", "--overwrite"]
+    assert main(arguments) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path.name: sha256(path) for path in folder.iterdir()} == before
+
+
+def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["elt"]["model"]["network"]["class_path"] = f"{__name__}.TiedTransformer"
+    for name in ("weight", "bias"):
+        content["state_dict"][f"network.also_head_dense.{name}"] = content["state_dict"][f"network.head_dense.{name}"]
+    torch.save(content, tmp_path / "tied.ckpt")
+    folder = export(tmp_path / "tied.ckpt", tmp_path / "tied")
+    written = load_file(folder / "model.safetensors")
+    network: Any = ELTModule.from_pretrained(folder).network
+    assert network.also_head_dense.weight is network.head_dense.weight
+    average = content["ema"]["weights"]["network.head_dense.weight"]
+    for weight in (network.head_dense.weight, *(written[f"network.{n}head_dense.weight"] for n in ("", "also_"))):
+        assert torch.equal(weight, average)
+
+
+def test_from_pretrained_takes_checkpoints_too(checkpoint: Path) -> None:
+    assert torch.equal(draw(ELTModule.from_pretrained(checkpoint)), draw(build_module(read_checkpoint(checkpoint))))
+
+
+def test_a_name_on_hugging_face_is_fetched(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(checkpoint, tmp_path / "model")
+    asked: list[Any] = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, sorted(allow_patterns)))
+        return str(shutil.copytree(folder, tmp_path / "cache"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    module = ELTModule.from_pretrained("someone/elt-squares", revision="v1")
+    assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors"])]
+    assert torch.equal(draw(module), draw(ELTModule.from_pretrained(folder)))
+
+
+def offline(*_: object, **__: object) -> None:
+    raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand a long story")
+
+
+def unknown(*_: object, **__: object) -> None:
+    raise huggingface_hub.errors.HFValidationError("a repository of another name")
+
+
+@pytest.mark.parametrize(("answer", "telling"), [(offline, "no connection"), (unknown, "of another name")])
+def test_what_hugging_face_does_not_give_is_said_in_one_line(
+    answer: Callable[..., None], telling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    with pytest.raises(UserError, match=f"someone/nothing.*{telling}$"):
+        ELTModule.from_pretrained("someone/nothing")
+
+
+def test_without_huggingface_hub_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        ELTModule.from_pretrained("someone/nothing")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/last.ckpt", "a/b/c", "/nowhere/at-all", ""])
+def test_what_can_be_no_name_is_not_looked_for_on_hugging_face(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"there is no checkpoint|was not written by"):
+        ELTModule.from_pretrained(source)
