@@ -332,7 +332,8 @@ def assert_same(first: object, second: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "setting"), [("fit", "micro_batch_size"), ("fit", "checkpoint_loops"), ("test", "loop_metrics.batch_size")]
+    ("command", "setting"),
+    [("fit", "micro_batch_size"), ("fit", "checkpoint_loops"), ("test", "loop_metrics.batch_size")],
 )
 def test_running_out_of_memory_names_what_to_change(
     command: str, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
