@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from elt_lightning.metrics import motion
+from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.motion import (
     MotionNetwork,
-    RecognisedMotion,
     load_or_train_motion_network,
     motion_metrics,
     train_motion_network,
@@ -99,7 +99,7 @@ def test_recognised_is_the_share_of_the_asked_motions(trained: tuple[MotionNetwo
     clips, labels = moving_blobs(60, 4)
     read = trained[0](clips).argmax(1)
     asked = labels.where(torch.arange(60) < 45, (labels + 1) % 10)
-    metric = RecognisedMotion(trained[0])
+    metric = RecognisedShare(trained[0])
     assert torch.equal(metric.correct(clips / 255, asked), read == asked)
     for places in torch.arange(60).split(25):
         metric.update(clips[places] / 255, asked[places])
@@ -110,7 +110,7 @@ def test_recognised_is_the_share_of_the_asked_motions(trained: tuple[MotionNetwo
 def test_fd_motion_is_small_for_the_same_motions_and_large_for_others(trained: tuple[MotionNetwork, Path]) -> None:
     network, real = trained[0], moving_blobs(400, 5)[0]
     recognised, distance = motion_metrics(network, real.split(150))
-    assert isinstance(recognised, RecognisedMotion)
+    assert isinstance(recognised, RecognisedShare)
     assert distance.feature_network == "motion_network"
 
     def score(clips: Tensor) -> float:

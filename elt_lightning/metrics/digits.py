@@ -83,12 +83,16 @@ def train_digit_network(network: DigitNetwork, training: Handwriting, steps: int
 
 
 class RecognisedShare(SampleMetric):
-    """``recognised``: the share of single digits that the digit network reads as the class that was asked for."""
+    """``recognised``: the share of samples that a network reads as the class that was asked for.
+
+    Args:
+        network: maps pixels (B, …) float in [0, 1] to logits (B, classes).
+    """
 
     right: Tensor
     count: Tensor
 
-    def __init__(self, network: DigitNetwork) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")

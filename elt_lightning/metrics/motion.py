@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.frechet import FrechetDistance
 
 SIDE = 32
@@ -112,33 +113,9 @@ def train_motion_network(
             schedule.step()
 
 
-class RecognisedMotion(SampleMetric):
-    """``recognised``: the share of clips that the motion network reads as the motion that was asked for."""
-
-    right: Tensor
-    count: Tensor
-
-    def __init__(self, network: MotionNetwork) -> None:
-        super().__init__()
-        self.network = network
-        self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, pixels: Tensor, labels: Tensor) -> None:
-        """Take in clips (B, 1 or 3, F, H, W) float in [0, 1] and the motions (B,) that were asked for."""
-        self.right += self.correct(pixels, labels).sum()
-        self.count += len(labels)
-
-    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        return self.network(pixels).argmax(1) == labels
-
-    def compute(self) -> dict[str, Tensor]:  # noqa: D102
-        return {"recognised": self.right / self.count}
-
-
 def motion_metrics(network: MotionNetwork, real: Iterable[Tensor]) -> list[SampleMetric]:
     """Build ``recognised``, and ``fd_motion`` against real clips: batches of (B, 1 or 3, F, H, W)."""
     distance = FrechetDistance("fd_motion", network.features, network.num_features, "motion_network")
     distance.network = network  # a module inside a metric moves to the samples' device with it
     distance.set_reference(real)
-    return [RecognisedMotion(network), distance]
+    return [RecognisedShare(network), distance]
