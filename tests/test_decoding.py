@@ -71,6 +71,15 @@ def test_every_frame_is_where_it_was_written(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("width", [8, 16, 18, 24, 32, 48])
+def test_narrow_frames_have_three_colours(width: int, decoder: Decoder, tmp_path: Path) -> None:
+    """decord pads the rows of some widths, and calls the padding channels."""
+    frames = torch.randint(256, (3, 32, width, 3), dtype=torch.uint8)
+    write_clip(tmp_path / "narrow.avi", frames)
+    assert torch.equal(read_clip(tmp_path / "narrow.avi", 0, 3, decoder=decoder), by_pyav(tmp_path / "narrow.avi"))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", FILES)
 def test_frames_are_those_of_a_second_decoder(folder: Path, name: str, decoder: Decoder) -> None:
     expected = by_pyav(folder / name)

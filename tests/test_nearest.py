@@ -1,11 +1,20 @@
 """The search for the nearest training items, against a plain loop."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_runs import SMALL_SQUARES
 from torch import Tensor
 
+from elt_lightning.cli import main
+from elt_lightning.data.latin_squares import LatinSquaresDataModule
 from elt_lightning.metrics.nearest import nearest_items
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def noise(count: int, seed: int, shape: tuple[int, ...] = (3, 4, 8, 6)) -> Tensor:
@@ -51,3 +60,32 @@ def test_what_cannot_be_compared_is_refused() -> None:
         nearest_items(samples, [noise(2, 2, (3, 4, 8, 5))])
     with pytest.raises(ValueError, match=r"not torch.float32"):
         nearest_items(samples / 255, [noise(2, 2)])
+
+
+def test_a_model_is_looked_at_beside_its_training_samples(
+    small_squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `elt test --nearest`; the distances are those of a plain loop over what the tokenizer decodes."""
+    monkeypatch.chdir(small_squares.parents[3])
+    tested = tmp_path / "tested"
+    flags = ["--nearest", "--save_samples=samples.npz", "--loops=1", f"--run_dir={tested}", *SMALL_SQUARES]
+    assert main(["test", "--config", str(QUICKSTART), "--ckpt_path", str(small_squares), *flags]) == 0
+    found = json.loads((tested / "nearest.json").read_text())
+    data = LatinSquaresDataModule(batch_size=16, codes_per_digit=4, num_train=64, num_held_out=40)
+    data.prepare_data()
+    data.setup("fit")
+    training, held_out = (
+        np.concatenate(
+            [data.tokenizer.present(data.tokenizer.decode(codes)).numpy() for codes in data.all_codes(side, 7)]
+        )
+        / 255
+        for side in (False, True)
+    )
+    drawn = torch.from_numpy(np.load(tested / "samples_L1.npz")["arr_0"]).permute(0, 3, 1, 2)[:8, :1]
+    samples = data.tokenizer.present(drawn / 255).numpy() / 255
+    for name, values in (("distances", samples), ("distances_of_held_out_samples", held_out[:8])):
+        errors = ((values[:, None] - training[None]) ** 2).mean((2, 3, 4))
+        assert found[name] == pytest.approx(errors.min(1).tolist(), abs=1e-9)
+    assert found["loops"] == 1
+    with Image.open(tested / "nearest.png") as picture:
+        assert picture.width > 3 * picture.height > 300

@@ -15,6 +15,7 @@ from elt_lightning.archives import SampleArchive
 from elt_lightning.callbacks.ema import EMA
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
 from elt_lightning.evaluation import Row, Sweep
+from elt_lightning.memorisation import write_nearest
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.module import ELTModule
 from elt_lightning.reports import Report, picture_row, write_reconstruction
@@ -42,6 +43,7 @@ class LoopMetrics(Callback):
             each a :class:`~elt_lightning.archives.SampleArchive`. A relative path is one in the run's folder.
         reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
             of these codes can reach. Without a checkpoint that is all that is done.
+        nearest: in test, also show samples beside the training samples nearest to them, all of which are decoded for it.
         metrics: further metrics, beside those of the data module.
     """
 
@@ -57,6 +59,7 @@ class LoopMetrics(Callback):
         num_pictures: int = 8,
         save_samples: str | None = None,
         reconstruction: bool = False,
+        nearest: bool = False,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
@@ -72,7 +75,7 @@ class LoopMetrics(Callback):
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
         if save_samples is not None and not save_samples.endswith(".npz"):
             raise ValueError(f"save_samples must end in .npz, not {save_samples}")
-        self.save_samples, self.reconstruction = save_samples, reconstruction
+        self.save_samples, self.reconstruction, self.nearest = save_samples, reconstruction, nearest
         self.extra_metrics = metrics or []
         self._metrics: list[SampleMetric] | None = None
         self.report: Report | None = None
@@ -145,6 +148,10 @@ class LoopMetrics(Callback):
             Console(width=None if Console().is_terminal else 140).print(self.report.table())
             names = ("loops.gif", "loops.png", "pareto.png", "loops.csv", "loops.json")
             print("\n".join(str(folder / name) for name in names if (folder / name).exists()))
+            if self.nearest:
+                best = self.report.best(rows)
+                pictures = best.pictures.to(_with_float64(module.device))
+                write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
 
     def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
         """Measure every loop count at every guidance scale, with a progress bar."""
@@ -210,9 +217,7 @@ class LoopMetrics(Callback):
         """Build the metrics once; their reference statistics serve every loop count and every validation."""
         if self._metrics is None:
             self._metrics = [*_data(trainer).build_metrics(), *self.extra_metrics]
-        # Sums are kept in float64, which Apple's GPUs lack.
-        target = torch.device("cpu") if device.type == "mps" else device
-        return [metric.to(target) for metric in self._metrics]
+        return [metric.to(_with_float64(device)) for metric in self._metrics]
 
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
         data = _data(trainer)
@@ -240,6 +245,11 @@ class LoopMetrics(Callback):
             },
             effective_depth={row.loops: backbone.effective_depth(row.loops) for row in rows},
         )
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """Give the device, or the CPU in place of Apple's GPUs, which lack float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _data(trainer: Trainer) -> GenerativeDataModule:

@@ -1,10 +1,12 @@
 """What `elt plan` knows of a config's data, which need not be there yet."""
 
 import pydoc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 from elt_lightning.commands.train import find_section
 from elt_lightning.data.base import GenerativeDataModule
@@ -65,6 +67,9 @@ class Assumed(GenerativeDataModule):
         raise NotImplementedError
 
     def build_metrics(self) -> list[SampleMetric]:  # noqa: D102
+        raise NotImplementedError
+
+    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
         raise NotImplementedError
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from elt_lightning.checkpoints import build_module, read_checkpoint
 from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
+from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.pictures import write_gif, write_mp4
@@ -23,6 +24,8 @@ def run(name: str, arguments: list[str]) -> None:
         UserError: the command line, the checkpoint or its tokenizer is wrong.
     """
     options = build_parser().parse_args(arguments)
+    if (options.given is None) != (options.given_frames is None and options.hole is None):
+        raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
     if options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     checkpoint = read_checkpoint(options.ckpt_path)
@@ -40,9 +43,13 @@ def run(name: str, arguments: list[str]) -> None:
         sampler = sampler.with_guidance_scale(options.guidance)
     index = torch.arange(options.num, device=device)
     labels = torch.tensor(classes, device=device)[index % len(classes)]
-    rows = {}
+    rows, known = {}, None
+    if options.given is not None:
+        given = read_given(options.given, module, tokenizer, options.given_frames, options.hole, options.given_stride)
+        known = given.known.expand(options.num, *given.known.shape[1:])
+        rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
     for loops in options.loops or [module.max_loops]:
-        codes = module.sample(labels, loops, sample_seeds(options.seed, index), sampler=sampler)
+        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
@@ -67,6 +74,14 @@ def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
         write_mp4(output, torch.cat([torch.cat(list(clips), dim=-1) for clips in rows.values()], dim=-2))
 
 
+def hole(text: str) -> Hole:
+    """Parse top, left, bottom and right."""
+    numbers = numbers_from(0)(text)
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is not top, left, bottom and right, such as 2,2,6,6")
+    return tuple(numbers)  # type: ignore[return-value]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
@@ -81,6 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=number_from(0), default=0, help="decides every sample (default 0)")
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones"
+    )
+    parser.add_argument("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")
+    parser.add_argument(
+        "--given_frames", type=number_from(1), metavar="K", help="given are its first K frames of the token grid"
+    )
+    parser.add_argument("--given_stride", type=number_from(1), default=1, help="frames of FILE from one to the next")
+    parser.add_argument(
+        "--hole", type=hole, metavar="2,2,6,6", help="not given are these top, left, bottom, right cells of the grid"
     )
     parser.add_argument("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")

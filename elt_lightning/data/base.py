@@ -1,5 +1,6 @@
 """What every data module of this project shares: batches whose order is a function of (seed, step)."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -252,6 +253,10 @@ class GenerativeDataModule(BatchedDataModule, ABC):
     def build_metrics(self) -> list[SampleMetric]:
         """Build the metrics of this data, references included, on the CPU."""
 
+    @abstractmethod
+    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:
+        """Give all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
+
     def tokenizer_description(self) -> dict[str, Any]:
         """Describe the tokenizer, as :meth:`Tokenizer.description` does."""
         return self.tokenizer.description()
@@ -286,6 +291,15 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
 
+def ignore_sigterm(worker: int) -> None:
+    """Let a loader process go on when a scheduler sends SIGTERM to all processes of a job.
+
+    The main process finishes its step and saves (:class:`~elt_lightning.callbacks.preemption.Preemption`), for which it
+    may wait for a batch. A loader process ends when the main process tells it to, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class IndexedDataModule(GenerativeDataModule):
     """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
 
@@ -296,6 +310,10 @@ class IndexedDataModule(GenerativeDataModule):
     @abstractmethod
     def held_out_set(self) -> BatchDataset:
         """What validation and test losses are measured on."""
+
+    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
+        dataset = self.held_out_set() if held_out else self.training_set()
+        return (dataset[places].x for places in torch.arange(len(dataset)).split(batch_size))
 
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         dataset = self.training_set()
@@ -313,4 +331,5 @@ class IndexedDataModule(GenerativeDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_sigterm,
         )

@@ -112,12 +112,18 @@ def _frames_with_decord(path: str, wanted: range) -> list[np.ndarray]:
         for number in range(min(wanted[-1] + 1, len(reader))):
             frame = reader.next()
             if number in wanted:
-                frames.append(frame.asnumpy())
+                frames.append(_without_padding(frame.asnumpy()))
     except StopIteration:
         pass
     except Exception as error:
         raise BrokenClipError(_reason(error)) from error
     return frames
+
+
+def _without_padding(frame: np.ndarray) -> np.ndarray:
+    """Undo what decord does to narrow frames: rows are padded, and it takes the padding for further channels."""
+    height, width, _ = frame.shape
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _count_with_av(path: str) -> int:

@@ -1,5 +1,6 @@
 """Codes that `elt encode` wrote, streamed from shards: what every data set of encoded pictures or clips is read by."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +94,13 @@ class EncodedDataModule(GenerativeDataModule):
         assert self.trainer is not None
         micro_batch_size, _ = self.share_batch(self.trainer.world_size)
         return ShardLoader(HeldOutStream(**self._place(self.held_out_shards, self.held_out_index, micro_batch_size)))
+
+    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
+        location, index = self.training_shards, self.training_index
+        if held_out:
+            location, index = self.held_out_shards, self.held_out_index
+        for batch in HeldOutStream(location, index, batch_size).batches(reader=0):
+            yield self.codes(batch.x, sample_seeds(self.seed, batch.indices), step=0)
 
     def _place(self, location: str, index: ShardIndex, batch_size: int) -> dict[str, Any]:
         """Give the settings that both kinds of streams have."""

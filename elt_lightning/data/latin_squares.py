@@ -82,8 +82,6 @@ class LatinSquaresDataModule(IndexedDataModule):
     def setup(self, stage: str) -> None:
         """Draw the pictures and encode them."""
         self._tokenizer = self.load_tokenizer()
-        if stage == "fit":
-            self._training_set = self._encode(self.num_train, held_out=False)
         if stage != "predict":
             self._held_out_set = self._encode(self.num_held_out, held_out=True)
 
@@ -111,7 +109,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         return self._tokenizer
 
     def training_set(self) -> TensorBatches:  # noqa: D102
-        return self._training_set
+        return self._encode(self.num_train, held_out=False)
 
     def held_out_set(self) -> TensorBatches:  # noqa: D102
         return self._held_out_set

@@ -61,6 +61,7 @@ class LoopedMaskedTransformer(nn.Module):
         if num_codes is None:  # what data without a codebook say
             raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        self.input_shape = tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
         self.backbone = LoopedStack(

@@ -1,0 +1,55 @@
+"""Whether a model remembers what it was trained on: samples beside the training samples nearest to them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.files import written_aside
+from elt_lightning.metrics.nearest import Nearest, nearest_items
+from elt_lightning.pictures import nearest_figure
+
+
+@torch.inference_mode()
+def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDataModule, batch_size: int) -> None:
+    """Write ``nearest.png`` and ``nearest.json``: samples, and what they are nearest to of all training samples.
+
+    Distances are mean squared differences of pixels in [0, 1], between what the tokenizer decodes on both sides, as it
+    is shown, so that a sample of remembered codes is at 0. To compare with, the JSON has those of as many held-out samples: a model
+    that draws what is new to it is about as far from the training samples as they are.
+
+    Args:
+        folder: where the files go.
+        loops: loop count that the samples were drawn with.
+        samples: (n, C, H, W) pictures or (n, C, F, H, W) clips, uint8, on the device that is to search.
+        data: gives the codes and their tokenizer.
+        batch_size: training samples decoded at once.
+    """
+    real = decoded(data, held_out=False, batch_size=batch_size, device=samples.device)
+    held_out = next(decoded(data, held_out=True, batch_size=len(samples), device=samples.device))
+    both = nearest_items(torch.cat([samples, held_out]), real)  # one search: the training samples are decoded once
+    found, of_held_out = (
+        Nearest(*(part[: len(samples)] for part in both)),
+        Nearest(*(part[len(samples) :] for part in both)),
+    )
+    with written_aside(folder / "nearest.png") as aside:
+        nearest_figure(samples, found).savefig(aside, bbox_inches="tight")
+    content = {
+        "loops": loops,
+        "distances": found.distances[:, 0].tolist(),
+        "training_samples": found.indices[:, 0].tolist(),
+        "distances_of_held_out_samples": of_held_out.distances[:, 0].tolist(),
+    }
+    with written_aside(folder / "nearest.json") as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+    print(folder / "nearest.png")
+
+
+def decoded(data: GenerativeDataModule, held_out: bool, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Decode all training or held-out samples: (B, C, …) uint8, as they are shown."""
+    tokenizer = data.tokenizer.to(device)
+    for codes in data.all_codes(held_out, batch_size):
+        yield tokenizer.present(tokenizer.decode(codes.to(device)))
