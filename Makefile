@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint ablation ablation-diffusion imagenet ucf101 clean
+.PHONY: help quickstart quickstart-video test lint ablation ablation-diffusion ablation-terms ablation-video claims imagenet ucf101 clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ $(BIN)/elt: pyproject.toml constraints.txt
 quickstart: $(BIN)/elt ## train a looped generator on handwritten Latin squares, test it at 1 to 6 loops (3 minutes on 2 cores)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart
 
+quickstart-video: $(BIN)/elt ## the same for clips: a 3D-VQ tokenizer, then ELT on its tokens, on moving digits (under 15 minutes on 2 cores; resumes)
+	$(BIN)/python -m elt_lightning.reproduce.quickstart_video
+
 test: $(BIN)/elt ## lint, check types, run the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +33,19 @@ ablation: $(BIN)/elt ## ILSD against vanilla looping and unlooped models, 3 seed
 
 ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (about an hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_diffusion.yaml
+
+claims: $(BIN)/elt ## docs/results/README.md: the paper's claims, what was measured, verdicts, at once; RUN=1 first runs the ablations that are missing (their minutes)
+ifdef RUN
+	$(MAKE) ablation ablation-diffusion ablation-terms ablation-video
+endif
+	$(BIN)/python -m elt_lightning.reproduce.claims
+
+ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data (an hour on one core; resumes)
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_terms.yaml
+
+ablation-video: $(BIN)/elt ## ILSD against vanilla looping on clips of moving digits, 3 seeds (under 90 minutes on 2 cores; resumes)
+	$(BIN)/python -m elt_lightning.reproduce.quickstart_video --tokens_only
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_video.yaml
 
 # What `make imagenet` works on; SMOKE=1 draws small pictures, writes random networks in the published formats and trains
 # a few steps of small models instead, to see every command run.
@@ -115,6 +131,7 @@ FIGURE := $(BIN)/python -m elt_lightning.reproduce.figures --small_scale --outpu
 table1 table2: RUNS := $(SMOKE_DIR)/runs
 table1 table2: $(SMOKE_DIR)/runs/elt_8n4l/test/loops.json
 table3 table8: BENCHMARKS := $(SMALL)/benchmarks
+BENCH_FLAGS := --scale tiny,tiny_dit --rounds 3 --turn_seconds 0.05
 table4: VIDEO_RUNS := $(VIDEO_SMOKE_DIR)/runs
 table4: $(VIDEO_SMOKE_DIR)/runs/elt_6n4l/test/loops.json
 fig4 fig5 fig8 fig13: RUNS := docs/results
@@ -172,7 +189,9 @@ table2: $(BIN)/elt ## Table 2, diffusion ImageNet: IMAGENET= VAE= (2,500 GPU-hou
 	$(call diffusion,$(TABLE2_MODELS))
 	$(TABLE) 2 --measured $(RUNS)
 
-table3: $(BIN)/elt ## Table 3, inference throughput: benchmarks/inference.json of a GPU; renders what is there
+table3: $(BIN)/elt ## Table 3, inference throughput: measured unless benchmarks/inference.json is there (a GPU: B to H; a CPU: width 512 in 6 minutes); SMOKE=1 in 1 minute
+	@if [ ! -f $(BENCHMARKS)/inference.json ]; then \
+		$(BIN)/elt bench inference $(BENCH_FLAGS) --output $(BENCHMARKS)/inference.json; fi
 	$(TABLE) 3 --benchmarks $(BENCHMARKS)
 
 table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (GPU-hours: elt plan); SMOKE=1 in 2 minutes
@@ -180,7 +199,9 @@ table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (GPU-hours: elt plan);
 	$(video_24_steps)
 	$(TABLE) 4 --measured $(VIDEO_RUNS)
 
-table8: $(BIN)/elt ## Table 8, training profile: benchmarks/training.json of a GPU; renders what is there
+table8: $(BIN)/elt ## Table 8, training profile: measured unless benchmarks/training.json is there (a GPU: 8N×4L and the 2.1B DiT; a CPU: width 512 in 6 minutes); SMOKE=1 in 1 minute
+	@if [ ! -f $(BENCHMARKS)/training.json ]; then \
+		$(BIN)/elt bench train $(BENCH_FLAGS) --output $(BENCHMARKS)/training.json; fi
 	$(TABLE) 8 --benchmarks $(BENCHMARKS)
 
 fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in an estimated 8 minutes on 2 cores

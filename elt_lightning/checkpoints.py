@@ -8,20 +8,23 @@ An exported model is a folder with one set of weights in ``model.safetensors`` a
 ``model`` section, the tokenizer's description, and what the model has to know of its data.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from elt_lightning.callbacks.ema import averaged_weights
 from elt_lightning.errors import UserError
+from elt_lightning.files import parse_json
 from elt_lightning.module import ELTModule
+from elt_lightning.sharded_checkpoints import META, read_folder
+
+set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
 
 FORMAT_VERSION = 1
 
@@ -32,18 +35,29 @@ Weights = Literal["ema", "raw"]
 """Which weights: the averaged ones, or those that the optimiser moved."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/", "ema/")) -> dict[str, Any]:
     """Read a checkpoint of this project onto the CPU.
+
+    Args:
+        path: of a file, whose tensors are read when they are used; or of a sharded checkpoint, a folder.
+        prefixes: of a sharded one, which tensors are read.
 
     Raises:
         UserError: the file is missing, is no checkpoint, is not one of ours, or comes from a newer version.
     """
     if (Path(path) / CONFIG).is_file():
         raise UserError(f"{path} is an exported model, not a checkpoint: `elt sample` and from_pretrained read it")
-    if not Path(path).is_file():
+    is_sharded = (Path(path) / META).is_file()
+    if not (is_sharded or Path(path).is_file()):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = (
+            read_folder(Path(path), prefixes=prefixes)
+            if is_sharded
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
+    except UserError:
+        raise
     except Exception as error:  # of damaged bytes the unpickler makes whatever it can
         raise UserError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
     if not (isinstance(checkpoint, dict) and {"elt", "state_dict"} <= checkpoint.keys()):
@@ -67,7 +81,7 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
         UserError: there is nothing of that name, or it cannot be read.
     """
     path, name = Path(source), str(source)
-    if path.is_dir():
+    if path.is_dir() and not (path / META).is_file():
         return read_exported(path)
     if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return read_checkpoint(path)
@@ -81,9 +95,9 @@ def read_exported(folder: Path) -> dict[str, Any]:
         UserError: a file is missing or damaged, or comes from a newer version.
     """
     try:
-        recipe = json.loads((folder / CONFIG).read_text("utf-8"))
+        recipe = parse_json((folder / CONFIG).read_bytes())
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
     check_recipe(folder / CONFIG, recipe)
     if recipe.get("weights") not in get_args(Weights):

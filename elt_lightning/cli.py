@@ -1,6 +1,7 @@
 """The `elt` command. This file imports the standard library alone, so that help and version answer at once."""
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -66,6 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # nobody reads on: end without a second complaint
         return 141
+    except OSError as error:  # a full disk, a folder in the place of a file, missing rights: the message says it
+        if debug:
+            raise
+        print(f"elt: error: {one_line(what_failed(error))}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -90,9 +96,17 @@ def with_underscores(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def one_line(error: Exception) -> str:
+def what_failed(error: OSError) -> str:
+    """Say which file could not be read or written, and why."""
+    reason = error.strerror or str(error) or type(error).__name__
+    place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{place}{reason}" + ("; what was finished before is whole: make room and go on from it" if full else "")
+
+
+def one_line(message: object) -> str:
     """Fold an error's message into one line."""
-    return " ".join(str(error).split())
+    return " ".join(str(message).split())
 
 
 if __name__ == "__main__":

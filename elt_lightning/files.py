@@ -1,11 +1,13 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and reading JSON that may be anything."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -25,6 +27,29 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON from outside.
+
+    Raises:
+        ValueError: it is none, whatever is wrong with it.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+
+
+def whole_number(value: Any) -> int:
+    """Give a value from outside that must be a whole number; ``int`` would cut fractions and read words.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
 
 
 def sha256(path: str | Path) -> str:

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
+from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.optim import LearningRateSchedule, parameter_groups
+from elt_lightning.optim import LearningRateSchedule, parameter_groups, prefer_fused
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
+from elt_lightning.sharding import gather_weights, release_weights, shard
 
 HELD_OUT_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -33,9 +35,12 @@ class ELTModule(LightningModule):
         sampler: how samples are drawn.
         num_classes: the null class; linked from the data module.
         optimizer: makes the optimiser from parameter groups. The paper: AdamW, 1e-4, betas (0.9, 0.96), decay 0.045.
+            Where torch has a fused kernel for it, that is used, unless ``fused`` or ``foreach`` is given.
         learning_rate_schedule: warm-up and decay.
         label_drop: share of labels replaced by the null class in training, so that guidance can be used.
         seed: decides every random number of training; linked to ``seed_everything``.
+        compile: compile the body of the loop before training or testing: true, or a mode of `torch.compile`. Of these
+            "reduce-overhead" replays CUDA graphs, for sampling on a GPU; it has not been tried.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class ELTModule(LightningModule):
         learning_rate_schedule: LearningRateSchedule | None = None,
         label_drop: float = 0.1,
         seed: int = 0,
+        compile: bool | CompileMode = False,  # noqa: A002
     ) -> None:
         super().__init__()
         if not 0 <= label_drop <= 1:
@@ -60,6 +66,7 @@ class ELTModule(LightningModule):
         self.network, self.objective, self.distillation, self.sampler = network, objective, distillation, sampler
         self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
         self.make_optimizer = optimizer
+        self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.prediction_loops: Loops = distillation.max_loops
         self.held_out_loops: Sequence[int] = range(1, distillation.max_loops + 1)
@@ -80,6 +87,16 @@ class ELTModule(LightningModule):
         from elt_lightning.checkpoints import load_pretrained  # knows this module, and callbacks, which it must not
 
         return load_pretrained(source, revision)
+
+    def setup(self, stage: str) -> None:
+        """Compile the loop's body, if it is asked for; models that are built without a trainer are left alone."""
+        if self.compile_mode:
+            self.network.backbone.compile_loop(self.compile_mode)  # type: ignore[operator, union-attr]
+
+    def configure_model(self) -> None:
+        """Share the weights out over the devices of ``ModelParallelStrategy``, the one strategy that has a mesh."""
+        if self.device_mesh is not None:
+            shard(self.network, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another network before anything is loaded.
@@ -119,6 +136,17 @@ class ELTModule(LightningModule):
         loss, terms = self.distillation.loss(predictions, corrupted, self.objective, progress)
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch.x))
         return loss
+
+    def on_validation_start(self) -> None:
+        """Gather sharded weights: devices may have different numbers of batches and samples to judge them by."""
+        gather_weights(self.network)
+
+    def on_validation_epoch_end(self) -> None:
+        """Go back to sharded weights; callbacks have drawn their samples by now."""
+        release_weights(self.network)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the ground-truth loss at each of ``held_out_loops``, all from one pass."""
@@ -192,8 +220,15 @@ class ELTModule(LightningModule):
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over decaying and non-decaying parameters, and its schedule in optimiser steps."""
-        optimizer = self.make_optimizer(parameter_groups(self.network))
+        """Build the optimiser over decaying and non-decaying parameters, and its schedule in optimiser steps.
+
+        Raises:
+            UserError: the optimiser refuses its settings, such as a learning rate below 0.
+        """
+        try:
+            optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
+        except (ValueError, TypeError) as error:  # its settings meet it here for the first time
+            raise UserError(f"the optimiser refuses its settings: {error}") from error
         total_steps = self.total_steps
         schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

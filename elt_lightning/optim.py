@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Adam, Optimizer
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
@@ -25,6 +27,25 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if id(parameter) in kernels]},
         {"params": [parameter for parameter in trainable if id(parameter) not in kernels], "weight_decay": 0.0},
     ]
+
+
+FUSED_ON = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch has fused optimisers."""
+
+
+def prefer_fused(optimizer: Optimizer) -> Optimizer:
+    """Let an optimiser that can take its step in one kernel do so, unless it was told how.
+
+    Args:
+        optimizer: one of torch's, whose ``fused`` and ``foreach`` were left at None; any other stays as it is.
+    """
+    defaults = optimizer.defaults
+    if "fused" in defaults and defaults["fused"] is None and defaults["foreach"] is None:
+        for group in optimizer.param_groups:
+            weights = group["params"]
+            on_sharded = isinstance(optimizer, Adam) or not any(isinstance(w, DTensor) for w in weights)
+            group["fused"] = on_sharded and all(w.is_floating_point() and w.device.type in FUSED_ON for w in weights)
+    return optimizer
 
 
 @dataclass(frozen=True)

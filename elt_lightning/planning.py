@@ -147,6 +147,11 @@ class Rehearsal:
         recomputed = self._kept(loops, students, with_loss=True, recompute=True)
         return Activations(loop=loop, ends=ends, states=recomputed - ends)
 
+    def step(self) -> Kept:
+        """Count what a training step keeps in all, at L_max with the students of a step."""
+        students = self.module.distillation.student_exits(self.module.seed, 0)
+        return self._kept(self.module.max_loops, students, with_loss=True)
+
     def exit_macs(self) -> int:
         """Multiply–accumulates of one more exit of a pass, for one sample."""
         return self._counted_macs(2, exits=(1,)) - self._counted_macs(2)

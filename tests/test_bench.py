@@ -1,10 +1,25 @@
 import json
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
+import torch
 
 from elt_lightning.bench.data import diffusion_need, flops_per_training_image, masked_need
+from elt_lightning.bench.memory import TrainingMemory, batch_of_saving, peak_above_start
+from elt_lightning.bench.runs import add_run, read_runs
+from elt_lightning.bench.shapes import SHAPES, twin
+from elt_lightning.bench.timing import SideBySide
 from elt_lightning.cli import main
+from elt_lightning.commands.plan import read
+from elt_lightning.module import ELTModule
+from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.planning import Precision
+from elt_lightning.reproduce.published import TABLE_3, TABLE_8
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--turn_seconds=0.001", "--device=cpu"]
 
 
 def test_reading_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +47,158 @@ def test_what_a_gpu_needs_follows_from_the_networks_size() -> None:
 def test_a_wrong_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "nothing"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sampling_is_measured_beside_the_unlooped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "inference.json"
+    flags = [*QUICK, "--scale=tiny,tiny_dit", "--batch-sizes=3", "--guidance=2", "--rounds=2", f"--output={path}"]
+    assert main(["bench", "inference", *flags]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["torch"] == torch.__version__
+    assert run["command"].startswith("elt bench inference ")
+    rows = run["rows"]
+    assert len(rows) == 2 * 2 * 2  # sizes, models, loop counts
+    for row in rows:
+        assert len(row["sample_seconds"]) == len(row["pass_seconds"]) == 2
+        assert min(row["sample_seconds"]) > 0
+        assert row["samples_per_second"] == pytest.approx(row["batch_size"] / median(row["sample_seconds"]))
+        assert 0 < row["pass_share_of_peak"] < 1
+        shape = SHAPES[row["shape"]]
+        with torch.device("meta"):
+            layers = shape.num_layers * (row["loops"] if row["model"] == "unlooped" else 1)
+            network = shape.build(layers, torch.float32, torch.device("meta"))
+        assert row["parameters"] == sum(weight.numel() for weight in network.parameters())
+        assert row["peak_memory_bytes"] > 4 * row["parameters"]
+    assert main(["bench", "report", f"--folder={tmp_path}"]) == 0
+    page = (tmp_path / "figures.md").read_text()
+    assert page.count("| tiny_dit | 1×2 |") == 1
+    assert "samples per second" in capsys.readouterr().out
+
+
+def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "training.json"
+    flags = [*QUICK, "--scale=tiny", "--loops=1,3", "--batch-sizes=2", "--checkpoint-loops=no,yes", "--rounds=2"]
+    for precision in ("32-true", "bf16-mixed"):
+        assert main(["bench", "train", *flags, f"--precision={precision}", f"--output={path}"]) == 0
+    runs = json.loads(path.read_text())["runs"]
+    assert [row["precision"] for run in runs for row in run["rows"][:1]] == ["32-true", "bf16-mixed"]
+    rows = {(row["loops"], row["way"], row["checkpoint_loops"]): row for row in runs[0]["rows"]}
+    assert rows.keys() == {
+        *((1, way, False) for way in ("vanilla", "unlooped")),
+        (1, "vanilla", True),
+        *((3, way, again) for way in ("ilsd", "vanilla") for again in (False, True)),
+        (3, "unlooped", False),
+    }
+    for row in rows.values():
+        assert len(row["step_seconds"]) == 2
+        assert row["images_per_second"] == pytest.approx(2 / median(row["step_seconds"]))
+        assert 0 < row["share_of_peak"] < 1
+    looped, unlooped = rows[3, "vanilla", False], rows[3, "unlooped", False]
+    # Weights, gradients and AdamW's two moments; its counters of steps are a few bytes for each tensor.
+    saving = 16 * (unlooped["parameters"] - looped["parameters"])
+    assert unlooped["peak_memory_bytes"] - looped["peak_memory_bytes"] == pytest.approx(saving, rel=0.02)
+    assert rows[3, "vanilla", True]["peak_memory_bytes"] < looped["peak_memory_bytes"]
+    assert rows[3, "ilsd", False]["peak_memory_bytes"] > looped["peak_memory_bytes"]
+
+
+def test_a_run_takes_the_place_of_an_earlier_one_by_the_same_command(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "training.json"
+    for command, speed in (("one", 1), ("two", 2), ("one", 3)):
+        add_run(path, {"device": "a CPU", "command": command, "rows": [{"speed": speed}]})
+    assert [(run["command"], run["rows"][0]["speed"]) for run in read_runs(path)] == [("two", 2), ("one", 3)]
+
+
+def module_of(name: str, **changes: Any) -> ELTModule:
+    module = read(["--config", str(ROOT / "configs" / "imagenet256" / f"{name}.yaml")])[2]
+    for setting, value in changes.items():
+        setattr(module, setting, value)
+    return module
+
+
+def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
+    """At the paper's size: weights, gradients, two moments; the student's head is ILSD's, and left out here."""
+    looped, unlooped = (
+        TrainingMemory.of(module, Precision.named("32-true"))
+        for module in (module_of("elt_l_8n3l", distillation=ILSD(3, mode="vanilla")), module_of("maskgit_l"))
+    )
+    missing = 16 * (12 * 1024**2 + 13 * 1024)  # layers of scale L
+    for batch_size in (1, 32, 512):
+        assert unlooped.at(batch_size) - looped.at(batch_size) == missing * (4 + 4 + 8)
+
+
+def test_the_papers_saving_is_met_at_a_batch() -> None:
+    precision = Precision.named("bf16-mixed")
+    looped, unlooped = (TrainingMemory.of(module_of(name), precision) for name in (TABLE_8.model, TABLE_8.baseline))
+    batch = int(batch_of_saving(looped, unlooped, 0.34))
+    assert batch == 47
+    assert 1 - looped.at(batch + 1) / unlooped.at(batch + 1) < 0.34 <= 1 - looped.at(batch) / unlooped.at(batch)
+
+
+def test_peak_memory_is_that_of_what_lives_at_once() -> None:
+    million = 1000 * 1000
+
+    def work() -> None:
+        first = torch.zeros(million)  # 4 MB
+        second = first.double()  # and 8 MB
+        del first
+        third = second + 1  # 16 MB without the first
+        del second, third
+        torch.zeros(million)
+
+    peak = peak_above_start(work, torch.device("cpu"))
+    assert 16 * million <= peak < 16.1 * million
+
+
+def test_turns_alternate_and_every_round_has_each_contender_once() -> None:
+    order: list[str] = []
+    contenders = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = SideBySide(torch.device("cpu"), rounds=3, shortest=1e-9).time(contenders)
+    assert "".join(order) == "abc" + "abc" + "abc" + "cba" + "abc"  # the first two warm up
+    assert {name: len(measured.seconds) for name, measured in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_twins_share_their_weights() -> None:
+    network = SHAPES["tiny"].build(1, torch.float32, torch.device("cpu"))
+    other = twin(network)
+    other.backbone.checkpoint_loops = True
+    assert not network.backbone.checkpoint_loops
+    assert all(a is b for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_sizes_are_those_of_the_tables() -> None:
+    for row in TABLE_3:
+        assert (SHAPES[row.scale].num_layers, SHAPES[row.scale].loops) == (row.num_layers, row.loops)
+    wide = SHAPES["wide"]
+    for name, layers in ((TABLE_8.model, wide.num_layers), (TABLE_8.baseline, wide.num_layers * wide.loops)):
+        network = wide.build(layers, torch.float32, torch.device("meta"))
+        theirs = module_of(name).network
+        assert [w.shape for w in network.parameters()] == [w.shape for w in theirs.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "telling"),
+    [
+        (["inference", "--scale=huge"], "huge"),
+        (["train", "--compile=yes"], "yes"),
+        (["train", "--precision=8"], "8"),
+        (["inference", "--batch_sizes=0"], "0"),
+        (["train", "--device=cuda:99"], "cuda:99"),
+        (["inference", "--guidance=-1", "--scale=tiny"], "guidance"),
+        (["inference", "--turn_seconds=0", "--scale=tiny"], "turn_seconds"),
+    ],
+)
+def test_wrong_benchmarks_are_named(flags: list[str], telling: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert telling in error
+
+
+def test_a_file_of_something_else_is_found_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"readings": []}')
+    assert main(["bench", "inference", "--scale=tiny", f"--output={path}"]) == 2
+    assert "not written by" in capsys.readouterr().err
+    assert path.read_text() == '{"readings": []}'

@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 from small_runs import train_small_squares
 from torch import nn
 
-from elt_lightning import checkpoints, cli
 from elt_lightning.checkpoints import build_module, read_checkpoint
 from elt_lightning.cli import main
-from elt_lightning.commands import sample
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.module import ELTModule
@@ -41,10 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    monkeypatch.setitem(cli.SUBCOMMANDS, "export", "write a model to publish")
-    monkeypatch.setitem(cli._MODULES, "export", "elt_lightning.commands.export")
-    monkeypatch.setattr(sample, "read_checkpoint", checkpoints.read_pretrained, raising=False)
+def _at_home(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.chdir(checkpoint.parent.parent.parent.parent)
 
 

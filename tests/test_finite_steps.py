@@ -211,7 +211,6 @@ def test_weights_that_a_finite_step_broke_are_never_saved(tmp_path: Path) -> Non
     assert all(weight.isfinite().all() for weight in content["state_dict"].values())
 
 
-@pytest.mark.xfail(strict=True, reason="the command line does not have the callback yet")
 def test_the_command_line_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first step makes the weights so large that no loss after it is finite."""
     settings = [*SMALL, "--model.optimizer.init_args.lr=1e38", "--loop_metrics.num_validation_samples=0"]

@@ -10,7 +10,9 @@ from torch import Tensor
 from elt_lightning.metrics import motion
 from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.motion import (
+    BLURS,
     MotionNetwork,
+    blurred,
     load_or_train_motion_network,
     motion_metrics,
     train_motion_network,
@@ -130,3 +132,22 @@ def test_fd_motion_is_small_for_the_same_motions_and_large_for_others(trained: t
     roots = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + sum((c**2).sum() for c in centred) - 2 * roots
     assert score(others) == pytest.approx(expected, rel=1e-4)
+
+
+def test_blurs_are_averages_and_leave_what_is_even_alone() -> None:
+    clips = torch.rand(4, 3, 8, 12, 12)
+    found = blurred(clips, torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(found[0], clips[0])
+    for clip, result, (frames, side) in zip(clips[1:], found[1:], BLURS[1:], strict=True):
+        around = clip[
+            :, 4 - frames // 2 : 5 + frames // 2, 6 - side // 2 : 7 + side // 2, 6 - side // 2 : 7 + side // 2
+        ]
+        torch.testing.assert_close(result[:, 4, 6, 6], around.mean((1, 2, 3)))
+    even = torch.full((4, 1, 8, 12, 12), 0.3)
+    torch.testing.assert_close(blurred(even, torch.arange(4)), even)
+
+
+def test_brightness_and_contrast_change_nothing(trained: tuple[MotionNetwork, Path]) -> None:
+    network, clips = trained[0], moving_blobs(20, 3)[0] / 255
+    torch.testing.assert_close(network.features(clips), network.features(0.5 * clips + 0.2), atol=0.2, rtol=0.2)
+    assert network.features(torch.zeros(1, 1, 8, 32, 32)).isfinite().all()

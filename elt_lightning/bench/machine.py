@@ -1,7 +1,6 @@
 """What a measurement was made on and with."""
 
 import platform
-import sys
 from typing import Any
 
 import torch
@@ -9,19 +8,22 @@ import torch
 from elt_lightning import __version__
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Name the hardware and the versions."""
+def describe_machine(device: torch.device, command: str) -> dict[str, Any]:
+    """Name the hardware, the versions and the command."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "elt_lightning": __version__,
-        "command": " ".join(["elt", *sys.argv[1:]]),
+        "command": command,
     }
 
 
-def _processor() -> str:
+def device_name(device: torch.device) -> str:
+    """Name a device as its maker does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -1,10 +1,55 @@
-"""When checkpoints are written."""
+"""When checkpoints are written, and how: whole or not at all."""
 
 import os
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+UNFINISHED = ".unfinished.ckpt"
+"""The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Gives a checkpoint its name when all of it is on the disk.
+
+    Lightning 2.6.6 makes a second copy of it in memory and a third in the folder for temporary files, which it then
+    moves: where that folder is on another disk, that is a copy under the final name, of which a kill leaves half.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: the disk is full, or cannot be written to. What had the name before is as it was.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(UNFINISHED)
+        try:
+            with open(aside, "wb") as file:
+                _save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _save(checkpoint: dict[str, Any], file: Any) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # PyTorch then complains of its own place in the file
+            raise error.__context__ from None
+        raise
 
 
 class Checkpoint(ModelCheckpoint):
@@ -42,6 +87,11 @@ class Checkpoint(ModelCheckpoint):
             monitor=monitor,
             mode=mode,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the trainer write its files whole."""
+        super().setup(trainer, pl_module, stage)
+        trainer.strategy.checkpoint_io = WholeFiles()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Point last.ckpt to the new file before the old one goes: killed at any moment, last.ckpt is whole."""

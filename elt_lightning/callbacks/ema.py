@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.sharding import as_sharded, release_weights
 
 
 class EMA(Callback):
@@ -41,7 +42,7 @@ class EMA(Callback):
         """Start from the initial weights, unless a checkpoint gave an average."""
         for name, parameter in trainable_parameters(pl_module).items():
             known = self.average.get(name, parameter.detach().clone())
-            self.average[name] = known.to(parameter.device)
+            self.average[name] = as_sharded(known, parameter)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -90,7 +91,10 @@ class EMA(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average from a checkpoint."""
         if "ema" in checkpoint:
-            self.average = {name: weight.clone() for name, weight in checkpoint["ema"]["weights"].items()}
+            weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
+            self.average = {
+                name: as_sharded(weights[name].clone(), here[name]) for name in here.keys() & weights.keys()
+            }
             self.updates = checkpoint["ema"]["updates"]
 
     def _swap_in(self, pl_module: LightningModule) -> None:
@@ -104,8 +108,9 @@ class EMA(Callback):
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
         """Exchange the values of parameters and average in place, so that optimiser and graph keep their tensors."""
+        release_weights(pl_module)
         for name, parameter in trainable_parameters(pl_module).items():
-            average = self.average[name].to(parameter.device)
+            average = as_sharded(self.average[name], parameter)
             self.average[name] = parameter.detach().clone()
             parameter.copy_(average)
         self._swapped = not self._swapped

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -52,7 +53,7 @@ class FiniteSteps(Callback):
         Raises:
             UserError: it is one too many in a row that is not finite.
         """
-        total = self._loss + get_total_norm(gradients(optimizer)).to(pl_module.device)
+        total = self._loss + get_total_norm(map(own_part, gradients(optimizer))).to(pl_module.device)
         self._loss = 0.0
         bad = trainer.strategy.reduce((~torch.isfinite(total)).float(), reduce_op="sum")
         if bad.item():
@@ -90,7 +91,7 @@ class FiniteSteps(Callback):
         Raises:
             UserError: not all of them are finite. Nothing is written then.
         """
-        is_finite = all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters())
+        is_finite = all(bool(own_part(parameter).isfinite().all()) for parameter in pl_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(is_finite, all=True):
             raise UserError(
                 f"the weights of step {trainer.global_step} are not finite and are not saved: lower the learning rate; "
@@ -112,6 +113,11 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Give this device's part of a sharded weight, or the weight."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def last_good_checkpoint(trainer: Trainer) -> str:

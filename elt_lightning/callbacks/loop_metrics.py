@@ -1,6 +1,7 @@
 """Metrics at every loop count: in validation to the logger, in test as the sweep with its report."""
 
 import logging
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -64,7 +65,7 @@ class LoopMetrics(Callback):
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
             raise ValueError(f"loops must be numbers from 1 up, not {loops}")
-        if guidance is not None and (not guidance or min(guidance) < 0):
+        if guidance is not None and not (guidance and all(0 <= scale < math.inf for scale in guidance)):
             raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
         if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What the command lines of the commands without a trainer share."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -25,6 +26,17 @@ def number_from(smallest: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def finite_from_0(text: str) -> float:
+    """Parse a number from 0 up that is finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
+    return value
 
 
 def numbers_from(smallest: int) -> Callable[[str], list[int]]:

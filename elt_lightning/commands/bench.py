@@ -2,19 +2,29 @@
 
 import argparse
 import json
+import math
 import os
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from elt_lightning.bench import inference, training
 from elt_lightning.bench.data import Reading, measure
-from elt_lightning.bench.machine import describe_machine
-from elt_lightning.commands.arguments import Parser, number_from
+from elt_lightning.bench.machine import describe_machine, device_name
+from elt_lightning.bench.report import Lines, inference_lines, training_lines, write_figures
+from elt_lightning.bench.runs import add_run, read_runs
+from elt_lightning.bench.shapes import SHAPES, Shape
+from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
+from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.networks.looped import CompileMode
+from elt_lightning.planning import PRECISIONS
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -24,6 +34,7 @@ def run(name: str, arguments: list[str]) -> None:
         UserError: the command line is wrong.
     """
     options = build_parser().parse_args(arguments)
+    options.command = shlex.join(["elt", name, *arguments])
     options.run(options)
 
 
@@ -40,7 +51,165 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--repeats", type=number_from(1), default=5, help="epochs that are timed (default 5)")
     data.add_argument("--output", type=Path, metavar="PATH", help="write the figures as JSON")
     data.set_defaults(run=bench_data)
+
+    sampling = kinds.add_parser(
+        "inference", help="samples per second, looped beside unlooped models of equal depth", allow_abbrev=False
+    )
+    add_common(sampling, "B, L, XL, H on a GPU, small on a CPU", "1,8,64 on a GPU, 1,8 on a CPU", "bf16-true")
+    sampling.add_argument(
+        "--loops", type=numbers_from(1), metavar="1,2,4", help="by default powers of two up to the size's loop count"
+    )
+    sampling.add_argument("--steps", type=number_from(1), help="sampling steps (the paper's on a GPU, 2 on a CPU)")
+    sampling.add_argument(
+        "--guidance", type=number_between(0, 100), default=1.0, help="scale; other than 1 takes two branches"
+    )
+    sampling.set_defaults(run=bench_inference)
+
+    train = kinds.add_parser(
+        "train", help="training steps: ILSD, vanilla looping, unlooped models of equal depth", allow_abbrev=False
+    )
+    add_common(train, "wide on a GPU, small on a CPU", "8,32 on a GPU, 2,8 on a CPU", "bf16-mixed")
+    train.add_argument("--loops", type=numbers_from(1), metavar="1,4", help="L_max (default: the size's)")
+    train.add_argument("--num_layers", type=number_from(1), help="N (default: the size's)")
+    train.add_argument(
+        "--checkpoint_loops",
+        type=choices_from("no", "yes"),
+        default=["no"],
+        metavar="no,yes",
+        help="compute each loop again in the backward pass (default no)",
+    )
+    train.set_defaults(run=bench_train)
+
+    report = kinds.add_parser("report", help="lay out the JSON files of a folder as figures.md", allow_abbrev=False)
+    report.add_argument("--folder", type=Path, default=Path("benchmarks"), help="of the JSON files")
+    report.set_defaults(run=lambda options: print(write_figures(options.folder)))
     return parser
+
+
+def add_common(parser: argparse.ArgumentParser, scales: str, batch_sizes: str, precision: str) -> None:
+    """Add what measuring networks has in common; the texts say what is left to the device."""
+    parser.add_argument(
+        "--scale", type=choices_from(*SHAPES), metavar="NAME,…", help=f"of {', '.join(SHAPES)} (default: {scales})"
+    )
+    parser.add_argument(
+        "--batch_sizes", type=numbers_from(1), metavar="1,8", help=f"samples at once (default {batch_sizes})"
+    )
+    parser.add_argument(
+        "--compile",
+        type=choices_from("no", *get_args(CompileMode)),
+        default=["no"],
+        metavar="no,default",
+        help="without and with torch.compile, by its modes (default no)",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, metavar="NAME", help=f"({precision} on a GPU, 32-true on a CPU)"
+    )
+    parser.add_argument("--rounds", type=number_from(1), default=5, help="turns of every contender (default 5)")
+    parser.add_argument(
+        "--turn_seconds", type=number_between(1e-4, 60), default=0.2, help="of a turn at least (default 0.2)"
+    )
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    parser.add_argument("--output", type=Path, metavar="PATH", help="add the figures to a JSON file")
+
+
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """Make a type of arguments that are numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def choices_from(*choices: str) -> Callable[[str], list[str]]:
+    """Make a type of arguments that are lists of some of ``choices``."""
+
+    def parse(text: str) -> list[str]:
+        parts = text.split(",")
+        for part in parts:
+            if part not in choices:
+                raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(choices)}")
+        return parts
+
+    return parse
+
+
+def bench_inference(options: argparse.Namespace) -> None:
+    """Measure sampling."""
+    device = device_of(options.device)
+    on_gpu = device.type == "cuda"
+
+    def rows(name: str, shape: Shape) -> Iterator[dict[str, Any]]:
+        settings = inference.Settings(
+            loops=options.loops or sorted({loops for loops in (1, 2, 4, 8, shape.loops) if loops <= shape.loops}),
+            batch_sizes=options.batch_sizes or ([1, 8, 64] if on_gpu else [1, 8]),
+            compile=options.compile,
+            precision=options.precision or ("bf16-true" if on_gpu else "32-true"),
+            steps=options.steps or (shape.paper_steps if on_gpu else 2),
+            guidance=options.guidance,
+            rounds=options.rounds,
+            turn_seconds=options.turn_seconds,
+            device=device,
+        )
+        return inference.measure(name, shape, settings)
+
+    measure_networks(options, device, options.scale or (["B", "L", "XL", "H"] if on_gpu else ["small"]), rows)
+
+
+def bench_train(options: argparse.Namespace) -> None:
+    """Measure training steps."""
+    device = device_of(options.device)
+    on_gpu = device.type == "cuda"
+
+    def rows(name: str, shape: Shape) -> Iterator[dict[str, Any]]:
+        settings = training.Settings(
+            num_layers=options.num_layers or shape.num_layers,
+            loops=options.loops or [shape.loops],
+            batch_sizes=options.batch_sizes or ([8, 32] if on_gpu else [2, 8]),
+            compile=options.compile,
+            checkpoint_loops=[choice == "yes" for choice in options.checkpoint_loops],
+            precision=options.precision or ("bf16-mixed" if on_gpu else "32-true"),
+            rounds=options.rounds,
+            turn_seconds=options.turn_seconds,
+            device=device,
+        )
+        return training.measure(name, shape, settings)
+
+    measure_networks(options, device, options.scale or (["wide"] if on_gpu else ["small"]), rows, training_lines)
+
+
+def measure_networks(
+    options: argparse.Namespace,
+    device: torch.device,
+    scales: list[str],
+    rows_of: Callable[[str, Shape], Iterator[dict[str, Any]]],
+    lay_out: Callable[[list[dict[str, Any]]], Lines] = inference_lines,
+) -> None:
+    """Measure sizes one after the other, print what came out, and write it where a file was asked for."""
+    if options.output is not None:
+        read_runs(options.output)  # a file that cannot be added to is found before, not after
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in scales:
+            rows += rows_of(name, SHAPES[name])
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device ran out of memory at size {name}: lower --batch_sizes") from error
+    lines = lay_out(rows)
+    table = Table(title=f"{lines.title}: {device_name(device)}")
+    for heading in lines.headings:
+        table.add_column(heading, justify="right")
+    for cells in lines.cells:
+        table.add_row(*cells)
+    Console(width=None if Console().is_terminal else 180).print(table)
+    if options.output is not None:
+        add_run(options.output, describe_machine(device, options.command) | {"rows": rows})
+        print(options.output)
 
 
 def bench_data(options: argparse.Namespace) -> None:
@@ -61,12 +230,10 @@ def bench_data(options: argparse.Namespace) -> None:
         )
     Console(width=None if Console().is_terminal else 120).print(table)
     print("one GPU: an H100 or H200 at half its published 989 TFLOP/s in bf16, training scale L or 8N×4L")
-    write(options.output, {"readings": [reading.as_dict() for reading in readings]}, torch.device("cpu"))
-
-
-def write(path: Path | None, figures: dict[str, Any], device: torch.device) -> None:
-    """Write figures with what they were measured on, where a file was asked for."""
-    if path is not None:
-        with written_aside(path) as aside:
-            aside.write_text(json.dumps(describe_machine(device) | figures, indent=2) + "\n")
-        print(path)
+    if options.output is not None:
+        figures = {"readings": [reading.as_dict() for reading in readings]}
+        with written_aside(options.output) as aside:
+            aside.write_text(
+                json.dumps(describe_machine(torch.device("cpu"), options.command) | figures, indent=2) + "\n"
+            )
+        print(options.output)

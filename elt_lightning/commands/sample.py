@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
-from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
+from elt_lightning.checkpoints import build_module, read_pretrained
+from elt_lightning.commands.arguments import Parser, device_of, finite_from_0, number_from, numbers_from
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
@@ -15,6 +15,9 @@ from elt_lightning.pictures import write_gif, write_mp4
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reports import loops_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
+"""What an output may end in; the last two are for clips."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -26,9 +29,11 @@ def run(name: str, arguments: list[str]) -> None:
     options = build_parser().parse_args(arguments)
     if (options.given is None) != (options.given_frames is None and options.hole is None):
         raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
-    if options.output.exists() and not options.overwrite:
+    if options.output.is_dir() or (options.output.exists() and not options.overwrite):
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
-    checkpoint = read_checkpoint(options.ckpt_path)
+    if options.output.suffix not in SUFFIXES:
+        raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")
+    checkpoint = read_pretrained(options.ckpt_path)
     module = build_module(checkpoint, options.weights)
     device = device_of(options.device)
     tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(device)
@@ -85,13 +90,13 @@ def hole(text: str) -> Hole:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
     parser.add_argument("--classes", type=numbers_from(0), metavar="3,7", help="classes, taken in turn; all by default")
     parser.add_argument("--num", type=number_from(1), default=8, help="samples in a row (default 8)")
     parser.add_argument(
         "--loops", type=numbers_from(1), metavar="1,2,4", help="a row each; by default the count of training"
     )
-    parser.add_argument("--guidance", type=float, help="guidance scale; by default the model's")
+    parser.add_argument("--guidance", type=finite_from_0, help="guidance scale; by default the model's")
     parser.add_argument("--steps", type=number_from(1), help="sampling steps; by default the model's")
     parser.add_argument("--seed", type=number_from(0), default=0, help="decides every sample (default 0)")
     parser.add_argument(

@@ -22,10 +22,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 
 from elt_lightning.callbacks.checkpoint import Checkpoint
 from elt_lightning.callbacks.ema import EMA
+from elt_lightning.callbacks.finite_steps import FiniteSteps
 from elt_lightning.callbacks.loop_metrics import LoopMetrics
+from elt_lightning.callbacks.preemption import Preemption
 from elt_lightning.callbacks.progress import PlainProgress, TerminalProgress
 from elt_lightning.callbacks.recipe import Recipe
 from elt_lightning.callbacks.sample_writer import SampleWriter
@@ -36,6 +39,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import claim_numbered, next_numbered, written_aside
 from elt_lightning.module import ELTModule
 from elt_lightning.precision import cache_weight_casts
+from elt_lightning.strategies import check_strategy, supported_strategy
 from elt_lightning.tokenizers.vq_training import VQTraining
 
 FROM_DATA = {
@@ -53,6 +57,7 @@ EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", 
 TEST_FLAGS = EVALUATION_FLAGS | {
     "--save_samples": "--loop_metrics.save_samples",
     "--reconstruction": "--loop_metrics.reconstruction",
+    "--nearest": "--loop_metrics.nearest",
 }
 PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")}
 SHORT_FLAGS = {
@@ -63,8 +68,14 @@ SHORT_FLAGS = {
 }
 """Short names for the settings that a command is mostly called with."""
 
-SWITCHES = ("--loop_metrics.reconstruction",)
+SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
 """Settings that a bare flag turns on."""
+
+RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
+"""What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
+
+MOST_SETTINGS = 100_000
+"""What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
 LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance")
 """Settings that may be given as 1,2,4."""
@@ -90,6 +101,8 @@ def run(name: str, arguments: list[str]) -> None:
             ELTCommandLine.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
+    except (MisconfigurationException, SafetensorError, ValueError) as error:
+        raise UserError(str(error) or type(error).__name__) from error
     except torch.OutOfMemoryError as error:
         what = (
             "--loop_metrics.batch_size or --samples.batch_size"
@@ -112,6 +125,7 @@ def quieten_libraries() -> None:
         ".*barrier.*device_id.*",
         ".*`IterableDataset` has `__len__` defined.*",
         ".*Be aware that when using `ckpt_path`, callbacks.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -177,11 +191,15 @@ class RunCommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what :func:`run` prepared; Lightning's own version warns when ``sys.argv`` is not what it is given."""
         self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if type(seed) is not int or not 0 <= seed < 2**31:
+            raise UserError(f"seed_everything must be a whole number in [0, 2^31), not {seed}")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's folder, checkpoints, and the one seed."""
+        """Add the run's folder, checkpoints, what is done about steps that are not finite, and the one seed."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; a new one by default")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(FiniteSteps, "finite_steps")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed" if self.names_model_class else "model.seed")
 
@@ -190,6 +208,7 @@ class RunCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
+        config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
 
@@ -201,12 +220,17 @@ class RunCommandLine(LightningCLI):
         """
         try:
             super().instantiate_classes()
+            check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
         except Exception as error:
             with suppress(OSError):
                 self.run_dir.rmdir()  # the folder was made for this run, and nothing is in it
+            if isinstance(error, UserError | ArgumentError | OSError | torch.OutOfMemoryError):
+                raise
+            # A class refused its settings, or broke on them: which of the two, its author alone knows.
             if isinstance(error, ValueError | MisconfigurationException):
                 raise UserError(explain(str(error))) from error
-            raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(f"a class broke on its settings ({reason}); --debug shows where") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer its logger, its progress display and the callbacks that need the config."""
@@ -219,6 +243,7 @@ class RunCommandLine(LightningCLI):
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        callbacks.append(Preemption())  # last: the work of a step belongs into the checkpoint that it saves
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
@@ -337,7 +362,7 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
         run_dir = Path(config.run_dir)
         # Of several processes the first decides; the others meet its config here.
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        taken = first and (run_dir / "config.yaml").exists()
+        taken = first and any(os.path.lexists(run_dir / result) for result in RESULTS)
         if taken and run_dir.resolve() != run_of_checkpoint:
             raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
         return run_dir
@@ -361,7 +386,7 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
     if checkpoint in (None, "null"):
         return arguments
-    recipe = read_checkpoint(checkpoint)["elt"]
+    recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
     stored = scratch / "checkpoint.yaml"
     stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
     return ["--config", str(stored), *arguments]
@@ -371,20 +396,21 @@ def trains_tokenizer(arguments: list[str]) -> bool:
     """Say whether a config names a class as its model, as those of tokenizers do."""
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
     configs = [yaml.safe_load(Path(path).read_text()) for path in paths]
-    return any(isinstance(config, dict) and "class_path" in (config.get("model") or {}) for config in configs)
+    models = [config.get("model") for config in configs]
+    return any(isinstance(model, dict) and "class_path" in model for model in models)
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:
     """Put before every config that names a ``base``, a file beside it, that base: the config's own settings win.
 
     Raises:
-        UserError: a config or its base does not exist, or is no YAML.
+        UserError: a config or its base does not exist, or is none.
     """
     written: list[str] = []
     pending = list(arguments)
     while pending:
         flag, equals, value = pending.pop(0).partition("=")
-        if flag != "--config" or not (equals or pending):
+        if flag not in ("--config", "-c") or not (equals or pending):
             written.append(flag + equals + value)
             continue
         for path in config_and_bases(Path(value if equals else pending.pop(0)), scratch):
@@ -396,17 +422,33 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
     """List the files that make up a config, the lowest layer first; where it names a base, a copy without that line."""
     if path in seen:
         raise UserError(f"the config {path} is its own base")
+    named = f"the config {path}{f', the base of {seen[-1]},' if seen else ''}"
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        by_whom = f", the base of {seen[-1]}," if seen else ""
-        raise UserError(f"the config {path}{by_whom} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "base" not in config:
+        config = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{named} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
+    if is_larger(config, MOST_SETTINGS):
+        raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
+    if config.get("ckpt_path") is not None:
+        raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
+    if "base" not in config:
         return [path]
     base = path.parent / str(config.pop("base"))
     copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # its name becomes the run's
     copy.write_text(yaml.safe_dump(config))
     return [*config_and_bases(base, scratch, (*seen, path)), copy]
+
+
+def is_larger(tree: Any, limit: int) -> bool:
+    """Say whether nested settings hold more than ``limit`` values, where YAML's aliases count every time."""
+    pending, count = [tree], 0
+    while pending and count <= limit:
+        value = pending.pop()
+        count += 1
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return count > limit
 
 
 def without_links(config: dict[str, Any]) -> dict[str, Any]:

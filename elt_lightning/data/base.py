@@ -1,6 +1,5 @@
 """What every data module of this project shares: batches whose order is a function of (seed, step)."""
 
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from elt_lightning.data.workers import obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -197,6 +197,16 @@ class BatchedDataModule(LightningDataModule):
             )
         return micro_batch_size, per_device // micro_batch_size
 
+    def held_out_batch_size(self, num_samples: int, world_size: int) -> int:
+        """Give the samples of a pass of validation on one device.
+
+        Raises:
+            UserError: a device would have none, would skip validation, and the others would wait for it for ever.
+        """
+        if num_samples < world_size:
+            raise UserError(f"{num_samples} held-out samples do not suffice for {world_size} devices: use fewer")
+        return self.share_batch(world_size)[0]
+
     def training_order(self, num_samples: int) -> TrainingOrder:
         """Give the order of a training set, of micro-batches that the trainer is told to accumulate.
 
@@ -219,9 +229,13 @@ class BatchedDataModule(LightningDataModule):
         )
 
     def held_out_order(self, num_samples: int) -> HeldOutOrder:
-        """Give the order of a set that losses are measured on."""
+        """Give the order of a set that losses are measured on.
+
+        Raises:
+            UserError: there are fewer samples than devices.
+        """
         assert self.trainer is not None
-        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
+        micro_batch_size = self.held_out_batch_size(num_samples, self.trainer.world_size)
         return HeldOutOrder(num_samples, micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
 
 
@@ -291,15 +305,6 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return DataLoader(self._requests, sampler=order, batch_size=None)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Let a loader process go on when a scheduler sends SIGTERM to all processes of a job.
-
-    The main process finishes its step and saves (:class:`~elt_lightning.callbacks.preemption.Preemption`), for which it
-    may wait for a batch. A loader process ends when the main process tells it to, or is gone.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class IndexedDataModule(GenerativeDataModule):
     """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
 
@@ -331,5 +336,5 @@ class IndexedDataModule(GenerativeDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=obey_parent_alone,
         )

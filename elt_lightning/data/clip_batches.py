@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from elt_lightning.data.base import HeldOutOrder, TrainingOrder
 from elt_lightning.data.clips import ClipShape, Video, fixed_start
 from elt_lightning.data.decoding import BrokenClipError
+from elt_lightning.data.workers import obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 
@@ -214,6 +215,7 @@ class ClipLoader(DataLoader[Reading]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=obey_parent_alone,
         )
         self.num_videos, self.max_broken = len(dataset.videos), max_broken
         self.broken: dict[str, str] = {}

@@ -92,8 +92,8 @@ class EncodedDataModule(GenerativeDataModule):
 
     def val_dataloader(self) -> ShardLoader:  # noqa: D102
         assert self.trainer is not None
-        micro_batch_size, _ = self.share_batch(self.trainer.world_size)
-        return ShardLoader(HeldOutStream(**self._place(self.held_out_shards, self.held_out_index, micro_batch_size)))
+        batch_size = self.held_out_batch_size(self.held_out_index.num_samples, self.trainer.world_size)
+        return ShardLoader(HeldOutStream(**self._place(self.held_out_shards, self.held_out_index, batch_size)))
 
     def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
         location, index = self.training_shards, self.training_index

@@ -5,7 +5,6 @@ without talking to each other, and what a killed one had finished stays finished
 """
 
 import hashlib
-import json
 import logging
 import os
 import tarfile
@@ -22,7 +21,7 @@ from webdataset.shardlists import expand_urls
 from elt_lightning.data.crops import Picture, Request, chunks, crop_all, default_workers
 from elt_lightning.data.image_labels import read_labels
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256
+from elt_lightning.files import parse_json, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +347,7 @@ def _parsed_label(content: bytes, ending: str, source: str) -> int | str | None:
     try:
         if ending == ".cls":
             return int(content)
-        parsed = json.loads(content)
+        parsed = parse_json(content)
     except ValueError as error:
         raise UserError(f"{source} cannot be read: {error}") from error
     label = parsed.get("label") if isinstance(parsed, dict) else None

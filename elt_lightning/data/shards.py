@@ -11,6 +11,7 @@ after an interruption (:mod:`elt_lightning.data.encode`); readers need neither.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import webdataset
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import parse_json, whole_number, written_aside
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -94,7 +95,7 @@ class ShardIndex:
         where = join(location, INDEX)
         try:
             with webdataset.gopen(where) as file:
-                content = json.loads(file.read())
+                content = parse_json(file.read())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{where} cannot be read ({error}): `elt encode` writes it when the last shard is done"
@@ -111,29 +112,49 @@ def join(location: str, name: str) -> str:
 
 
 def _parsed(content: dict[str, Any]) -> ShardIndex:
-    if content["version"] > FORMAT_VERSION:
+    if whole_number(content["version"]) > FORMAT_VERSION:
         raise ValueError(f"it was written by a newer elt_lightning (version {content['version']})")
-    shards = tuple(Shard(str(shard["name"]), int(shard["num_samples"])) for shard in content["shards"])
+    shards = tuple(Shard(str(shard["name"]), whole_number(shard["num_samples"])) for shard in content["shards"])
     if any("/" in shard.name or shard.num_samples < 0 for shard in shards):
         raise ValueError("a shard's name has a slash or its count is negative")
 
     def numbers(name: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in content[name])
+        return tuple(_from_1(number) for number in content[name])
 
-    return ShardIndex(
+    def from_1_or_none(name: str) -> int | None:
+        return None if content.get(name) is None else _from_1(content[name])
+
+    index = ShardIndex(
         classes=_strings(content["classes"]),
-        image_size=int(content["image_size"]),
-        copies=int(content["copies"]),
+        image_size=_from_1(content["image_size"]),
+        copies=_from_1(content["copies"]),
         input_shape=numbers("input_shape"),
         stored_shape=numbers("stored_shape"),
-        num_codes=None if content["num_codes"] is None else int(content["num_codes"]),
+        num_codes=from_1_or_none("num_codes"),
         latent_scale=None if content["latent_scale"] is None else float(content["latent_scale"]),
         tokenizer=dict(content["tokenizer"]),
         crop=str(content["crop"]),
         shards=shards,
         unreadable=_strings(content["unreadable"]),
-        frames=None if content.get("frames") is None else int(content["frames"]),
+        frames=from_1_or_none("frames"),
     )
+    if index.stored_shape != _stored_shape(index):
+        raise ValueError(f"codes of shape {index.stored_shape} do not make up {index.input_shape}")
+    return index
+
+
+def _from_1(value: Any) -> int:
+    if whole_number(value) < 1:
+        raise ValueError(f"{value} is below 1")
+    return value
+
+
+def _stored_shape(index: ShardIndex) -> tuple[int, ...]:
+    """Derive the shape of what is kept of one copy: tokens in a row, latents as they are, or mean and deviation."""
+    if index.num_codes is not None:
+        return (math.prod(index.input_shape),)
+    channels, *grid = index.input_shape
+    return (channels if index.latent_scale is None else 2 * channels, *grid)
 
 
 def _strings(values: Sequence[Any]) -> tuple[str, ...]:

@@ -8,14 +8,12 @@ what was before, but for the shard and the block where it stopped.
 """
 
 import io
-import json
 import math
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +23,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from elt_lightning.data.base import Batch
 from elt_lightning.data.shards import Shard, ShardIndex, join
+from elt_lightning.data.workers import obey_parent_alone
 from elt_lightning.errors import UserError
+from elt_lightning.files import parse_json, whole_number
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
+
+T = TypeVar("T")
 
 
 class Sample(NamedTuple):
@@ -212,6 +214,7 @@ class ShardLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=stream.num_workers,
             prefetch_factor=8 if stream.num_workers else None,
+            worker_init_fn=obey_parent_alone,
             pin_memory=torch.cuda.is_available(),
         )
         self.stream, self.current_step = stream, current_step
@@ -240,26 +243,42 @@ def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop:
                 yield read_sample(members, index)
             if count == stop:
                 return
-    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of damaged bytes the libraries make whatever they can
         reason = f"{type(error).__name__} {error.args[0] if error.args else ''}"
         raise UserError(f"{url} cannot be read near sample {count} ({reason}): {again}") from error
     raise UserError(f"{url} is damaged, it ends after {count} of {shard.num_samples} samples: {again}")
 
 
-def read_sample(members: dict[str, bytes], index: ShardIndex) -> Sample:
+def read_sample(members: dict[str, Any], index: ShardIndex) -> Sample:
     """Decode the members of one sample.
 
     Raises:
-        ValueError: they are not what the index says.
-        KeyError: one is missing.
+        ValueError: they are not what the index says, or a member is missing or damaged; it is named.
     """
-    copies = read_npy(members["codes.npy"])
+    copies = read_member(members, "codes.npy", read_npy)
     if copies.shape != (index.copies, *index.stored_shape):
         raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
-    label = int(json.loads(members["json"])["label"])
+    if copies.dtype.kind not in ("iu" if index.num_codes is not None else "f"):
+        raise ValueError(f"the codes are of type {copies.dtype}")
+    label = read_member(members, "json", lambda content: whole_number(parse_json(content)["label"]))
     if not 0 <= label < len(index.classes):
         raise ValueError(f"label {label} is none of the {len(index.classes)} classes")
     return Sample(copies, label, int(members["__key__"]))
+
+
+def read_member(members: dict[str, Any], ending: str, read: Callable[[bytes], T]) -> T:
+    """Decode one member of a sample.
+
+    Raises:
+        ValueError: it is missing, or cannot be decoded.
+    """
+    name = f"{members['__key__']}.{ending}"
+    if ending not in members:
+        raise ValueError(f"there is no {name}")
+    try:
+        return read(members[ending])
+    except Exception as error:  # of damaged bytes NumPy's parser makes whatever it can
+        raise ValueError(f"{name}: {error}") from error
 
 
 def read_npy(content: bytes) -> np.ndarray:

@@ -8,6 +8,7 @@ Letters: B batch, T tokens, D width.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -75,9 +76,9 @@ class PostNormBlock(Block):
 
     def forward(self, h: Tensor, modulation: None = None) -> Tensor:
         """Apply the layer: (B, T, D) to (B, T, D)."""
-        h = self.attention_norm(self.residual_scale * h + self.dropout(self.attention(h)))
+        h = self.attention_norm(torch.add(self.dropout(self.attention(h)), h, alpha=self.residual_scale))
         mlp = self.mlp_out(F.gelu(self.mlp_in(h), approximate="tanh"))
-        return self.mlp_norm(self.residual_scale * h + self.dropout(mlp))
+        return self.mlp_norm(torch.add(self.dropout(mlp), h, alpha=self.residual_scale))
 
     def macs(self, num_tokens: int) -> int:  # noqa: D102
         mlp = 2 * self.mlp_in.in_features * self.mlp_in.out_features

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class LoopedDiT(nn.Module):
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
         channels, *size = input_shape
-        self.sample_shape = tuple(input_shape)
+        self.input_shape = self.sample_shape = tuple(input_shape)
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(f"patch_size {patch_size} does not divide an input of shape {tuple(input_shape)}")
@@ -177,7 +178,7 @@ class OutputHead(nn.Module):
         h = self.norm(h)
         if modulation is not None:
             shift, scale = modulation
-            h = h * (1 + scale) + shift
+            h = torch.addcmul(shift, h, 1 + scale)
         return self.linear(h)
 
     def macs(self, num_tokens: int) -> int:

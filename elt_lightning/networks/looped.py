@@ -1,13 +1,35 @@
 """The looped backbone F_(N,L)(x) = g(g(… g(x))): N shared layers g, applied L times (paper, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from elt_lightning.networks.blocks import Block
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+"""How `torch.compile` works: its own names. The second and third replay CUDA graphs."""
+
+
+class Layers(nn.ModuleList):
+    """Blocks applied one after the other."""
+
+    def modulations(self, condition: Tensor | None) -> list[Any]:
+        """Let each block derive from the condition (B, D) what does not change from loop to loop."""
+        return [block.modulation(condition) for block in self]  # type: ignore[operator]
+
+    def forward(self, h: Tensor, modulations: list[Any]) -> Tensor:
+        """Apply every block once, with its modulation: (B, T, D) to (B, T, D)."""
+        for block, modulation in zip(self, modulations, strict=True):
+            h = block(h, modulation)
+        return h
+
+    def macs(self, num_tokens: int) -> int:
+        """Multiply–accumulates of one application to one sample."""
+        return sum(block.macs(num_tokens) for block in self)  # type: ignore[operator]
 
 
 class LoopedStack(nn.Module):
@@ -41,11 +63,28 @@ class LoopedStack(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, not {num_layers}")
-        self.prelude = nn.ModuleList(make_block() for _ in range(prelude_layers))
-        self.layers = nn.ModuleList(make_block() for _ in range(num_layers))
-        self.coda = nn.ModuleList(make_block() for _ in range(coda_layers))
+        self.prelude = Layers(make_block() for _ in range(prelude_layers))
+        self.layers = Layers(make_block() for _ in range(num_layers))
+        self.coda = Layers(make_block() for _ in range(coda_layers))
         self.final_norm = final_norm or nn.Identity()
         self.checkpoint_loops = checkpoint_loops
+        self._is_compiled = self._replays_graphs = False
+
+    def compile_loop(self, mode: CompileMode = "default", **settings: Any) -> None:
+        """Compile the body of one loop with `torch.compile`; names of weights and calls of the stack stay as they are.
+
+        The loop itself is left to Python: compiling takes as long as N layers take, whatever L is, and no other loop
+        count compiles anything again. What does are another batch size (from the third on they share a compilation),
+        and training after inference.
+
+        Args:
+            mode: of `torch.compile`. Those with CUDA graphs are for sampling on a GPU, and have not been tried.
+            settings: further ones of `torch.compile`, for example ``backend``.
+        """
+        self._is_compiled, self._replays_graphs = True, mode in ("reduce-overhead", "max-autotune")
+        for part in (self.prelude, self.layers, self.coda):
+            if len(part):
+                part.compile(mode=mode, **settings)
 
     def forward(
         self, h: Tensor, condition: Tensor | None = None, loops: int = 1, exits: Sequence[int] = ()
@@ -70,18 +109,29 @@ class LoopedStack(nn.Module):
             raise ValueError(
                 f"loops must be at least 1 and exits lie in [1, loops]: loops {loops}, exits {tuple(exits)}"
             )
-        h = _apply(self.prelude, h, _modulations(self.prelude, condition))
-        shared, coda = _modulations(self.layers, condition), _modulations(self.coda, condition)
+        if self._replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the states of one pass live until the next one begins
+        h = self.prelude(h, self.prelude.modulations(condition))
+        shared, coda = self.layers.modulations(condition), self.coda.modulations(condition)
         recompute = self.checkpoint_loops and self.training and torch.is_grad_enabled()
-        states = {}
+        body, states = self._body(h.device.type), {}
         for loop in range(1, loops + 1):
-            if recompute:
-                h = checkpoint(_apply, self.layers, h, shared, use_reentrant=False)
-            else:
-                h = _apply(self.layers, h, shared)
+            h = checkpoint(body, h, shared, use_reentrant=False) if recompute else body(h, shared)
             if loop in wanted:
-                states[loop] = self.final_norm(_apply(self.coda, h, coda))
+                states[loop] = self.final_norm(self.coda(h, coda))
         return states
+
+    def _body(self, device_type: str) -> Callable[[Tensor, list[Any]], Tensor]:
+        """Give the function that applies the shared layers once.
+
+        In mixed precision autocast's cache casts each weight once for all loops, but does not reach into compiled code,
+        where every loop would make and keep copies of its own: there the weights are cast here.
+        """
+        if not (self._is_compiled and torch.is_autocast_enabled(device_type)):
+            return self.layers
+        dtype = torch.get_autocast_dtype(device_type)
+        kernels = {name: weight.to(dtype) for name, weight in self.layers.named_parameters() if weight.ndim > 1}
+        return lambda h, modulations: functional_call(self.layers, kernels, (h, modulations))
 
     def effective_depth(self, loops: int) -> int:
         """D = N·L, prelude and coda added where there are any: the layers that one pass goes through."""
@@ -89,18 +139,4 @@ class LoopedStack(nn.Module):
 
     def macs(self, num_tokens: int, loops: int) -> int:
         """Multiply–accumulates of one sample's pass with ``loops`` loops and no exit but the last."""
-
-        def total(blocks: nn.ModuleList) -> int:
-            return sum(block.macs(num_tokens) for block in blocks)  # type: ignore[operator]
-
-        return total(self.prelude) + loops * total(self.layers) + total(self.coda)
-
-
-def _modulations(blocks: nn.ModuleList, condition: Tensor | None) -> list[Any]:
-    return [block.modulation(condition) for block in blocks]  # type: ignore[operator]
-
-
-def _apply(blocks: nn.ModuleList, h: Tensor, modulations: list[Any]) -> Tensor:
-    for block, modulation in zip(blocks, modulations, strict=True):
-        h = block(h, modulation)
-    return h
+        return self.prelude.macs(num_tokens) + loops * self.layers.macs(num_tokens) + self.coda.macs(num_tokens)

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, D width, M hidden units of the MLP.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,15 +68,17 @@ class AdaptiveNormBlock(ModulatedBlock):
         nn.init.zeros_(self.modulate.bias)
 
     def modulation(self, condition: Tensor | None) -> tuple[Tensor, ...]:
-        """Make the six modulations, each (B, 1, D), from the condition (B, condition width)."""
-        return self.modulate(F.silu(_required(condition))).unsqueeze(1).chunk(6, dim=-1)
+        """Make the six modulations, each (B, 1, D), from the condition (B, condition width); scales have a 1 added."""
+        made = self.modulate(F.silu(_required(condition))).unsqueeze(1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = made.chunk(6, dim=-1)
+        return shift, 1 + scale, gate, mlp_shift, 1 + mlp_scale, mlp_gate
 
     def forward(self, h: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Apply the layer: (B, T, D) to (B, T, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        h = h + gate * self.attention(self.attention_norm(h) * (1 + scale) + shift)
-        hidden = self.mlp_in(self.mlp_norm(h) * (1 + mlp_scale) + mlp_shift)
-        return h + mlp_gate * self.mlp_out(F.gelu(hidden, approximate="tanh"))
+        h = torch.addcmul(h, gate, self.attention(torch.addcmul(shift, self.attention_norm(h), scale)))
+        hidden = self.mlp_in(torch.addcmul(mlp_shift, self.mlp_norm(h), mlp_scale))
+        return torch.addcmul(h, mlp_gate, self.mlp_out(F.gelu(hidden, approximate="tanh")))
 
 
 class NormalisedAttention(SelfAttention):
@@ -120,14 +123,15 @@ class FiLMBlock(ModulatedBlock):
         nn.init.zeros_(self.mlp_out.weight)
 
     def modulation(self, condition: Tensor | None) -> tuple[Tensor, ...]:
-        """Make scale and shift of the hidden units, each (B, 1, M), from the condition (B, condition width)."""
-        return self.modulate(F.silu(_required(condition))).unsqueeze(1).chunk(2, dim=-1)
+        """Make scale, with a 1 added, and shift of the hidden units, each (B, 1, M), from the condition."""
+        scale, shift = self.modulate(F.silu(_required(condition))).unsqueeze(1).chunk(2, dim=-1)
+        return 1 + scale, shift
 
     def forward(self, h: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Apply the layer: (B, T, D) to (B, T, D)."""
         scale, shift = modulation
         h = h + self.attention(self.attention_norm(h))
-        return h + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(h))) * (1 + scale) + shift)
+        return h + self.mlp_out(torch.addcmul(shift, F.silu(self.mlp_in(self.mlp_norm(h))), scale))
 
 
 def _required(condition: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from elt_lightning import __version__
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
 """Loop counts are measured up to so many above L_max."""
@@ -41,6 +42,8 @@ class Arm:
         num_layers: N.
         max_loops: L_max; 1 is unlooped.
         mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
+        settings: of its own, after those of all arms.
+        test_loops: loop counts to measure, in place of 1 … L_max + 2.
     """
 
     name: str
@@ -48,10 +51,13 @@ class Arm:
     num_layers: int
     max_loops: int
     mode: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    test_loops: list[int] | None = None
 
     def loops(self) -> list[int]:
         """Loop counts to measure; a model that never looped is measured as it was trained."""
-        return [1] if self.max_loops == 1 else list(range(1, self.max_loops + BEYOND_TRAINING + 1))
+        every = [1] if self.max_loops == 1 else list(range(1, self.max_loops + BEYOND_TRAINING + 1))
+        return self.test_loops or every
 
     def flags(self) -> list[str]:
         """What sets this arm apart on the command line of `elt fit`."""
@@ -59,6 +65,7 @@ class Arm:
             f"--model.network.init_args.num_layers={self.num_layers}",
             f"--model.distillation.max_loops={self.max_loops}",
             f"--model.distillation.mode={self.mode}",
+            *(f"--{name}={value}" for name, value in self.settings.items()),
         ]
 
 
@@ -74,8 +81,10 @@ def main() -> None:
     title = options.config.stem
     runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
     config = yaml.safe_load(options.config.read_text())
-    config["settings"] |= dict(setting.split("=", 1) for setting in options.override)
+    overrides = dict(setting.split("=", 1) for setting in options.override)
+    config["settings"] |= overrides
     arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
+    arms = [replace(arm, settings=arm.settings | overrides) for arm in arms]
     # Longest first, so that no core waits at the end.
     pairs = sorted(
         ((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops
@@ -141,11 +150,27 @@ def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any
                 for name in ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")
             }
             rows.append(costs | {"metrics": metrics})
-        summary["arms"][arm.name] = {"label": arm.label, "training_seconds": seconds, "rows": rows}
+        held_out = held_out_losses(folders)
+        summary["arms"][arm.name] = {
+            "label": arm.label,
+            "training_seconds": seconds,
+            "rows": rows,
+            "held_out": held_out,
+        }
     summary |= {
         name: reports[0][name] for name in ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
     }
     return summary
+
+
+def held_out_losses(folders: list[Path]) -> dict[str, dict[str, Any]]:
+    """Read the held-out loss at each loop count over training: its steps, and for each step a value per seed."""
+    seeds = [{name: dict(curve) for name, curve in read_curves(folder).items()} for folder in folders]
+    losses = {}
+    for name in (name for name in seeds[0] if name.startswith("val/loss@")):
+        steps = sorted(set.intersection(*(set(curves[name]) for curves in seeds)))
+        losses[name] = {"steps": steps, "values": [[curves[name][step] for curves in seeds] for step in steps]}
+    return losses
 
 
 def write_results(summary: dict[str, Any], arms: list[Arm], folder: Path) -> None:
@@ -199,21 +224,28 @@ def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> N
 def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
+    is_distance = metric.startswith("fd_")
     lines = [
-        f"| {metric}, % | backbone parameters | " + " | ".join(f"L = {loops}" for loops in columns) + " |",
+        f"| {metric}{'' if is_distance else ', %'} | backbone parameters | " + " | ".join(f"L = {loops}" for loops in columns) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
     for arm in arms:
         rows = {row["loops"]: row for row in summary["arms"][arm.name]["rows"]}
-        cells = [percentage(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
+        write = with_spread if is_distance else percentage
+        cells = [write(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
         lines.append(f"| {arm.label} | {next(iter(rows.values()))['params_backbone']:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def percentage(values: list[float]) -> str:
     """Write mean and sample standard deviation over seeds in percent."""
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"
+    return with_spread([100 * value for value in values], ".1f")
+
+
+def with_spread(values: list[float], form: str = ".3g") -> str:
+    """Write mean and sample standard deviation over seeds."""
+    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
 
 
 if __name__ == "__main__":

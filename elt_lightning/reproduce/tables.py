@@ -6,12 +6,21 @@ Writes ``table1.md``, ``table1.csv`` and ``table1.json``. A "paper" column holds
 follows from the configs alone, a "measured" one what `elt test` or a benchmark left behind, and nothing else: it is
 empty where there is nothing.
 
-Tables 1, 2 and 4 read ``<measured>/<config>/test*/loops.json``. Tables 3 and 8 read two JSON files of benchmarks::
+Tables 1, 2 and 4 read ``<measured>/<config>/test*/loops.json``. Tables 3 and 8 read what `elt bench` wrote, several
+runs to a file, where rows of one shape, batch size, compilation and precision took turns in one run (sizes are those of
+:data:`elt_lightning.bench.shapes.SHAPES`; of each row more is there, which these tables do not read)::
 
-    inference.json  {"device": "…", "rows": [{"scale": "L", "num_layers": 8, "loops": 3, "batch_size": 8,
-                     "samples_per_second": 9.1, "baseline_samples_per_second": 3.1}, …]}
-    training.json   {"device": "…", "rows": [{"model": "elt_8n4l", "seconds_per_step": 1.2,
-                     "peak_memory_bytes": 123}, {"model": "dit_32", …}]}
+    inference.json  {"runs": [{"device": "…", "command": "elt bench inference …", "rows": [
+                     {"shape": "L", "num_layers": 8, "loops": 3, "model": "looped" or "unlooped", "batch_size": 8,
+                      "compile": "no", "precision": "bf16-true", "steps": 24, "guidance": 1.0,
+                      "sample_seconds": [0.9, …, one for each round], "samples_per_second": 9.1,
+                      "pass_share_of_peak": 0.6}, …]}]}
+    training.json   {"runs": [{"device": "…", "command": "elt bench train …", "rows": [
+                     {"shape": "wide", "num_layers": 8, "loops": 4, "way": "ilsd", "vanilla" or "unlooped",
+                      "batch_size": 32, "compile": "no", "checkpoint_loops": false, "precision": "bf16-mixed",
+                      "step_seconds": [1.2, …], "peak_memory_bytes": 123}, …]}]}
+
+``num_layers`` and ``loops`` of an unlooped row are those of the looped one that it stands beside.
 """
 
 import argparse
@@ -20,11 +29,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from elt_lightning.bench.report import TRAINING_KEYS, find, speed_over_unlooped, time_over
+from elt_lightning.bench.report import Row as Measured
+from elt_lightning.bench.runs import read_runs
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.fid import name_with_count
@@ -65,7 +77,8 @@ NOTES = {
     ],
     3: [
         "A looped model and its baseline take the same multiply–accumulates; what differs is the size of the weights. "
-        "The paper measured on one TPU v6e. Counted are masked ImageNet models.",
+        "The paper measured on one TPU v6e. Counted are masked ImageNet models. Share of peak: operations per second "
+        "of one pass over those of the fastest square matrix product in the same run and precision.",
     ],
     4: [
         "GFLOPs are multiply–accumulates of a sample in the layers alone, attention products included, without "
@@ -104,7 +117,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Value:
-    """A number of ours, with the standard deviation over repeats where there is one."""
+    """A number of ours, with its spread over repeats where there is one: standard deviation if no note says else."""
 
     value: float
     spread: float | None = None
@@ -178,7 +191,9 @@ def shown(quantity: str, cell: Printed | Value | None) -> str:
     if quantity.startswith("params"):
         return f"{cell.value / 1e6:,.1f}M" if cell.value >= 1e6 else f"{cell.value:,.0f}"
     if quantity.endswith("ratio"):
-        return f"{cell.value:.2f}×"
+        return f"{cell.value:.2f}×" + ("" if cell.spread is None else f" ± {cell.spread:.2f}")
+    if quantity.startswith("share"):
+        return f"{100 * cell.value:.0f} %"
     spread = "" if cell.spread is None else f" ± {cell.spread:.2g}"
     return (f"{cell.value:,.0f}" if cell.value >= 1000 else f"{cell.value:.4g}") + spread
 
@@ -340,11 +355,11 @@ def differences(row: Row, counted: Count) -> list[str]:
 
 
 def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
-    """Fill Table 3, from ``inference.json``."""
+    """Fill Table 3, from ``inference.json``: the paper's rows, then every other size that was measured."""
     speed, macs, params, baseline_params = "throughput ratio", "MACs ratio", "params_backbone", "params of the baseline"
     table = Table(3, small_scale, [Column(speed, "paper"), Column(speed, "measured")])
+    table.columns += [Column("samples per second", "measured"), Column("share of peak", "measured")]
     table.columns += [Column(name, "counted") for name in (macs, params, baseline_params)]
-    content = read_benchmark(benchmarks / "inference.json", table)
     for row in TABLE_3:
         cells: Cells = {Column(speed, "paper"): row.ratio}
         if not small_scale:
@@ -352,43 +367,84 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
             cells[Column(macs, "counted")] = Value(looped.forward_macs / baseline.forward_macs)
             cells[Column(params, "counted")] = Value(looped.params_backbone)
             cells[Column(baseline_params, "counted")] = Value(baseline.params_backbone)
-        wanted: dict[str, object] = {"num_layers": row.num_layers, "loops": row.loops}
-        wanted |= {} if small_scale else {"scale": row.scale, "batch_size": TABLE_3_BATCH}
-        for found in content:
-            if wanted.items() <= found.items():
-                ratio = found["samples_per_second"] / found["baseline_samples_per_second"]
-                cells[Column(speed, "measured")] = Value(ratio)
         table.rows[row.model] = cells
+    printed = {(row.scale, row.num_layers, row.loops): row.model for row in TABLE_3}
+    for rows in benchmark_runs(benchmarks / "inference.json", table):
+        for found in rows:
+            ratio = speed_over_unlooped(found, rows)
+            if found["model"] != "looped" or found["loops"] == 1 or ratio is None:
+                continue
+            model = printed.get((found["shape"], found["num_layers"], found["loops"]), "")
+            if not model or found["batch_size"] != TABLE_3_BATCH or found["compile"] != "no":
+                model = benchmark_name(found)
+            table.rows.setdefault(model, {}).update(
+                {
+                    Column(speed, "measured"): Value(*ratio),
+                    Column("samples per second", "measured"): Value(found["samples_per_second"]),
+                    Column("share of peak", "measured"): Value(found["pass_share_of_peak"]),
+                }
+            )
     return with_provenance(table)
 
 
 def training_table(benchmarks: Path, small_scale: bool) -> Table:
-    """Fill Table 8, from ``training.json``."""
-    flops, others = "FLOPs ratio", {"step time ratio": "seconds_per_step", "peak memory ratio": "peak_memory_bytes"}
-    kinds: tuple[Kind, ...] = ("paper", "measured")
+    """Fill Table 8, from ``training.json``: the paper's row, then every other looped step that was measured."""
+    flops, others = "FLOPs ratio", ("step time ratio", "peak memory ratio")
     table = Table(8, small_scale, [Column(flops, "paper"), Column(flops, "counted")])
+    kinds: tuple[Kind, ...] = ("paper", "measured")
     table.columns += [Column(name, kind) for name in others for kind in kinds]
+    table.columns += [Column("over vanilla, time ratio", "measured")]
     printed = zip((flops, *others), (TABLE_8.flops, TABLE_8.step_time, TABLE_8.peak_memory), strict=True)
     cells: Cells = {Column(name, "paper"): number for name, number in printed}
     rows = {row.name: row for row in TABLE_2}
-    looped, baseline = count_row(rows[TABLE_8.model]), count_row(rows[TABLE_8.baseline])
-    if looped and baseline and not small_scale:
-        cells[Column(flops, "counted")] = Value(looped.forward_macs / baseline.forward_macs)
-    content = {found.get("model"): found for found in read_benchmark(benchmarks / "training.json", table)}
-    if {TABLE_8.model, TABLE_8.baseline} <= content.keys():
-        for name, key in others.items():
-            cells[Column(name, "measured")] = Value(content[TABLE_8.model][key] / content[TABLE_8.baseline][key])
-    table.rows[f"{rows[TABLE_8.model].model} / {rows[TABLE_8.baseline].model}"] = cells
+    model, baseline = rows[TABLE_8.model], rows[TABLE_8.baseline]
+    looped_count, baseline_count = count_row(model), count_row(baseline)
+    if looped_count and baseline_count and not small_scale:
+        cells[Column(flops, "counted")] = Value(looped_count.forward_macs / baseline_count.forward_macs)
+    first = f"{model.model} / {baseline.model}"
+    table.rows[first] = cells
+    for found, unlooped, run in looped_steps(benchmarks / "training.json", table):
+        is_papers = (found["shape"], found["num_layers"], found["loops"]) == ("wide", model.num_layers, model.loops)
+        plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["checkpoint_loops"]
+        largest = max(other["batch_size"] for other in run if other["shape"] == found["shape"])
+        name = first if is_papers and plain and found["batch_size"] == largest else benchmark_name(found)
+        if name == first:
+            table.notes.append(f"{first} is measured at batch {largest}, {found['precision']}.")
+        measured = {"step time ratio": time_over(found, run, way="unlooped", checkpoint_loops=False)}
+        if found["way"] == "ilsd":
+            measured["over vanilla, time ratio"] = time_over(found, run, way="vanilla")
+        cells = table.rows.setdefault(name, {})
+        cells |= {Column(what, "measured"): Value(*value) for what, value in measured.items() if value is not None}
+        memory = found["peak_memory_bytes"] / unlooped["peak_memory_bytes"]
+        cells[Column("peak memory ratio", "measured")] = Value(memory)
     return with_provenance(table)
 
 
-def read_benchmark(path: Path, table: Table) -> list[dict[str, Any]]:
-    """Read the rows of a benchmark, and note its device; none where there is no file."""
-    if not path.is_file():
-        return []
-    content = json.loads(path.read_text())
-    table.notes.append(f"Measured on {content.get('device', 'an unnamed device')}: {path}.")
-    return content.get("rows", [])
+def looped_steps(path: Path, table: Table) -> Iterator[tuple[Measured, Measured, list[Measured]]]:
+    """Give every measured step of a looped model, the unlooped one beside it, and all rows of their run."""
+    for rows in benchmark_runs(path, table):
+        for row in rows:
+            unlooped = find(rows, row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
+            if row["way"] != "unlooped" and row["loops"] > 1 and unlooped is not None:
+                yield row, unlooped, rows
+
+
+def benchmark_name(row: Measured) -> str:
+    """Call a measured row by all that sets it apart."""
+    parts = [f"{row['shape']}: {row['num_layers']}N×{row['loops']}L", f"batch {row['batch_size']}", row["precision"]]
+    parts += [row["way"]] if "way" in row else []
+    parts += ["torch.compile" if row["compile"] == "default" else row["compile"]] if row["compile"] != "no" else []
+    parts += ["each loop recomputed"] if row.get("checkpoint_loops") else []
+    return ", ".join(parts)
+
+
+def benchmark_runs(path: Path, table: Table) -> Iterator[list[Measured]]:
+    """Read the rows of each run of a benchmark, and note its device; none where there is no file."""
+    for run in read_runs(path):
+        table.notes.append(
+            f"Measured on {run['device']}: {path}, `{run['command']}`; ± is half of the quartiles' distance."
+        )
+        yield run["rows"]
 
 
 def with_provenance(table: Table) -> Table:

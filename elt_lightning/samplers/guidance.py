@@ -33,7 +33,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.scale < 0 or self.power <= 0:
+        if not (0 <= self.scale < math.inf and 0 < self.power < math.inf):
             raise ValueError(f"guidance needs scale >= 0 and power > 0, not scale {self.scale}, power {self.power}")
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise ValueError(f"guidance needs an interval (from, to) with 0 <= from < to <= 1, not {self.interval}")

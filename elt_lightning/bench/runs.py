@@ -1,0 +1,32 @@
+"""The JSON files of `elt bench inference` and `elt bench train`: ``{"runs": [{device, …, command, rows}, …]}``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elt_lightning.errors import UserError
+from elt_lightning.files import written_aside
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Read what was measured, the newest last; none where there is no file.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    if not path.is_file():
+        return []
+    try:
+        runs = json.loads(path.read_text())["runs"]
+        if not all({"device", "command", "rows"} <= run.keys() for run in runs):
+            raise ValueError("a run lacks its device, command or rows")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} was not written by `elt bench`: {error}") from error
+    return runs
+
+
+def add_run(path: Path, run: dict[str, Any]) -> None:
+    """Add a run to a file, in place of an earlier one by the same command on the same device."""
+    others = [old for old in read_runs(path) if (old["device"], old["command"]) != (run["device"], run["command"])]
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n")

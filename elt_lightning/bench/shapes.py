@@ -1,0 +1,98 @@
+"""The sizes that `elt bench` measures, and the networks of them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from elt_lightning.networks.diffusion import LoopedDiT
+from elt_lightning.networks.masked import LoopedMaskedTransformer
+from elt_lightning.objectives.base import Objective
+from elt_lightning.objectives.diffusion import DiffusionObjective
+from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.samplers.base import Sampler
+from elt_lightning.samplers.diffusion import DDPMSampler
+from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.masked import MaskGITSampler
+
+Family = Literal["masked", "diffusion"]
+Network = LoopedMaskedTransformer | LoopedDiT
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A looped model, and what it is fed.
+
+    Attributes:
+        family: masked tokens, or diffusion of latents.
+        layer: settings of the network that decide a layer's size.
+        num_layers: N.
+        loops: L of training, and the largest of inference.
+        input_shape: of a sample, as the networks take it.
+        num_classes: classes.
+        num_codes: V of masked models.
+    """
+
+    family: Family
+    layer: dict[str, Any]
+    num_layers: int
+    loops: int
+    input_shape: tuple[int, ...] = (16, 16)
+    num_classes: int = 1000
+    num_codes: int = 1024
+
+    def build(self, num_layers: int, dtype: torch.dtype, device: torch.device) -> Network:
+        """Build the network with any number of layers, and random weights: from zeros some hardware computes faster."""
+        settings: dict[str, Any] = {"input_shape": self.input_shape, "num_classes": self.num_classes, **self.layer}
+        with device:
+            if self.family == "masked":
+                network: Network = LoopedMaskedTransformer(self.num_codes, num_layers=num_layers, **settings)
+            else:
+                network = LoopedDiT(num_layers=num_layers, **settings)
+            for weight in network.parameters():
+                nn.init.normal_(weight, std=0.02)
+        return network.to(dtype)
+
+    def objective(self) -> Objective:
+        """Make the objective of the family's configs."""
+        return MaskedObjective(self.num_codes) if self.family == "masked" else DiffusionObjective()
+
+    def sampler(self, steps: int, guidance: float) -> Sampler:
+        """Make the sampler of the family's configs."""
+        if self.family == "masked":
+            return MaskGITSampler(self.num_codes, self.num_classes, steps, guidance=Guidance(guidance))
+        return DDPMSampler(self.num_classes, steps, guidance=Guidance(guidance))
+
+    @property
+    def paper_steps(self) -> int:
+        """Sampling steps in the paper."""
+        return 24 if self.family == "masked" else 512
+
+
+LATENTS = (4, 32, 32)
+SHAPES = {
+    "tiny": Shape("masked", {"width": 32, "heads": 2}, 1, 2, (4, 4), 10, 16),
+    "tiny_dit": Shape("diffusion", {"width": 32, "heads": 2}, 1, 2, (4, 8, 8), 10),
+    "small": Shape("masked", {"width": 512, "heads": 8}, 4, 4),
+    "small_dit": Shape("diffusion", {"width": 512, "heads": 8}, 4, 4, LATENTS),
+    "B": Shape("masked", {"scale": "B"}, 6, 2),
+    "L": Shape("masked", {"scale": "L"}, 8, 3),
+    "XL": Shape("masked", {"scale": "XL"}, 7, 4),
+    "H": Shape("masked", {"scale": "H"}, 8, 4),
+    "wide": Shape("diffusion", {"scale": "wide", "block": "film", "condition_width": 1024}, 8, 4, LATENTS),
+}
+"""Named sizes: B, L, XL and H with the layers and loops of Table 3; ``wide`` is Table 2's, 8N×4L against the DiT of 32
+layers and 2.1B parameters; ``small`` ones keep a CPU at matrix products; ``tiny`` ones only show that all runs."""
+
+
+def twin(network: AnyNetwork) -> AnyNetwork:
+    """Give a network of the same weights, not copies of them, that can be compiled or checkpointed by itself."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+
+
+def num_bytes(network: nn.Module) -> int:
+    """Bytes of the weights."""
+    return sum(weight.nbytes for weight in network.parameters())

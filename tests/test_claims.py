@@ -1,0 +1,175 @@
+"""`make claims`: verdicts follow the numbers, what is missing says so, the committed page is what they give."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elt_lightning.errors import UserError
+from elt_lightning.reproduce.claims import CLAIMS, EXPERIMENTS, Claim, NotMeasuredError, page, read_experiment
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+FAR = [1, 2, 3, 4, 5, 6, 8, 12]
+
+SUPPORTING: dict[str, dict[int, float]] = {
+    "ilsd": dict(zip(FAR, (0.80, 0.81, 0.82, 0.83, 0.84, 0.83, 0.80, 0.60), strict=True)),
+    "vanilla": dict(zip(FAR[:6], (0.10, 0.30, 0.60, 0.82, 0.70, 0.50), strict=True)),
+    "ground_truth": dict.fromkeys(FAR[:6], 0.75),
+    "distillation": dict.fromkeys(FAR[:6], 0.70),
+    "deep_supervision": dict.fromkeys(FAR[:6], 0.70),
+    "one_layer": dict.fromkeys(range(1, 11), 0.30),
+    "unlooped_8": {1: 0.80},
+    "ilsd_little": dict.fromkeys(FAR[:6], 0.5),
+    "unlooped_8_little": {1: 0.4},
+}
+"""Scores at each loop count in which every claim holds."""
+
+LOSSES = {"ilsd": [2.5, 2.0, 1.5], "unlooped_8": [2.5, 2.2, 2.1], "ilsd_little": [2.2], "unlooped_8_little": [2.4]}
+
+
+def summary(seeds: int = 3) -> dict[str, Any]:
+    """An `ablation.json` that supports every claim, in all seeds, which differ a little."""
+    arms: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for name, scores in SUPPORTING.items():
+        num_layers, max_loops = (1, 8) if name == "one_layer" else (8, 1) if name.startswith("unlooped") else (2, 4)
+        config[name] = {"label": name, "num_layers": num_layers, "max_loops": max_loops, "mode": "ilsd"}
+        rows = [{"loops": k, "metrics": {"valid": [v + 0.001 * i for i in range(seeds)]}} for k, v in scores.items()]
+        losses = {
+            "steps": [9, 19, 29][: len(LOSSES.get(name, []))],
+            "values": [[v] * seeds for v in LOSSES.get(name, [])],
+        }
+        held_out = {f"val/loss@L{max_loops}": losses} if name in LOSSES else {}
+        arms[name] = {"label": name, "training_seconds": [100.0] * seeds, "rows": rows, "held_out": held_out}
+    return {
+        "config": {"seeds": list(range(seeds)), "arms": config},
+        "arms": arms,
+        "primary_metric": "valid",
+        "higher_is_better": True,
+        "num_samples": 10,
+    }
+
+
+def write(folder: Path, content: dict[str, Any], name: str = "ablation") -> Path:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "ablation.json").write_text(json.dumps(content))
+    return folder / name
+
+
+def verdict(claim: Claim, folder: Path, content: dict[str, Any]) -> str:
+    experiment = read_experiment(write(folder, content))
+    assert experiment is not None
+    return claim.test(experiment).verdict()
+
+
+def set_scores(content: dict[str, Any], arm: str, value: float, loops: list[int] | None = None, seed: int = -1) -> None:
+    """Overwrite an arm's scores, at all loop counts or some, for all seeds or one."""
+    for row in content["arms"][arm]["rows"]:
+        if loops is None or row["loops"] in loops:
+            values = row["metrics"]["valid"]
+            row["metrics"]["valid"] = [value if seed in (-1, i) else v for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.test.__name__)
+def test_every_claim_holds_where_the_numbers_say_so(claim: Claim, tmp_path: Path) -> None:
+    assert verdict(claim, tmp_path, summary()).startswith("holds in 3 of 3 seeds")
+    assert verdict(claim, tmp_path, summary(seeds=1)) == "holds in the one seed there is"
+
+
+AGAINST: list[tuple[str, list[int] | None, float]] = [
+    ("vanilla", [2], 0.95),
+    ("vanilla", [6], 0.9),
+    ("vanilla", [4], 0.9),
+    ("ilsd", [1], 0.2),
+    ("ilsd", [3], 0.1),
+    ("ilsd", [6], 0.1),
+    ("ilsd", [12], 0.9),
+    ("one_layer", [8], 0.9),
+    ("ground_truth", None, 0.9),
+    ("distillation", None, 0.9),
+    ("unlooped_8", None, 0.9),
+]
+"""For the first eleven claims in order: arm, loop counts and score that speak against it."""
+
+
+@pytest.mark.parametrize(
+    ("claim", "against"), list(zip(CLAIMS, AGAINST, strict=False)), ids=lambda value: getattr(value, "title", "")[:30]
+)
+def test_no_claim_holds_against_the_numbers(claim: Claim, against: tuple[Any, ...], tmp_path: Path) -> None:
+    arm, loops, value = against
+    content = summary()
+    set_scores(content, arm, value, loops)
+    assert verdict(claim, tmp_path, content).startswith("does not hold, in none of 3 seeds")
+    content = summary()
+    set_scores(content, arm, value, loops, seed=1)
+    assert verdict(claim, tmp_path, content).startswith("holds in 2 of 3 seeds only")
+
+
+def named(title: str) -> Claim:
+    return next(claim for claim in CLAIMS if title in claim.title)
+
+
+def test_convergence_little_data_and_cost_against_the_numbers(tmp_path: Path) -> None:
+    content = summary()
+    content["arms"]["ilsd"]["held_out"]["val/loss@L4"]["values"][2] = [2.1, 2.2, 2.3]  # 2.0 at the second step
+    content["arms"]["ilsd"]["held_out"]["val/loss@L4"]["values"][1] = [2.0, 2.3, 2.3]
+    experiment = read_experiment(write(tmp_path, content))
+    assert experiment is not None
+    finding = named("converges").test(experiment)
+    assert finding.holds == [True, False, False]
+    assert "at step 20, never, never" in finding.measured
+    content["arms"]["ilsd_little"]["held_out"]["val/loss@L4"]["values"] = [[2.5, 2.3, 2.5]]
+    assert verdict(named("little data"), tmp_path, content).startswith("holds in 1 of 3 seeds only")
+    content["arms"]["ilsd"]["training_seconds"] = [100.0, 111.0, 150.0]
+    assert verdict(named("costs"), tmp_path, content) == "holds in 1 of 3 seeds only"
+
+
+def test_distances_are_better_when_lower(tmp_path: Path) -> None:
+    content = summary() | {"higher_is_better": False}
+    assert verdict(named("worse than ILSD below"), tmp_path, content).startswith("does not hold")
+    for row in content["arms"]["ilsd"]["rows"]:
+        row["metrics"]["valid"] = [5.0 / (1 + row["loops"])] * 3
+    assert "in every seed" not in verdict(named("every L"), tmp_path, content)
+    assert verdict(named("every loop"), tmp_path, content).startswith("holds in 3 of 3")
+
+
+def test_differences_smaller_than_their_spread_are_said_to_be(tmp_path: Path) -> None:
+    content = summary()
+    rows = {row["loops"]: row for row in content["arms"]["vanilla"]["rows"]}
+    rows[4]["metrics"]["valid"] = [0.80, 0.82, 0.90]
+    found = verdict(named("loses nothing"), tmp_path, content)
+    assert found == "holds in 2 of 3 seeds only; the difference is within the seeds' spread"
+
+
+def test_from_which_loop_count_on_quality_is_kept(tmp_path: Path) -> None:
+    content = summary()
+    set_scores(content, "ilsd", 0.2, [1])
+    assert verdict(named("every L"), tmp_path, content).endswith("in every seed it does from L = 2 on")
+
+
+def test_what_is_missing_is_not_measured_yet(tmp_path: Path) -> None:
+    empty = page(tmp_path)
+    assert empty.count("not measured yet |") >= sum(len(claim.experiments) for claim in CLAIMS)
+    assert "**" not in empty  # verdicts are bold
+    content = copy.deepcopy(summary())
+    del content["arms"]["vanilla"]
+    write(tmp_path, content)
+    with pytest.raises(NotMeasuredError):
+        named("loses nothing").test(read_experiment(tmp_path / "ablation"))  # type: ignore[arg-type]
+    assert "holds in 3 of 3 seeds" in page(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"config": {}})
+    with pytest.raises(UserError, match=r"ablation\.json"):
+        page(tmp_path)
+
+
+def test_the_committed_page_is_what_the_results_give() -> None:
+    assert (RESULTS / "README.md").read_text() == page(RESULTS), "run `make claims` and commit docs/results/README.md"
+
+
+def test_every_experiment_of_the_claims_is_listed() -> None:
+    assert {name for claim in CLAIMS for name in claim.experiments} == set(EXPERIMENTS)
