@@ -18,8 +18,8 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
     """Write ``nearest.png`` and ``nearest.json``: samples, and what they are nearest to of all training samples.
 
     Distances are mean squared differences of pixels in [0, 1], between what the tokenizer decodes on both sides, as it
-    is shown, so that a sample of remembered codes is at 0. To compare with, the JSON has those of as many held-out samples: a model
-    that draws what is new to it is about as far from the training samples as they are.
+    is shown, so that a sample of remembered codes is at 0. To compare with, the JSON has those of as many held-out
+    samples: a model that draws what is new to it is about as far from the training samples as they are.
 
     Args:
         folder: where the files go.

@@ -147,7 +147,7 @@ def test_blurs_are_averages_and_leave_what_is_even_alone() -> None:
     torch.testing.assert_close(blurred(even, torch.arange(4)), even)
 
 
-def test_brightness_and_contrast_change_nothing(trained: tuple[MotionNetwork, Path]) -> None:
-    network, clips = trained[0], moving_blobs(20, 3)[0] / 255
-    torch.testing.assert_close(network.features(clips), network.features(0.5 * clips + 0.2), atol=0.2, rtol=0.2)
+def test_brightness_changes_nothing(trained: tuple[MotionNetwork, Path]) -> None:
+    network, clips = trained[0], 0.5 * moving_blobs(20, 3)[0] / 255
+    torch.testing.assert_close(network.features(clips), network.features(clips + 0.3), atol=1e-3, rtol=1e-3)
     assert network.features(torch.zeros(1, 1, 8, 32, 32)).isfinite().all()

@@ -44,7 +44,7 @@ class LoopMetrics(Callback):
             each a :class:`~elt_lightning.archives.SampleArchive`. A relative path is one in the run's folder.
         reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
             of these codes can reach. Without a checkpoint that is all that is done.
-        nearest: in test, also show samples beside the training samples nearest to them, all of which are decoded for it.
+        nearest: in test, also show samples beside the nearest training samples, all of which are decoded for it.
         metrics: further metrics, beside those of the data module.
     """
 

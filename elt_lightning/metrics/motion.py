@@ -135,7 +135,7 @@ def blurred(clips: Tensor, strength: Tensor) -> Tensor:
     Returns:
         the same shape, float in [0, 1].
     """
-    pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
+    pixels = clips / 255 if clips.dtype == torch.uint8 else clips.clone()
     for number, (frames, side) in enumerate(BLURS):
         chosen = strength == number
         edges = (side // 2,) * 4 + (frames // 2,) * 2

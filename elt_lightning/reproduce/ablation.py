@@ -225,8 +225,9 @@ def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
     is_distance = metric.startswith("fd_")
+    counts = " | ".join(f"L = {loops}" for loops in columns)
     lines = [
-        f"| {metric}{'' if is_distance else ', %'} | backbone parameters | " + " | ".join(f"L = {loops}" for loops in columns) + " |",
+        f"| {metric}{'' if is_distance else ', %'} | backbone parameters | {counts} |",
         "|---|---|" + "---|" * len(columns),
     ]
     for arm in arms:
