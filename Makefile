@@ -19,7 +19,7 @@ $(BIN)/elt: pyproject.toml constraints.txt
 quickstart: $(BIN)/elt ## train a looped generator on handwritten Latin squares, test it at 1 to 6 loops (3 minutes on 2 cores)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart
 
-quickstart-video: $(BIN)/elt ## the same for clips: a 3D-VQ tokenizer, then ELT on its tokens, on moving digits (under 15 minutes on 2 cores; resumes)
+quickstart-video: $(BIN)/elt ## the same for clips: a 3D-VQ tokenizer, then ELT on its tokens, on moving digits (about 15 minutes on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video
 
 test: $(BIN)/elt ## lint, check types, run the tests
