@@ -19,7 +19,7 @@ $(BIN)/elt: pyproject.toml constraints.txt
 quickstart: $(BIN)/elt ## train a looped generator on handwritten Latin squares, test it at 1 to 6 loops (3 minutes on 2 cores)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart
 
-quickstart-video: $(BIN)/elt ## the same for clips: a 3D-VQ tokenizer, then ELT on its tokens, on moving digits (about 15 minutes on 2 cores; resumes)
+quickstart-video: $(BIN)/elt ## the same for clips: a 3D-VQ tokenizer, then ELT on its tokens, on moving digits (32 minutes on 2 busy cores, not timed alone; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video
 
 test: $(BIN)/elt ## lint, check types, run the tests
@@ -40,10 +40,10 @@ ifdef RUN
 endif
 	$(BIN)/python -m elt_lightning.reproduce.claims
 
-ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data (an hour on one core; resumes)
+ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data (an estimated hour on one core; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_terms.yaml
 
-ablation-video: $(BIN)/elt ## ILSD against vanilla looping on clips of moving digits, 3 seeds (under 90 minutes on 2 cores; resumes)
+ablation-video: $(BIN)/elt ## ILSD against vanilla looping on clips of moving digits, 3 seeds (never run to its end: its time is not known; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video --tokens_only
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_video.yaml
 
