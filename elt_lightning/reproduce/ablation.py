@@ -1,8 +1,9 @@
 """`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
 `make ablation-diffusion` does the same with another config, whose name is also that of the folders of runs and results.
-Every run is an `elt fit` and an `elt test` in processes of their own. A run whose ``loops.json`` is there is not done
-again, so that an interrupted ablation goes on where it stopped.
+Every run is an `elt fit` and an `elt test` in processes of their own. What it measured is a file of its own below the
+results, ``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted,
+and may go on in another clone. The summary is of the seeds that every arm has.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,6 +31,9 @@ from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
 """Loop counts are measured up to so many above L_max."""
+
+COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")
+"""Of a row of ``loops.json``, what does not depend on the seed."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Arm:
 
 
 def main() -> None:
-    """Run what is missing, then write ``ablation.json``, ``ablation.png`` and ``ablation.md``."""
+    """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"))
     parser.add_argument("--runs", type=Path, help="where the runs lie; by default runs/<config>")
@@ -85,35 +89,72 @@ def main() -> None:
     config["settings"] |= overrides
     arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
     arms = [replace(arm, settings=arm.settings | overrides) for arm in arms]
-    # Longest first, so that no core waits at the end.
-    pairs = sorted(
-        ((arm, seed) for seed in config["seeds"] for arm in arms), key=lambda p: -p[0].num_layers * p[0].max_loops
-    )
+    # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
+    longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
+    pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
     with ThreadPoolExecutor(options.jobs) as pool:
-        lines = pool.map(lambda pair: run_arm(pair[0], pair[1], config, runs), pairs)
-        for number, line in enumerate(lines, start=1):
-            print(f"[{number}/{len(pairs)}] {line}", flush=True)
-    summary = {"command": f"make {title.replace('_', '-')}"} | gather(arms, config, runs)
-    write_results(summary, arms, output)
+        runs_to_do = [pool.submit(run_arm, arm, seed, config, runs, output) for seed, arm in pairs]
+        try:
+            for number, run in enumerate(as_completed(runs_to_do), start=1):
+                print(f"[{number}/{len(pairs)}] {run.result()}", flush=True)
+        finally:  # after an error nothing new is begun, and what there is is laid out
+            pool.shutdown(wait=False, cancel_futures=True)
+            write_results(title, config, arms, output)
+    print("\n".join(str(output / f"ablation.{ending}") for ending in ("png", "md", "json")))
 
 
-def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path) -> str:
-    """Train and sweep one arm with one seed, unless it is done: a line that says what happened."""
-    folder = runs / f"{arm.name}_seed{seed}"
-    if (folder / "test" / "loops.json").is_file():
-        return f"{folder}: done before"
-    began = time.perf_counter()
+def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Path) -> str:
+    """Train and sweep one arm with one seed, unless it is done: a line that says what happened.
+
+    Raises:
+        UserError: it was done with other settings.
+    """
+    folder, record = runs / f"{arm.name}_seed{seed}", record_path(output, arm, seed)
     settings = [f"--{name}={value}" for name, value in config["settings"].items()]
-    common = ["--config", config["base"], "--seed_everything", str(seed), *settings, *arm.flags()]
+    flags = ["--config", config["base"], "--seed_everything", str(seed), *settings, *arm.flags()]
+    loops = ",".join(map(str, arm.loops()))
+    command = [*flags, "--loops", loops]
+    if record.is_file():
+        if json.loads(record.read_text())["command"] != command:
+            raise UserError(f"{record} was measured with other settings: delete it and {folder} to measure again")
+        return f"{record}: done before"
+    began = time.perf_counter()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
-        elt("fit", *common, "--run_dir", str(folder), *unfinished)
+        elt("fit", *flags, "--run_dir", str(folder), *unfinished)
         with written_aside(folder / "trained.json") as aside:
             aside.write_text(json.dumps({"seconds": time.perf_counter() - began}))
-    loops = ",".join(map(str, arm.loops()))
-    elt("test", *common, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
-    return f"{folder}: {time.perf_counter() - began:.0f} s"
+    if not (folder / "test" / "loops.json").is_file():
+        elt("test", *flags, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
+    write_record(record, command, folder)
+    return f"{record}: {time.perf_counter() - began:.0f} s"
+
+
+def record_path(output: Path, arm: Arm, seed: int) -> Path:
+    """Where a run's measurements are."""
+    return output / "runs" / f"{arm.name}_seed{seed}.json"
+
+
+def write_record(path: Path, command: list[str], folder: Path) -> None:
+    """Write what a run measured, and on what: its sweep without the samples' settings, its held-out losses."""
+    report = json.loads((folder / "test" / "loops.json").read_text())
+    kept = ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
+    rows = [
+        {name: row[name] for name in COSTS} | {"metrics": {name: m["mean"] for name, m in row["metrics"].items()}}
+        for row in report["rows"]
+    ]
+    record = {
+        "command": command,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads_per_run": 1},
+        "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
+        **{name: report[name] for name in kept},
+        "rows": rows,
+        "held_out": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
+    }
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(record) + "\n")
 
 
 def elt(*arguments: str) -> None:
@@ -129,52 +170,44 @@ def elt(*arguments: str) -> None:
         raise UserError(f"elt {' '.join(arguments)} failed: {done.stderr[-2000:]}")
 
 
-def gather(arms: list[Arm], config: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """Read every run's ``loops.json`` into one summary: for each arm and loop count, each metric's value per seed."""
-    summary: dict[str, Any] = {
-        "config": config,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads_per_run": 1},
-        "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "arms": {},
-    }
+def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """Gather the records: for each arm and loop count, each metric's value per seed. None without a whole seed."""
+    seeds = [seed for seed in config["seeds"] if all(record_path(output, arm, seed).is_file() for arm in arms)]
+    if not seeds:
+        return None
+    summary: dict[str, Any] = {"config": config | {"seeds": seeds}, "arms": {}}
     for arm in arms:
-        folders = [runs / f"{arm.name}_seed{seed}" for seed in config["seeds"]]
-        reports = [json.loads((folder / "test" / "loops.json").read_text()) for folder in folders]
-        seconds = [json.loads((folder / "trained.json").read_text())["seconds"] for folder in folders]
+        records = [json.loads(record_path(output, arm, seed).read_text()) for seed in seeds]
         rows = []
-        for same_loops in zip(*(report["rows"] for report in reports), strict=True):
-            first = same_loops[0]
-            metrics = {name: [row["metrics"][name]["mean"] for row in same_loops] for name in first["metrics"]}
-            costs = {
-                name: first[name]
-                for name in ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")
-            }
-            rows.append(costs | {"metrics": metrics})
-        held_out = held_out_losses(folders)
+        for same_loops in zip(*(record["rows"] for record in records), strict=True):
+            metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
+            rows.append({name: same_loops[0][name] for name in COSTS} | {"metrics": metrics})
         summary["arms"][arm.name] = {
             "label": arm.label,
-            "training_seconds": seconds,
+            "training_seconds": [record["training_seconds"] for record in records],
             "rows": rows,
-            "held_out": held_out,
+            "held_out": held_out_losses([record["held_out"] for record in records]),
         }
-    summary |= {
-        name: reports[0][name] for name in ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
-    }
-    return summary
+    shared = ("machine", "versions", "primary_metric", "higher_is_better", "num_samples", "sampling_steps")
+    return summary | {name: records[-1][name] for name in shared}
 
 
-def held_out_losses(folders: list[Path]) -> dict[str, dict[str, Any]]:
-    """Read the held-out loss at each loop count over training: its steps, and for each step a value per seed."""
-    seeds = [{name: dict(curve) for name, curve in read_curves(folder).items()} for folder in folders]
+def held_out_losses(seeds: list[dict[str, list[tuple[int, float]]]]) -> dict[str, dict[str, Any]]:
+    """Lay out the held-out loss at each loop count over training: its steps, and for each step a value per seed."""
     losses = {}
-    for name in (name for name in seeds[0] if name.startswith("val/loss@")):
-        steps = sorted(set.intersection(*(set(curves[name]) for curves in seeds)))
-        losses[name] = {"steps": steps, "values": [[curves[name][step] for curves in seeds] for step in steps]}
+    for name in seeds[0]:
+        curves = [dict(seed[name]) for seed in seeds]
+        steps = sorted(set.intersection(*map(set, curves)))
+        losses[name] = {"steps": steps, "values": [[curve[step] for curve in curves] for step in steps]}
     return losses
 
 
-def write_results(summary: dict[str, Any], arms: list[Arm], folder: Path) -> None:
-    """Write the summary, its figure and its table."""
+def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: Path) -> None:
+    """Write ``ablation.json``, ``ablation.png`` and ``ablation.md`` of the seeds that are whole, if there are any."""
+    gathered = gather(arms, config, folder)
+    if gathered is None:
+        return
+    summary = {"command": f"make {title.replace('_', '-')}"} | gathered
     with written_aside(folder / "ablation.json") as aside:
         aside.write_text(json.dumps(summary, indent=1) + "\n")
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
@@ -182,7 +215,6 @@ def write_results(summary: dict[str, Any], arms: list[Arm], folder: Path) -> Non
         figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
     with written_aside(folder / "ablation.md") as aside:
         aside.write_text("\n".join(table(summary, arms, metric) for metric in metrics))
-    print("\n".join(str(folder / f"ablation.{ending}") for ending in ("png", "md", "json")))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:

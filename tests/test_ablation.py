@@ -1,0 +1,111 @@
+"""`make ablation`: runs one by one, records that another clone goes on with, and a summary of whole seeds."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import yaml
+from processes import start
+from small_runs import SMALL
+
+from elt_lightning.errors import UserError
+from elt_lightning.reproduce import ablation
+from elt_lightning.reproduce.claims import read_experiment
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings_of(flags: list[str]) -> dict[str, str]:
+    return dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Work in an empty folder, and note each `elt` command; commands run in processes that start soon."""
+    noted: list[str] = []
+
+    def elt(*arguments: str) -> None:
+        noted.append(arguments[0])
+        log = tmp_path / f"log_{len(noted)}.txt"
+        process = start(arguments, tmp_path, log)
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "elt", elt)
+    config: dict[str, Any] = {
+        "base": str(ROOT / "configs" / "digits.yaml"),
+        "seeds": [0, 1],
+        "metrics": ["recognised", "fd_digits"],
+        "settings": settings_of(SMALL)
+        | {"trainer.accelerator": "cpu", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
+        "arms": {
+            "ilsd": {"label": "looped", "num_layers": 1, "max_loops": 2, "mode": "ilsd", "test_loops": [1, 2]},
+            "unlooped_2": {"label": "unlooped", "num_layers": 2, "max_loops": 1, "mode": "vanilla"},
+        },
+    }
+    Path("ablation_small.yaml").write_text(yaml.safe_dump(config))
+    return noted
+
+
+def run_ablation(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    path = Path("ablation_small.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+    monkeypatch.setattr(sys, "argv", ["ablation", "--config", str(path), "--output", "results", "--jobs", "1"])
+    ablation.main()
+
+
+def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
+    commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ablation(monkeypatch, seeds=[0])
+    assert commands == ["fit", "test"] * 2
+    assert commands == ["fit", "test"] * 2
+    summary = json.loads(Path("results/ablation.json").read_text())
+    assert summary["config"]["seeds"] == [0, 1]
+    records = [json.loads(Path(f"results/runs/ilsd_seed{seed}.json").read_text()) for seed in (0, 1)]
+    arm = summary["arms"]["ilsd"]
+    assert [row["loops"] for row in arm["rows"]] == [1, 2]
+    for place, row in enumerate(arm["rows"]):
+        values = [record["rows"][place]["metrics"]["fd_digits"] for record in records]
+        assert row["metrics"]["fd_digits"] == values
+        assert len(set(values)) == 2  # seeds matter
+        written = f"{mean(values):.3g} ± {stdev(values):.3g}"
+        assert written in Path("results/ablation.md").read_text()
+    assert arm["held_out"]["val/loss@L2"]["steps"] == [1, 3]
+    loop = json.loads(Path("runs/ablation_small/ilsd_seed1/test/loops.json").read_text())
+    assert records[1]["rows"][0]["metrics"]["fd_digits"] == loop["rows"][0]["metrics"]["fd_digits"]["mean"]
+    assert Path("results/ablation.png").stat().st_size > 10_000
+    found = read_experiment(Path("results"))
+    assert found is not None
+    assert found.arm("ilsd").at(2) == arm["rows"][1]["metrics"]["recognised"]
+    assert found.arm("ilsd").higher_is_better
+    commands.clear()
+    run_ablation(monkeypatch)
+    assert commands == []
+
+
+def test_what_other_settings_measured_is_not_taken(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ablation(monkeypatch, seeds=[0])
+    commands.clear()
+    settings = yaml.safe_load(Path("ablation_small.yaml").read_text())["settings"]
+    with pytest.raises(UserError, match=r"other settings: delete it"):
+        run_ablation(monkeypatch, settings=settings | {"trainer.max_steps": 6})
+    assert commands == []
+
+
+def test_an_error_leaves_the_summary_of_the_whole_seeds(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = ablation.elt
+
+    def fails_in_seed_1(*arguments: str) -> None:
+        if arguments[arguments.index("--seed_everything") + 1] == "1":
+            raise UserError("no")
+        runs(*arguments)
+
+    monkeypatch.setattr(ablation, "elt", fails_in_seed_1)
+    with pytest.raises(UserError, match="no"):
+        run_ablation(monkeypatch)
+    assert json.loads(Path("results/ablation.json").read_text())["config"]["seeds"] == [0]
