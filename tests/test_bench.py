@@ -5,18 +5,32 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from elt_lightning.bench.data import diffusion_need, flops_per_training_image, masked_need
+from elt_lightning.bench.data import (
+    diffusion_need,
+    flops_per_training_image,
+    masked_need,
+    tokenizer_need,
+    video_need,
+    write_pictures,
+    write_videos,
+)
 from elt_lightning.bench.memory import TrainingMemory, batch_of_saving, peak_above_start
 from elt_lightning.bench.runs import add_run, read_runs
 from elt_lightning.bench.shapes import SHAPES, twin
 from elt_lightning.bench.timing import SideBySide
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
+from elt_lightning.data.decoding import num_frames, read_clip
+from elt_lightning.data.ucf101 import list_videos
 from elt_lightning.module import ELTModule
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.planning import Precision
 from elt_lightning.reproduce.published import TABLE_3, TABLE_8
+from elt_lightning.tokenizers.vq_training import VQTraining
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--turn_seconds=0.001", "--device=cpu"]
@@ -24,24 +38,80 @@ QUICK = ["--turn_seconds=0.001", "--device=cpu"]
 
 def test_reading_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "benchmarks" / "data.json"
-    flags = ["--num-images=40", "--batch-size=8", "--num-workers=0", "--repeats=2", f"--output={output}"]
-    assert main(["bench", "data", *flags]) == 0
+    counts = ["--num-images=40", "--num-videos=4", "--num-jpegs=4", "--batch-size=4"]
+    assert main(["bench", "data", *counts, "--num-workers=0", "--repeats=2", f"--output={output}"]) == 0
     content = json.loads(output.read_text())
     assert content["torch"]
-    assert [reading["codes"] for reading in content["readings"]] == ["tokens", "moments of latents"]
+    assert {reading["codes"]: reading["unit"] for reading in content["readings"]} == {
+        "tokens": "images",
+        "moments of latents": "images",
+        "tokens of clips": "clips",
+        "clips of AVI files": "clips",
+        "JPEG files, to be encoded": "images",
+    }
     for reading in content["readings"]:
-        assert len(reading["images_per_second"]) == 2
-        assert reading["median"] > 0
+        speeds = reading[f"{reading['unit']}_per_second"]
+        assert len(speeds) == 2
+        assert reading["median"] == median(speeds) > 0
+        assert reading["batches_per_second"] == pytest.approx(reading["median"] / 4)
+        assert reading["hours"] == pytest.approx(reading["published"] / reading["median"] / 3600)
+    *trained_on, encoded = content["readings"]
+    for reading in trained_on:
         assert reading["ratio"] == pytest.approx(reading["median"] / reading["needed_per_second"])
+    assert encoded["needed_per_second"] is encoded["ratio"] is None
     assert "GPUs fed" in capsys.readouterr().out
 
 
+def test_what_is_not_asked_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    output = tmp_path / "data.json"
+    flags = ["--num-images=0", "--num-videos=0", "--num-jpegs=70", "--num-workers=2", "--repeats=1"]
+    assert main(["bench", "data", *flags, f"--output={output}"]) == 0
+    (reading,) = json.loads(output.read_text())["readings"]
+    assert (reading["codes"], reading["batch_size"]) == ("JPEG files, to be encoded", 64)
+    assert not list(scratch.iterdir())
+
+
+def test_files_that_are_made_are_as_large_as_the_published_ones(tmp_path: Path) -> None:
+    write_videos(tmp_path, 4)
+    videos = list_videos(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist", "all", held_out=False)
+    assert len(videos) == 4
+    for video in videos:
+        assert num_frames(video.path) == 188
+        assert Path(video.path).stat().st_size == pytest.approx(6.5e9 / 13_320, rel=0.1)
+    assert read_clip(videos[0].path, 187, 1).shape == (1, 240, 320, 3)
+    write_pictures(tmp_path / "pictures", 4)
+    sizes = [path.stat().st_size for path in (tmp_path / "pictures").rglob("*.JPEG")]
+    assert len(sizes) == 4
+    assert median(sizes) == pytest.approx(138e9 / 1_281_167, rel=0.1)
+
+
 def test_what_a_gpu_needs_follows_from_the_networks_size() -> None:
-    # 24 layers of 12·1024² weights at 257 tokens, or 32 of 12·2048² at 256, and attention's two products.
-    masked = 24 * 257 * (12 * 1024**2 + 2 * 257 * 1024)
+    # 24 layers of 12·1024² weights at 257 tokens, or 1025, or 32 of 12·2048² at 256, and attention's two products.
+    masked, video = (24 * tokens * (12 * 1024**2 + 2 * tokens * 1024) for tokens in (257, 1025))
     assert 0.5 * 989e12 / masked_need() == pytest.approx(flops_per_training_image(masked), rel=0.02)
+    assert 0.5 * 989e12 / video_need() == pytest.approx(flops_per_training_image(video), rel=0.02)
     diffusion = 32 * 256 * (12 * 2048**2 + 2 * 256 * 2048)
     assert 0.5 * 989e12 / diffusion_need() == pytest.approx(flops_per_training_image(diffusion), rel=0.05)
+
+
+def test_what_the_tokenizers_training_needs_is_what_a_step_of_it_computes() -> None:
+    config = yaml.safe_load((ROOT / "configs" / "ucf101" / "tokenizer.yaml").read_text())["model"]["init_args"]
+    # The penalty is left out: torch counts no gradients of gradients.
+    settings = {name: config[name] for name in ("sample_shape", "filters")} | {"r1_weight": 0.0}
+    with torch.device("meta"):
+        training = VQTraining(**settings)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        training.to_empty(device="cpu")
+        clip = torch.zeros(1, 3, *training.sample_shape)
+        reconstruction, quantized = training.network(clip)
+        losses = training.autoencoder_losses(clip, reconstruction, quantized)
+        assert training.discriminator is not None
+        losses |= training.adversarial_losses(training.discriminator, clip, reconstruction)
+        torch.stack(list(losses.values())).sum().backward()
+    assert 0.5 * 989e12 / tokenizer_need() == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 def test_a_wrong_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 Work = Callable[[], object]
 
-MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 """Sides of the square matrices whose product is this machine's peak; the fastest counts."""
+
+LONG_ENOUGH = 0.25
+"""Seconds of a product from which larger ones are left out: some CPUs take a hundred times as long in bfloat16."""
 
 
 @dataclass
@@ -57,16 +60,17 @@ class SideBySide:
 
     def time(self, contenders: Mapping[Any, Work]) -> dict[Any, Times]:
         """Call each twice to warm it up, then time all of them in every round, in turns forwards and backwards."""
-        times = {key: Times(self._seconds(work, 1)) for key, work in contenders.items()}
-        calls = {key: max(1, math.ceil(self.shortest / self._seconds(work, 1))) for key, work in contenders.items()}
+        times = {key: Times(self.seconds(work)) for key, work in contenders.items()}
+        calls = {key: max(1, math.ceil(self.shortest / self.seconds(work))) for key, work in contenders.items()}
         order = list(contenders)
         for _ in range(self.rounds):
             for key in order:
-                times[key].seconds.append(self._seconds(contenders[key], calls[key]))
+                times[key].seconds.append(self.seconds(contenders[key], calls[key]))
             order.reverse()
         return times
 
-    def _seconds(self, work: Work, calls: int) -> float:
+    def seconds(self, work: Work, calls: int = 1) -> float:
+        """Time calls in a row, and give the seconds of one."""
         self._wait()
         began = time.perf_counter()
         for _ in range(calls):
@@ -87,7 +91,12 @@ def matmuls(device: torch.device, dtype: torch.dtype) -> dict[int, Work]:
         out: Tensor = torch.empty_like(left)
         return partial(torch.mm, left, right, out=out)
 
-    return {side: product(side) for side in MATMUL_SIZES.get(device.type, (1024,))}
+    products: dict[int, Work] = {}
+    for side in MATMUL_SIZES.get(device.type, (1024,)):
+        products[side] = product(side)
+        if SideBySide(device, rounds=1, shortest=0).seconds(products[side]) > LONG_ENOUGH:
+            break
+    return products
 
 
 def peak_flops(times: Mapping[int, Times]) -> float:

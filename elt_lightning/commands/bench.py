@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from elt_lightning.bench import inference, training
-from elt_lightning.bench.data import Reading, measure
+from elt_lightning.bench.data import Reading, Settings, measure
 from elt_lightning.bench.machine import describe_machine, device_name
 from elt_lightning.bench.report import Lines, inference_lines, training_lines, write_figures
 from elt_lightning.bench.runs import add_run, read_runs
 from elt_lightning.bench.shapes import SHAPES, Shape
 from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
+from elt_lightning.commands.train import quieten_libraries
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.networks.looped import CompileMode
@@ -42,12 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt bench", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is measured")
-    data = kinds.add_parser("data", help="reading of encoded pictures", allow_abbrev=False)
-    data.add_argument(
-        "--num_images", type=number_from(8), default=40_000, help="pictures in an epoch (default 40000, 1 GB)"
-    )
+    data = kinds.add_parser("data", help="reading of shards, and decoding of videos and pictures", allow_abbrev=False)
+    for counted, default, of_what in (
+        ("images", 40_000, "encoded pictures, and clips, in an epoch of shards (default 40000, 1 GB; 0 for no shards)"),
+        ("videos", 128, "videos that clips are cut out of (default 128, 60 MB; 0 for none, which needs no PyAV)"),
+        ("jpegs", 512, "pictures that are decoded (default 512, 60 MB; 0 for none)"),
+    ):
+        data.add_argument(f"--num_{counted}", type=number_from(0), default=default, help=of_what)
     data.add_argument("--num_workers", type=number_from(0), default=os.cpu_count() or 1, help="loader processes")
-    data.add_argument("--batch_size", type=number_from(1), default=512, help="samples per batch (default 512)")
+    data.add_argument("--batch_size", type=number_from(1), help="samples per batch (default: those of the configs)")
     data.add_argument("--repeats", type=number_from(1), default=5, help="epochs that are timed (default 5)")
     data.add_argument("--output", type=Path, metavar="PATH", help="write the figures as JSON")
     data.set_defaults(run=bench_data)
@@ -213,23 +217,31 @@ def measure_networks(
 
 
 def bench_data(options: argparse.Namespace) -> None:
-    """Measure reading of tokens and of latents."""
-    table = Table(title=f"reading shards with {options.num_workers} loader processes, batches of {options.batch_size}")
-    for heading in ("codes", "images/s", "slowest to fastest", "one GPU takes", "GPUs fed"):
+    """Measure reading of shards, and decoding of videos and pictures."""
+    quieten_libraries()
+    table = Table(title=f"reading with {options.num_workers} loader processes")
+    headings = ("what is read", "unit", "batch", "per second", "slowest to fastest", "batches/s")
+    for heading in (*headings, "one GPU takes", "GPUs fed", "hours for all"):
         table.add_column(heading, justify="right")
+    counts = {"images": options.num_images, "videos": options.num_videos, "jpegs": options.num_jpegs}
     readings: list[Reading] = []
-    for reading in measure(options.num_images, options.num_workers, options.batch_size, options.repeats):
+    for reading in measure(Settings(counts, options.num_workers, options.batch_size, options.repeats)):
         readings.append(reading)
-        speeds = reading.images_per_second
+        speeds, middle, needed = reading.per_second, median(reading.per_second), reading.needed_per_second
         table.add_row(
             reading.codes,
-            f"{median(speeds):,.0f}",
+            reading.unit,
+            str(reading.batch_size),
+            f"{middle:,.0f}",
             f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-            f"{reading.needed_per_second:,.0f}",
-            f"{reading.ratio:.1f}",
+            f"{middle / reading.batch_size:,.2f}",
+            "" if needed is None else f"{needed:,.0f}, {needed / reading.batch_size:,.2f} batches",
+            "" if reading.ratio is None else f"{reading.ratio:.1f}",
+            f"{reading.hours:.2g}",
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
-    print("one GPU: an H100 or H200 at half its published 989 TFLOP/s in bf16, training scale L or 8N×4L")
+    Console(width=None if Console().is_terminal else 150).print(table)
+    print("one GPU: an H100 or H200 at half its published 989 TFLOP/s in bf16, training scale L or 8N×4L on pictures,")
+    print("6N×4L on clips or, at the most, the 3D-VQ tokenizer; hours for all: the published training set, once")
     if options.output is not None:
         figures = {"readings": [reading.as_dict() for reading in readings]}
         with written_aside(options.output) as aside:

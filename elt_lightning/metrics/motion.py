@@ -18,7 +18,7 @@ from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.frechet import FrechetDistance
 
 SIDE = 32
-"""Height and width that the network reads; larger clips are averaged down to it."""
+"""Height and width that the network reads; larger clips are averaged down to it, pixels of smaller ones repeated."""
 
 LEAST_CONTRAST = 0.02
 """Added to the deviation of a clip's pixels, so that an empty clip stays empty."""
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class MotionNetwork(nn.Module):
     """Name a motion: clips (n, 1 or 3, F, H, W) to logits (n, 10); 64 features stand before the last layer.
 
-    Clips are float in [0, 1] or bytes, of 8 … 16 frames of 32 … 64 pixels a side; colours are averaged to grey.
+    Clips are float in [0, 1] or bytes, of 8 … 16 frames of 16 … 64 pixels a side; colours are averaged to grey.
     """
 
     num_features = 64

@@ -123,8 +123,9 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         elt("fit", *flags, "--run_dir", str(folder), *unfinished)
+        seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
         with written_aside(folder / "trained.json") as aside:
-            aside.write_text(json.dumps({"seconds": time.perf_counter() - began}))
+            aside.write_text(json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *flags, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
     write_record(record, command, folder)

@@ -69,7 +69,7 @@ class Arm:
         scores: {loops: one score per seed}.
         higher_is_better: the direction of the scores.
         held_out: {loops: (steps, one loss per seed at each of them)} over training.
-        seconds: of training, per seed.
+        seconds: of training, per seed; None where it was interrupted.
     """
 
     label: str
@@ -78,7 +78,7 @@ class Arm:
     scores: dict[int, Seeds]
     higher_is_better: bool
     held_out: dict[int, tuple[list[int], list[Seeds]]]
-    seconds: Seeds
+    seconds: list[float | None]
 
     def at(self, loops: int) -> Seeds:
         """Scores at a loop count.
@@ -356,8 +356,10 @@ def robust_on_little_data(experiment: Experiment) -> Finding:
 
 def costs_the_same(experiment: Experiment) -> Finding:
     """Seconds of training, ILSD against vanilla looping."""
-    ilsd, vanilla = experiment.arm("ilsd").seconds, experiment.arm("vanilla").seconds
-    ratios = [a / b for a, b in zip(ilsd, vanilla, strict=True)]
+    pairs = zip(experiment.arm("ilsd").seconds, experiment.arm("vanilla").seconds, strict=True)
+    ratios = [ilsd / vanilla for ilsd, vanilla in pairs if ilsd is not None and vanilla is not None]
+    if not ratios:
+        raise NotMeasuredError
     measured = f"ILSD takes {spread(ratios, 2)} times as long, on cores that did other work too"
     return Finding(measured, [ratio <= SAME_TIME for ratio in ratios])
 

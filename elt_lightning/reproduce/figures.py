@@ -3,7 +3,8 @@
 python -m elt_lightning.reproduce.figures 8 --measured runs/imagenet256 --output docs/results/figures
 
 Figures 4, 5, 7, 8 and 13 read ``<measured>/<model>/test*/loops.json``, and of other ways of training than ILSD
-``<measured>/<mode>/<model>/test*/loops.json``; with ``--small_scale`` they read ``<measured>/ablation*/ablation.json``.
+``<measured>/<mode>/<model>/test*/loops.json``; with ``--small_scale`` they read ``<measured>/ablation*/ablation.json``:
+Latin squares, and moving digits for clips.
 Figure 6 reads the TensorBoard files of ``<measured>/<model>``. Figure 14 reads ``update_norms.csv``, Figure 1 draws
 samples of two checkpoints. Only what is marked so in the legend is the paper's.
 """
@@ -38,7 +39,15 @@ from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABL
 from elt_lightning.reproduce.update_norms import figure as norms_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
 
-SMALL_SCALE = "small-scale twin: Latin squares"
+SMALL_SCALE = "small-scale twin, on data that the project makes"
+
+ABLATIONS = {
+    "ablation": "masked",
+    "ablation_terms": "masked, shorter runs",
+    "ablation_diffusion": "diffusion",
+    "ablation_video": "video",
+}
+"""Folders of results at small scale, and the family that each is of."""
 
 TITLES = {
     1: "samples per loop count, ILSD and vanilla looping",
@@ -73,7 +82,8 @@ class Point:
 
     Attributes:
         source: "measured", or "paper".
-        family: "masked", "diffusion" or "video"; with the metric it decides the panel.
+        family: "masked", "diffusion" or "video", at small scale a value of :data:`ABLATIONS`; with the metric it
+            decides the panel.
         metric: its name.
         higher_is_better: its direction.
         series: the line that the point is of.
@@ -133,15 +143,18 @@ def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
 
 
 def read_ablations(folder: Path) -> list[Point]:
-    """Read the results of `make ablation` and `make ablation-diffusion`: mean and deviation over seeds."""
+    """Read the results of `make ablation` and its like that are there: mean and deviation over seeds."""
     points = []
-    for path in sorted(folder.glob("ablation*/ablation.json")):
+    for name_of_folder, family in ABLATIONS.items():
+        path = folder / name_of_folder / "ablation.json"
+        if not path.is_file():
+            continue
         summary = json.loads(path.read_text())
         metric, arms = summary["primary_metric"], summary["config"]["arms"]
         for name, arm in summary["arms"].items():
             of_arm = Point(
                 source="measured",
-                family="diffusion" if path.parent.name.endswith("diffusion") else "masked",
+                family=family,
                 metric=metric,
                 higher_is_better=summary["higher_is_better"],
                 series=arm["label"],
@@ -219,7 +232,7 @@ def convergence_points(options: argparse.Namespace) -> list[Point]:
 
 def clip_points(options: argparse.Namespace) -> list[Point]:
     """Figure 7: one model at every loop count, beyond those of training too."""
-    measured = [point for point in read_points(options) if point.train_loops > 1]
+    measured = [point for point in read_points(options) if point.train_loops > 1 and point.family == "video"]
     best = of_the_paper("best", FIGURE_7.fvd.value, family="video", loops=FIGURE_7.loops)
     return measured + ([] if options.small_scale else [replace(best, metric="fvd", train_loops=FIGURE_7.train_loops)])
 
@@ -367,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=8, help="Figure 1: samples in a row (default 8)")
     parser.add_argument("--norms", type=Path, help="Figure 14: update_norms.csv")
     parser.add_argument("--output", type=Path, default=Path("docs/results/figures"), help="folder of the results")
-    parser.add_argument("--small_scale", action="store_true", help="small models on Latin squares: the title says so")
+    parser.add_argument("--small_scale", action="store_true", help="small models, of the ablations: titles say so")
     options = parser.parse_args(arguments)
     default = "docs/results" if options.small_scale else "runs/ucf101" if options.number == 7 else "runs/imagenet256"
     options.measured = options.measured or Path(default)

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--encode_flags", default="--clips_per_video 4", help="further flags of elt encode")
     parser.add_argument("--data_flags", default="", help="further flags of elt fit and elt test: i3d_path, c3d_path, …")
     parser.add_argument("--flags", default="", help="further flags of elt fit and elt test")
+    parser.add_argument("--test_flags", default="", help="further flags of elt test alone: protocol, samples, repeats")
     return parser
 
 
@@ -59,7 +60,8 @@ def train_and_test(options: argparse.Namespace, train: Path, test: Path) -> None
     checkpoint = fit(options.config, run_dir, settings)
     if not (run_dir / "test" / "loops.json").exists():
         which = ["--ckpt_path", checkpoint, "--loops", options.loops, "--run_dir", run_dir / "test"]
-        elt("test", "--config", options.config, *settings, *which, "--reconstruction")
+        which += ["--reconstruction", "--nearest", *shlex.split(options.test_flags)]
+        elt("test", "--config", options.config, *settings, *which)
         elt("sample", "--ckpt_path", checkpoint, "--loops", options.loops, "--output", run_dir / "test" / "samples.gif")
 
 
