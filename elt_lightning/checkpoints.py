@@ -35,6 +35,42 @@ Weights = Literal["ema", "raw"]
 """Which weights: the averaged ones, or those that the optimiser moved."""
 
 
+def is_weight(value: Any) -> bool:
+    """Say whether a value is a plain tensor; None stands where one of a sharded checkpoint was not read."""
+    if not isinstance(value, Tensor):
+        return value is None
+    return value.layout == torch.strided and not (value.is_meta or value.is_complex())
+
+
+def is_laid_out(value: Any, layout: Any) -> bool:
+    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of all items, or of names those it lists.
+
+    The name ``...`` stands for all names.
+    """
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(is_laid_out(item, layout[0]) for item in value)
+    if isinstance(layout, dict):
+        if not isinstance(value, dict):
+            return False
+        layout = dict.fromkeys(value, layout[...]) if ... in layout else layout
+        return all(name in value and is_laid_out(value[name], inner) for name, inner in layout.items())
+    return isinstance(value, layout) if isinstance(layout, type) else bool(layout(value))
+
+
+LAYOUT: dict[str, Any] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "state_dict": {...: is_weight},
+    "ema": {"updates": int, "weights": {...: is_weight}},
+    "optimizer_states": [{"state": {...: dict}, "param_groups": [{"params": list}]}],
+    "lr_schedulers": [{"last_epoch": int, "lr_lambdas": list}],
+    "loops": {"fit_loop": dict},
+    "callbacks": {...: dict},
+}
+"""What a checkpoint holds beside its recipe; one may lack the average."""
+
+
 def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/", "ema/")) -> dict[str, Any]:
     """Read a checkpoint of this project onto the CPU.
 
@@ -63,6 +99,9 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
     if not (isinstance(checkpoint, dict) and {"elt", "state_dict"} <= checkpoint.keys()):
         raise UserError(f"{path} was not written by `elt fit`")
     check_recipe(path, checkpoint["elt"])
+    for name, layout in LAYOUT.items():
+        if not (is_laid_out(checkpoint.get(name), layout) or (name == "ema" and name not in checkpoint)):
+            raise UserError(f"{path} was not written by `elt fit`, or is damaged: it has no {name} as they are written")
     return checkpoint
 
 
@@ -111,7 +150,8 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
     Raises:
         UserError: it is not.
     """
-    if not (isinstance(recipe, dict) and {"version", "model", "data", "tokenizer"} <= recipe.keys()):
+    layout = {"model": dict, "data": {"class_path": str}, "tokenizer": dict}
+    if not (is_laid_out(recipe, layout) and "version" in recipe):
         raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
     if not isinstance(recipe["version"], int) or recipe["version"] > FORMAT_VERSION:
         raise UserError(

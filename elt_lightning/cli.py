@@ -4,10 +4,11 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 
 from elt_lightning import __version__
-from elt_lightning.errors import UserError
+from elt_lightning.errors import LOST_LOADER, UserError
 
 SUBCOMMANDS = {
     "fit": "train a model from a config, or go on from a checkpoint",
@@ -72,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"elt: error: {one_line(what_failed(error))}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        end = end_of_loader(error)
+        if debug or end is None:
+            raise
+        print(f"elt: error: {LOST_LOADER.format(end)}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -102,6 +109,16 @@ def what_failed(error: OSError) -> str:
     place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return f"{place}{reason}" + ("; what was finished before is whole: make room and go on from it" if full else "")
+
+
+def end_of_loader(error: BaseException | None) -> str | None:
+    """Say how a loader process ended, where that led to an error: PyTorch raises it in the midst of anything else."""
+    while error is not None:
+        found = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal[^.]*|exited[^.]*)", str(error))
+        if found:
+            return found.group(1)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def one_line(message: object) -> str:

@@ -15,7 +15,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.optim import LearningRateSchedule, parameter_groups, prefer_fused
+from elt_lightning.optim import LearningRateSchedule, parameter_groups, prefer_fused, refuse_state_of_another
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
@@ -104,7 +104,7 @@ class ELTModule(LightningModule):
         Raises:
             UserError: names or shapes of the weights differ.
         """
-        there = {name: tuple(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        there = {name: tuple(getattr(weight, "shape", ())) for name, weight in checkpoint["state_dict"].items()}
         here = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
         different = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         if different:
@@ -229,6 +229,7 @@ class ELTModule(LightningModule):
             optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
         except (ValueError, TypeError) as error:  # its settings meet it here for the first time
             raise UserError(f"the optimiser refuses its settings: {error}") from error
+        optimizer.register_load_state_dict_pre_hook(refuse_state_of_another)
         total_steps = self.total_steps
         schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,6 +8,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, Optimizer
 
+from elt_lightning.errors import UserError
+
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     """Split the trainable parameters: kernels of linear and convolution layers decay; all others do not.
@@ -27,6 +29,21 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if id(parameter) in kernels]},
         {"params": [parameter for parameter in trainable if id(parameter) not in kernels], "weight_decay": 0.0},
     ]
+
+
+def refuse_state_of_another(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the state of another kind of optimiser: torch would take it, and break in the next step.
+
+    Raises:
+        UserError: settings of the one and of the other are unknown to one another.
+    """
+    for here, there in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        missing, unknown = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        if missing and unknown:
+            raise UserError(
+                f"the checkpoint was trained with another optimiser, with settings such as {unknown[0]}, not "
+                f"{missing[0]} as {type(optimizer).__name__} has: go on with the same one"
+            )
 
 
 FUSED_ON = ("cpu", "cuda", "mps", "xpu")

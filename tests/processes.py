@@ -19,6 +19,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "pytest",
+        "sklearn.datasets",
         "tensorboard",
         "torch.distributed.checkpoint",
         "torch.utils.tensorboard",

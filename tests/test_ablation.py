@@ -31,7 +31,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         noted.append(arguments[0])
         log = tmp_path / f"log_{len(noted)}.txt"
         process = start(arguments, tmp_path, log)
-        process.join(120)
+        process.join(400)
         assert process.exitcode == 0, log.read_text()
 
     monkeypatch.chdir(tmp_path)
@@ -63,6 +63,9 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
 ) -> None:
     run_ablation(monkeypatch, seeds=[0])
     assert commands == ["fit", "test"] * 2
+    Path("runs").rename("elsewhere")  # a clone does not have it
+    commands.clear()
+    run_ablation(monkeypatch, seeds=[0, 1])
     assert commands == ["fit", "test"] * 2
     summary = json.loads(Path("results/ablation.json").read_text())
     assert summary["config"]["seeds"] == [0, 1]

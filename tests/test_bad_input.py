@@ -26,7 +26,9 @@ from image_folders import draw, encoded, jpeg, write_class_folders, write_tar, w
 from safetensors.torch import save_file
 from shard_files import add_member, npy, stored, token_index, write_shards
 
-from elt_lightning.cli import main
+from elt_lightning.cli import end_of_loader, main
+from elt_lightning.data.base import BatchDataset
+from elt_lightning.data.workers import Loader, end_where_batches_are_lost
 from elt_lightning.files import sha256
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -166,6 +168,13 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         [*FIT, "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new"],
         "",
     ),
+    "fit from a checkpoint of another optimiser": (
+        [
+            *["fit", "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new", "--trainer.max_steps=3"],
+            *["--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args.lr=0.1"],
+        ],
+        "another optimiser",
+    ),
     "fit from an exported model": ([*FIT, "--ckpt_path=exported"], "exported model"),
     "fit with weights of no kind": ([*FIT, "--weights=best"], "best"),
     "test without a checkpoint": (["test", "--config=tokens.yaml"], "--ckpt_path"),
@@ -296,11 +305,55 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         "",
     ),
     "a network without its settings": (TOKENS.replace(", width: 16, heads: 2", "").encode(), "width"),
-    "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), ""),
-    "no heads": (TOKENS.replace("heads: 2", "heads: 0").encode(), ""),
+    "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), "width must be at least 1, not -16"),
+    "no width": (LATENTS.replace("width: 16", "width: 0").encode(), "width must be at least 1, not 0"),
+    "no heads": (TOKENS.replace("heads: 2", "heads: 0").encode(), "heads must be at least 1, not 0"),
+    "heads below 0": (LATENTS.replace("heads: 2", "heads: -2").encode(), "heads must be at least 1, not -2"),
+    "no heads beside a scale": (
+        TOKENS.replace("width: 16, heads: 2", "scale: B, heads: 0").encode(),
+        "heads must be at least 1, not 0",
+    ),
+    "no hidden units": (
+        TOKENS.replace("heads: 2", "heads: 2, mlp_width: 0").encode(),
+        "mlp_width must be at least 1, not 0",
+    ),
+    "no width of the condition": (
+        LATENTS.replace("heads: 2", "heads: 2, condition_width: 0").encode(),
+        "condition_width must be at least 1, not 0",
+    ),
+    "no channels to give": (
+        LATENTS.replace("heads: 2", "heads: 2, out_channels: 0").encode(),
+        "out_channels must be at least 1, not 0",
+    ),
+    "fewer than no layers before the loop": (
+        TOKENS.replace("heads: 2", "heads: 2, prelude_layers: -1").encode(),
+        "prelude_layers must be at least 0, not -1",
+    ),
+    "patches of no side": (LATENTS.replace("patch_size: 4", "patch_size: 0").encode(), "patch_size 0"),
+    "patches of a side below 0": (LATENTS.replace("patch_size: 4", "patch_size: -4").encode(), "patch_size -4"),
+    "patches with one side too few": (LATENTS.replace("patch_size: 4", "patch_size: [4]").encode(), "patch_size"),
     "heads that do not divide the width": (TOKENS.replace("heads: 2", "heads: 3").encode(), "heads"),
-    "no layers": (TOKENS.replace("num_layers: 1", "num_layers: 0").encode(), "num_layers"),
-    "no loops": (TOKENS.replace("max_loops: 2", "max_loops: 0").encode(), "max_loops"),
+    "dropout that is no number": (TOKENS.replace("heads: 2", "heads: 2, dropout: .nan").encode(), "dropout must lie"),
+    "weights that begin alike": (
+        TOKENS.replace("heads: 2", "heads: 2, initial_std: 0").encode(),
+        "initial_std must be",
+    ),
+    "a residual of no size": (
+        TOKENS.replace("heads: 2", "heads: 2, residual_scale: .inf").encode(),
+        "residual_scale and initial_std must be",
+    ),
+    "classes spread by less than nothing": (
+        LATENTS.replace("heads: 2", "heads: 2, class_std: -1").encode(),
+        "class_std must be at least 0",
+    ),
+    "validation all the time": (
+        TOKENS.replace("val_check_interval: 100", "val_check_interval: 0").encode(),
+        "val_check_interval must be above 0",
+    ),
+    "no layers": (TOKENS.replace("num_layers: 1", "num_layers: 0").encode(), "num_layers must be at least 1, not 0"),
+    "layers below 0": (LATENTS.replace("num_layers: 1", "num_layers: -1").encode(), "num_layers must be at least 1"),
+    "no loops": (TOKENS.replace("max_loops: 2", "max_loops: 0").encode(), "max_loops 0"),
+    "loops below 0": (LATENTS.replace("max_loops: 2", "max_loops: -2").encode(), "max_loops -2"),
     "half a loop": (TOKENS.replace("max_loops: 2", "max_loops: 1.5").encode(), "max_loops"),
     "a batch of nothing": (TOKENS.replace("batch_size: 4", "batch_size: 0").encode(), "batch"),
     "a batch larger than the data": (TOKENS.replace("batch_size: 4", "batch_size: 400").encode(), "400"),
@@ -460,6 +513,19 @@ def test_shards(content: bytes, home: Path, tmp_path: Path, refused: Refused) ->
     refused([*FIT, f"--data.init_args.training_shards={tmp_path / 'shards'}"], "shards")
     assert not (home / "ran").exists()
     assert not list(tmp_path.parent.rglob("evil*"))
+
+
+def test_latents_that_are_not_finite(home: Path, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(home / "pixels", tmp_path / "shards")
+    with tarfile.open(home / "pixels/00000.tar") as whole, tarfile.open(tmp_path / "shards/00000.tar", "w") as tar:
+        for info in whole:
+            content = whole.extractfile(info).read()  # type: ignore[union-attr]
+            if info.name.endswith(".npy"):
+                content = npy(np.full_like(np.load(io.BytesIO(content)), np.nan))
+            add_member(tar, info.name, content)
+    refused(
+        ["fit", "--config=latents.yaml", f"--data.init_args.training_shards={tmp_path / 'shards'}"], "not all finite"
+    )
 
 
 def without(key: str) -> Callable[[dict[str, Any]], object]:
@@ -652,6 +718,51 @@ def test_folders_of_pictures(case: tuple[Callable[[Path], object], str], tmp_pat
     assert not [path for path in tmp_path.parent.rglob("evil*") if path.parent != tmp_path / "root"]
 
 
+NO_SETTINGS = {"null": b"null", "a number": b"3", "nested without end": b"[" * 100_000}
+
+
+@pytest.mark.parametrize("content", cases(NO_SETTINGS))
+def test_folders_that_encoding_cannot_go_on_in(content: bytes, home: Path, tmp_path: Path, refused: Refused) -> None:
+    shutil.copytree(home / "pixels", tmp_path / "pixels")
+    (tmp_path / "pixels" / "encode.json").write_bytes(content)
+    refused([*ENCODE, "--root=pictures", f"--output={tmp_path / 'pixels'}"], "encode.json")
+
+
+NO_SHARD = NO_SETTINGS | {
+    "words for counts": b'{"num_samples": "x", "highest_label": "x"}',
+    "a number for names": b'{"num_samples": 3, "highest_label": 1, "unreadable": 3}',
+}
+
+
+@pytest.mark.parametrize("content", cases(NO_SHARD))
+def test_a_shard_that_nothing_is_known_of_is_made_anew(
+    content: bytes, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    shutil.copytree(home / "pixels", tmp_path / "pixels")
+    (tmp_path / "pixels" / "00000.json").write_bytes(content)
+    assert main([*ENCODE, "--root=pictures", f"--output={tmp_path / 'pixels'}"]) == 0
+    for path in (home / "pixels").iterdir():
+        assert (tmp_path / "pixels" / path.name).read_bytes() == path.read_bytes()
+
+
+class Unsendable(BatchDataset):
+    """Its batches cannot be handed on, as those of any data set cannot where shared memory is full."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, indices: torch.Tensor) -> Any:
+        return lambda: indices
+
+
+def test_a_batch_that_cannot_be_handed_on_is_not_waited_for(capfd: pytest.CaptureFixture[str]) -> None:
+    with at_most(3 * SECONDS), pytest.raises(RuntimeError) as caught:
+        list(Loader(Unsendable(), [torch.arange(1)], 1, end_where_batches_are_lost))
+    assert end_of_loader(caught.value) is not None
+    assert "cannot hand on a batch" in capfd.readouterr().err
+
+
 def test_members_that_climb_out_of_a_tar_are_never_written(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -727,6 +838,34 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "weights alone": (lambda home: saved(trained(home)["state_dict"]), "not written by"),
     "another program's": (lambda home: changed(home, lambda content: content.pop("elt")), "not written by"),
     "without weights": (lambda home: changed(home, lambda content: content.pop("state_dict")), "not written by"),
+    "with a list for weights": (
+        lambda home: changed(home, lambda content: content.update(state_dict=[])),
+        "state_dict",
+    ),
+    "with words for weights": (
+        lambda home: changed(
+            home, lambda content: content["state_dict"].update(dict.fromkeys(content["state_dict"], "x"))
+        ),
+        "state_dict",
+    ),
+    "with sparse weights": (
+        lambda home: changed(
+            home,
+            lambda content: content.update(state_dict={n: w.to_sparse() for n, w in content["state_dict"].items()}),
+        ),
+        "state_dict",
+    ),
+    "without a step": (lambda home: changed(home, lambda content: content.pop("global_step")), "global_step"),
+    "of a step that is a word": (
+        lambda home: changed(home, lambda content: content.update(global_step="x")),
+        "global_step",
+    ),
+    "with nothing for an average": (lambda home: changed(home, lambda content: content.update(ema=None)), "ema"),
+    "with words for an average": (
+        lambda home: changed(home, lambda content: content["ema"].update(weights="x")),
+        "ema",
+    ),
+    "with data that are a list": (lambda home: changed(home, lambda content: content["elt"].update(data=[])), "build"),
     "a newer version's": (lambda home: changed(home, lambda content: content["elt"].update(version=2)), "newer"),
     "of a version that is a word": (
         lambda home: changed(home, lambda content: content["elt"].update(version="two")),
@@ -782,7 +921,42 @@ RESUMED = (
 )
 
 
-@pytest.mark.parametrize("case", [pytest.param(CHECKPOINTS[name], id=name) for name in RESUMED])
+def with_change(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], bytes]:
+    return lambda home: changed(home, change)
+
+
+STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    f"{how} {name}": (with_change(change), name)
+    for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks", "pytorch-lightning_version")
+    for how, change in {
+        "without": lambda content, name=name: content.pop(name),
+        "with a number for": lambda content, name=name: content.update({name: 3}),
+    }.items()
+}
+WEIGHT = "network.embedding.weight"
+STATES |= {
+    "with an average of another shape": (
+        with_change(lambda content: content["ema"]["weights"].update({WEIGHT: torch.zeros(3)})),
+        f"average is of another network: {WEIGHT}",
+    ),
+    "with half an average": (with_change(lambda content: content["ema"]["weights"].pop(WEIGHT)), "average"),
+    "with nothing known of its data": (with_change(lambda content: content.update(ImageNetDataModule={})), "tokenizer"),
+    "with data of a class that is not there": (
+        with_change(lambda content: content["elt"]["data"].update(class_path="no.Data")),
+        "there is no class",
+    ),
+    "with a network of a class that is not there": (
+        with_change(lambda content: content["elt"]["model"]["network"].update(class_path="no.Network")),
+        "there is no class",
+    ),
+    "with a model that is a word": (
+        with_change(lambda content: content["elt"]["model"].update(network="x")),
+        "network",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", cases({name: CHECKPOINTS[name] for name in RESUMED} | STATES))
 def test_checkpoints_to_go_on_from(case: tuple[Callable[[Path], bytes], str], home: Path, refused: Refused) -> None:
     make, telling = case
     (home / "bad.ckpt").write_bytes(make(home))
@@ -818,9 +992,9 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "of a newer version": (edited(version=2), "newer"),
     "of a version that is a word": (edited(version="two"), "version"),
     "of unknown weights": (edited(weights="best"), "weights"),
-    "of a model that is a list": (edited(model=[]), "built"),
+    "of a model that is a list": (edited(model=[]), "build"),
     "of a model that is a command": (edited(model={"network": {"class_path": "os.system"}}), "built"),
-    "of a tokenizer that is a list": (edited(tokenizer=[]), "tokenizer"),
+    "of a tokenizer that is a list": (edited(tokenizer=[]), "build"),
 }
 
 

@@ -47,7 +47,7 @@ def number_of(video: Video) -> int:
 
 
 def request(*places: int, epoch: int = 0) -> ClipRequest:
-    return ClipRequest(torch.tensor(places), epoch)
+    return ClipRequest(list(places), epoch)
 
 
 # ---- lists ----

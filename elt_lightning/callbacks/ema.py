@@ -89,12 +89,19 @@ class EMA(Callback):
         checkpoint["ema"] = {"updates": self.updates, "weights": average}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint."""
+        """Take the average from a checkpoint.
+
+        Raises:
+            UserError: it is of other weights.
+        """
         if "ema" in checkpoint:
             weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
-            self.average = {
-                name: as_sharded(weights[name].clone(), here[name]) for name in here.keys() & weights.keys()
-            }
+            for name, parameter in here.items():
+                if getattr(weights.get(name), "shape", None) != parameter.shape:
+                    raise UserError(
+                        f"the checkpoint's average is of another network: {name} is not there as it is here"
+                    )
+            self.average = {name: as_sharded(weights[name].clone(), parameter) for name, parameter in here.items()}
             self.updates = checkpoint["ema"]["updates"]
 
     def _swap_in(self, pl_module: LightningModule) -> None:

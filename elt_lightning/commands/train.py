@@ -208,6 +208,8 @@ class RunCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
+        if config.trainer.val_check_interval == 0:
+            raise UserError("val_check_interval must be above 0; to train without validation, limit_val_batches is 0")
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         config.trainer.default_root_dir = str(self.run_dir)
@@ -470,9 +472,13 @@ def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | 
     section, class_path = config, ""
     for key in path:
         class_path = section.get("class_path", "")
+        if not isinstance(section.get(key), dict):  # a checkpoint's may be damaged: whoever builds from it says so
+            return None, last
         section = section[key]
-    if path[-1] == "init_args" and last not in inspect.signature(pydoc.locate(class_path)).parameters:  # type: ignore[arg-type]
-        return None, last
+    if path[-1] == "init_args":
+        kind = pydoc.locate(str(class_path))
+        if not callable(kind) or last not in inspect.signature(kind).parameters:
+            return None, last
     return section, last
 
 

@@ -9,7 +9,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elt_lightning.data.workers import obey_parent_alone
+from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -149,6 +149,30 @@ class HeldOutOrder(Sampler[Tensor]):
         return iter(self.batches)
 
 
+class _Numbers(Sampler[list[int]]):
+    """Asks in an order with plain numbers: tensors would go to loader processes through shared memory.
+
+    Where that is full, Python drops the request, and both sides wait for ever.
+    """
+
+    def __init__(self, order: TrainingOrder | HeldOutOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (places.tolist() for places in self.order)
+
+
+class _AskedByNumbers(Dataset[Batch]):
+    def __init__(self, dataset: BatchDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, places: list[int]) -> Batch:
+        return self.dataset[torch.tensor(places)]
+
+
 class BatchedDataModule(LightningDataModule):
     """Shares a global batch out: over devices, and over the forward passes of each.
 
@@ -283,8 +307,10 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         """Refuse a checkpoint that was trained on the codes of another tokenizer.
 
         Raises:
-            UserError: it was.
+            UserError: it was, or does not say what it was trained on.
         """
+        if not (isinstance(state_dict, dict) and isinstance(state_dict.get("tokenizer"), dict)):
+            raise UserError("the checkpoint does not say which tokenizer it was trained on: it is damaged")
         there, here = state_dict["tokenizer"], self.tokenizer_description()
         if any(there.get(name) != here.get(name) for name in ("class_path", "sha256")):
             raise UserError(
@@ -329,12 +355,11 @@ class IndexedDataModule(GenerativeDataModule):
         return self._loader(dataset, self.held_out_order(len(dataset)))
 
     def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset,
-            sampler=order,
-            batch_size=None,
-            num_workers=self.num_workers,
+        return Loader(
+            _AskedByNumbers(dataset),
+            _Numbers(order),
+            self.num_workers,
+            obey_parent_alone,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=obey_parent_alone,
         )

@@ -6,16 +6,16 @@ Letters: B batch, F frames of a clip, S its height and width in pixels.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from elt_lightning.data.base import HeldOutOrder, TrainingOrder
 from elt_lightning.data.clips import ClipShape, Video, fixed_start
 from elt_lightning.data.decoding import BrokenClipError
-from elt_lightning.data.workers import obey_parent_alone
+from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 
@@ -43,11 +43,11 @@ class ClipRequest(NamedTuple):
     """Clips that are asked for.
 
     Attributes:
-        places: (B,) int64, of clips in their data set.
+        places: of clips in their data set; plain numbers, which reach loader processes without shared memory.
         epoch: of training, which decides the moments that are cut out.
     """
 
-    places: Tensor
+    places: list[int]
     epoch: int = 0
 
 
@@ -64,7 +64,7 @@ class ClipOrder(Sampler[ClipRequest]):
         epoch, order = 0, self.order
         if isinstance(order, TrainingOrder):
             epoch = order.current_step() // (order.num_samples // order.batch_size)
-        return (ClipRequest(places, epoch) for places in order)
+        return (ClipRequest(places.tolist(), epoch) for places in order)
 
 
 class Clip(NamedTuple):
@@ -107,7 +107,7 @@ class ClipDataset(Dataset[Reading], ABC):
 
     def __getitem__(self, request: ClipRequest) -> Reading:
         broken: list[tuple[str, str]] = []
-        read = (self.read(place, request.epoch, broken) for place in request.places.tolist())
+        read = (self.read(place, request.epoch, broken) for place in request.places)
         clips = [clip for clip in read if clip is not None]
         nothing = torch.empty(0, 3, self.shape.num_frames, self.shape.size, self.shape.size, dtype=torch.uint8)
         batch = ClipBatch(
@@ -195,7 +195,7 @@ class FixedClips(ClipDataset):
             return None
 
 
-class ClipLoader(DataLoader[Reading]):
+class ClipLoader(Loader[Any]):
     """Gives batches of clips; names each broken video once in the log, and stops when there are too many.
 
     Args:
@@ -210,25 +210,20 @@ class ClipLoader(DataLoader[Reading]):
     ) -> None:
         super().__init__(
             dataset,
-            sampler=ClipOrder(order),
-            batch_size=None,
-            num_workers=num_workers,
+            ClipOrder(order),
+            num_workers,
+            obey_parent_alone,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=obey_parent_alone,
         )
         self.num_videos, self.max_broken = len(dataset.videos), max_broken
         self.broken: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[ClipBatch]:  # type: ignore[override]
-        try:
-            for batch, broken in super().__iter__():
-                self._note(broken)
-                if len(batch.labels):
-                    yield batch
-        except UserError as error:
-            # A loader process sends its traceback along; the last line has the message.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        for batch, broken in super().__iter__():
+            self._note(broken)
+            if len(batch.labels):
+                yield batch
 
     def _note(self, broken: list[tuple[str, str]]) -> None:
         for name, reason in broken:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from elt_lightning.data.workers import Loader, end_where_batches_are_lost
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What a picture may be, whatever its ending: ImageNet has a PNG that is called JPEG. Pillow knows formats that start
@@ -129,9 +131,7 @@ def crop_all(requests: Iterable[Request], size: int, num_workers: int) -> Iterat
         size: height and width of the crops, in pixels.
         num_workers: processes that decode; 0 decodes in this one.
     """
-    yield from DataLoader(
-        _Cropper(size), sampler=requests, batch_size=None, num_workers=num_workers, collate_fn=_unchanged
-    )
+    yield from Loader(_Cropper(size), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged)
 
 
 class _Cropper(Dataset[Crops]):

@@ -27,7 +27,7 @@ from elt_lightning.data.crops import Crops, Picture, Request, chunks
 from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import Shard, ShardIndex
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import parse_json, whole_number, written_aside
 
 SETTINGS = "encode.json"
 SETTINGS_VERSION = 1
@@ -50,6 +50,13 @@ class FinishedShard:
     num_samples: int = 0
     highest_label: int = -1
     unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check what may come from a damaged file."""
+        whole_number(self.num_samples)
+        whole_number(self.highest_label)
+        if not (isinstance(self.unreadable, list) and all(isinstance(name, str) for name in self.unreadable)):
+            raise ValueError(f"{self.unreadable} is no list of names")
 
 
 class ShardFolder:
@@ -81,7 +88,9 @@ class ShardFolder:
     def _begun_with(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Read the settings that the folder was begun with, and compare."""
         try:
-            found = dict(json.loads((self.path / SETTINGS).read_text()))
+            found = parse_json((self.path / SETTINGS).read_text())
+            if not isinstance(found, dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / SETTINGS} cannot be read ({error}): choose another --output") from error
         for name in {**found, **settings}:
@@ -98,7 +107,7 @@ class ShardFolder:
         if not self._tar(number).is_file():
             return None
         try:
-            return FinishedShard(**json.loads(self._tar(number).with_suffix(".json").read_text()))
+            return FinishedShard(**parse_json(self._tar(number).with_suffix(".json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
 

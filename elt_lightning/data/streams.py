@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from elt_lightning.data.base import Batch
 from elt_lightning.data.shards import Shard, ShardIndex, join
-from elt_lightning.data.workers import obey_parent_alone
+from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json, whole_number
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -200,7 +200,7 @@ class HeldOutStream(ShardStream):
             yield self.collate(batch, torch.zeros(len(batch), dtype=torch.int64))
 
 
-class ShardLoader(DataLoader[Batch]):
+class ShardLoader(Loader[Batch]):
     """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at.
 
     Args:
@@ -211,10 +211,10 @@ class ShardLoader(DataLoader[Batch]):
     def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
         super().__init__(
             stream,
-            batch_size=None,
-            num_workers=stream.num_workers,
+            None,
+            stream.num_workers,
+            obey_parent_alone,
             prefetch_factor=8 if stream.num_workers else None,
-            worker_init_fn=obey_parent_alone,
             pin_memory=torch.cuda.is_available(),
         )
         self.stream, self.current_step = stream, current_step
@@ -222,11 +222,7 @@ class ShardLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if isinstance(self.stream, TrainingStream):
             self.stream.first_step = self.current_step()
-        try:
-            yield from super().__iter__()
-        except UserError as error:
-            # A loader process sends its traceback along; the last line has the message.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        return super().__iter__()
 
 
 def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop: int) -> Iterator[Sample]:
@@ -260,6 +256,8 @@ def read_sample(members: dict[str, Any], index: ShardIndex) -> Sample:
         raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
     if copies.dtype.kind not in ("iu" if index.num_codes is not None else "f"):
         raise ValueError(f"the codes are of type {copies.dtype}")
+    if copies.dtype.kind == "f" and not np.isfinite(copies).all():
+        raise ValueError("the codes are not all finite")
     label = read_member(members, "json", lambda content: whole_number(parse_json(content)["label"]))
     if not 0 <= label < len(index.classes):
         raise ValueError(f"label {label} is none of the {len(index.classes)} classes")

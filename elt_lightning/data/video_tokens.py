@@ -211,7 +211,7 @@ def read_all(videos: Sequence[Video], shape: ClipShape, clips_per_video: int) ->
         UserError: one cannot be read.
     """
     clips = FixedClips(videos, shape, clips_per_video)
-    batch, broken = clips[ClipRequest(torch.arange(len(clips)))]
+    batch, broken = clips[ClipRequest(list(range(len(clips))))]
     if broken:
         raise UserError(f"the video {broken[0][0]} cannot be read: {broken[0][1]}")
     return batch

@@ -1,18 +1,91 @@
-"""What loader processes do about SIGTERM."""
+"""Loader processes: what they do about SIGTERM and about batches that they cannot hand on, and what is said of them."""
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.queues import Queue
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from elt_lightning.errors import LOST_LOADER, UserError
+
+Batch = TypeVar("Batch")
+
+
+class Loader(DataLoader[Batch]):
+    """Loads what a data set gives whole batches of.
+
+    Args:
+        dataset: gives batches.
+        order: of what is asked of it; None where it is a stream.
+        num_workers: loader processes; 0 loads in this one.
+        begin: what a loader process does first.
+        settings: further ones of :class:`DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        order: Iterable[Any] | None,
+        num_workers: int,
+        begin: Callable[[int], None],
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            dataset, batch_size=None, sampler=order, num_workers=num_workers, worker_init_fn=begin, **settings
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Give batch after batch.
+
+        Raises:
+            UserError: what the data set raises, or a loader process was lost while it handed a batch over. Of one that
+                ends at another time PyTorch tells in the midst of anything else: the command line knows it.
+        """
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A loader process sends its traceback along; the last line has the message.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        except (OSError, EOFError) as error:
+            if not self.num_workers or "in DataLoader worker" in str(error):  # the data set's own
+                raise
+            raise UserError(LOST_LOADER.format(str(error).partition("\n")[0] or type(error).__name__)) from error
+
+
+def end_where_batches_are_lost(worker: int) -> None:
+    """Let a loader process end when it cannot hand on a batch, for example because shared memory is full.
+
+    Python would drop the batch and go on, and the main process wait for it for ever. That the main process ends while
+    it takes a batch over is not worth a traceback either.
+    """
+    Queue._on_queue_feeder_error = staticmethod(_end_of_lost_batch)  # type: ignore[attr-defined]
+    sys.excepthook = _unless_cut_off
+
+
+def _end_of_lost_batch(error: Exception, batch: Any) -> NoReturn:
+    print(f"elt: a loader process cannot hand on a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def obey_parent_alone(worker: int) -> None:
-    """Let a loader process go on when a scheduler sends SIGTERM to all processes of a job.
+    """Let a loader process of a training go on when a scheduler sends SIGTERM to all processes of a job.
 
     The main process then finishes its step and saves (:class:`~elt_lightning.callbacks.preemption.Preemption`), for
     which it may wait for a batch. SIGTERM from the main process itself ends a loader process as ever, and so does the
     main process's end, which PyTorch looks for. Where the system does not say who sent a signal (macOS), nothing is
-    changed.
+    changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
     """
+    end_where_batches_are_lost(worker)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_parent_says, daemon=True).start()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elt_lightning.networks.embeddings import TimeClassEmbedding, patchify, sine_positions, unpatchify
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock, ModulatedBlock
-from elt_lightning.networks.scales import layer_shape
+from elt_lightning.networks.scales import check_sizes, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": AdaptiveNormBlock, "film": FiLMBlock}
@@ -47,7 +47,7 @@ class LoopedDiT(nn.Module):
             wide networks. From there a training of some hundred steps hardly hears the class; from 1 it does.
 
     Raises:
-        ValueError: the patch does not divide the input, or a choice is unknown.
+        ValueError: the patch does not divide the input, a size is below what it may be, or a choice is unknown.
     """
 
     positions: Tensor
@@ -73,6 +73,9 @@ class LoopedDiT(nn.Module):
     ) -> None:
         super().__init__()
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        check_sizes(1, condition_width=condition_width, out_channels=out_channels)
+        if not 0 <= class_std < math.inf:
+            raise ValueError(f"class_std must be at least 0 and finite, not {class_std}")
         condition_width = condition_width or width
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
@@ -80,7 +83,10 @@ class LoopedDiT(nn.Module):
         self.input_shape = self.sample_shape = tuple(input_shape)
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
-            raise ValueError(f"patch_size {patch_size} does not divide an input of shape {tuple(input_shape)}")
+            raise ValueError(
+                f"patch_size {patch_size} does not divide an input of shape {tuple(input_shape)}: it must be a number "
+                f"from 1 up that divides {size}, or one such number for each"
+            )
         if block not in BLOCKS or positions not in ("sine", "learned"):
             raise ValueError(
                 f"need block from {', '.join(BLOCKS)} and positions sine or learned, not {block}, {positions}"

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from elt_lightning.networks.blocks import Block
+from elt_lightning.networks.scales import check_sizes
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 """How `torch.compile` works: its own names. The second and third replay CUDA graphs."""
@@ -48,7 +49,7 @@ class LoopedStack(nn.Module):
             Memory no longer grows with layers times loops, a step takes about a third longer, gradients are the same.
 
     Raises:
-        ValueError: no layer inside the loop.
+        ValueError: no layer inside the loop, or fewer than none around it.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class LoopedStack(nn.Module):
         checkpoint_loops: bool = False,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, not {num_layers}")
+        check_sizes(1, num_layers=num_layers)
+        check_sizes(0, prelude_layers=prelude_layers, coda_layers=coda_layers)
         self.prelude = Layers(make_block() for _ in range(prelude_layers))
         self.layers = Layers(make_block() for _ in range(num_layers))
         self.coda = Layers(make_block() for _ in range(coda_layers))

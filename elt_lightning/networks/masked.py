@@ -60,6 +60,12 @@ class LoopedMaskedTransformer(nn.Module):
         super().__init__()
         if num_codes is None:  # what data without a codebook say
             raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
+        if not (0 < residual_scale < math.inf and 0 < initial_std < math.inf):
+            raise ValueError(
+                f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
+            )
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
         self.input_shape = tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)

@@ -33,9 +33,10 @@ def layer_shape(scale: str | None, width: int | None, heads: int | None, mlp_wid
     """Resolve (width, heads, mlp_width) from a named scale, from explicit numbers, or from a scale with some replaced.
 
     Raises:
-        ValueError: the scale is unknown, or neither a scale nor width and heads were given, or heads do not divide
-            width.
+        ValueError: the scale is unknown, or neither a scale nor width and heads were given, a number is below 1, or
+            heads do not divide width.
     """
+    check_sizes(1, width=width, heads=heads, mlp_width=mlp_width)
     if scale is not None:
         if scale not in SCALES:
             raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(SCALES)}")
@@ -47,3 +48,14 @@ def layer_shape(scale: str | None, width: int | None, heads: int | None, mlp_wid
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of heads {heads}")
     return width, heads, mlp_width or 4 * width
+
+
+def check_sizes(smallest: int, **sizes: int | None) -> None:
+    """Check that the settings of these names, where they are given, are not below the smallest allowed.
+
+    Raises:
+        ValueError: one is.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, not {size}")
