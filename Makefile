@@ -43,7 +43,7 @@ endif
 ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data (an estimated hour on one core; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_terms.yaml
 
-ablation-video: $(BIN)/elt ## ILSD against vanilla looping on clips of moving digits, 3 seeds (never run to its end: its time is not known; resumes)
+ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped model on clips of moving digits, 3 seeds (under an hour on one core; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video --tokens_only
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_video.yaml
 
