@@ -9,14 +9,13 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from elt_lightning.bench.data import (
+from elt_lightning.bench.data_files import write_pictures, write_videos
+from elt_lightning.bench.data_need import (
     diffusion_need,
     flops_per_training_image,
     masked_need,
     tokenizer_need,
     video_need,
-    write_pictures,
-    write_videos,
 )
 from elt_lightning.bench.memory import TrainingMemory, batch_of_saving, peak_above_start
 from elt_lightning.bench.runs import add_run, read_runs
