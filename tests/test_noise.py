@@ -16,6 +16,7 @@ from elt_lightning.processes.noise import (
     categorical,
     gumbel,
     integer,
+    over_steps,
     philox,
     random_bits,
     sample_seeds,
@@ -97,6 +98,14 @@ def test_a_sample_draws_the_same_bits_whatever_stands_beside_it(
     for size in (1, 2, 5, 8, 36):
         parts = [draw(part, 5, Stream.MASK_ORDER, shape) for part in seeds.split(size)]
         assert torch.equal(torch.cat(parts), together)
+
+
+@pytest.mark.parametrize("draw", [uniform, gumbel])
+def test_steps_drawn_at_once_are_those_drawn_one_by_one(draw: Callable[..., Tensor]) -> None:
+    seeds = sample_seeds(4, torch.randint(0, WORD, (6,)))
+    together = over_steps(draw, seeds, 5, Stream.SAMPLED_TOKENS, (3, 7))
+    assert together.shape == (5, 6, 3, 7)
+    assert torch.equal(together, torch.stack([draw(seeds, k, Stream.SAMPLED_TOKENS, (3, 7)) for k in range(5)]))
 
 
 def test_more_numbers_of_a_sample_begin_with_the_same_ones() -> None:
@@ -219,7 +228,8 @@ def test_conditions_join_along_the_batch() -> None:
 def test_categorical_samples_the_softmax(seed: int) -> None:
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 2
     logits[:, 2] = -torch.inf  # never drawn
-    drawn = categorical(logits.expand(30_000, 2, 6), sample_seeds(seed, torch.arange(30_000)), 1, Stream.SAMPLED_TOKENS)
+    numbers = uniform(sample_seeds(seed, torch.arange(30_000)), 1, Stream.SAMPLED_TOKENS, (2,))
+    drawn = categorical(logits.expand(30_000, 2, 6), numbers)
     assert drawn.shape == (30_000, 2)
     for column in range(2):
         counts = drawn[:, column].bincount(minlength=6)
@@ -231,10 +241,10 @@ def test_categorical_samples_the_softmax(seed: int) -> None:
 
 
 def test_categorical_stays_in_range_where_probabilities_are_extreme() -> None:
-    seeds = sample_seeds(0, torch.arange(20_000))
+    numbers = uniform(sample_seeds(0, torch.arange(20_000)), 0, Stream.SAMPLED_TOKENS)
     one = torch.full((20_000, 1024), -200.0)
     one[:, 1023] = 0.0
-    assert (categorical(one, seeds, 0, Stream.SAMPLED_TOKENS) == 1023).all()
-    flat = categorical(torch.zeros(20_000, 1024), seeds, 0, Stream.SAMPLED_TOKENS)
+    assert (categorical(one, numbers) == 1023).all()
+    flat = categorical(torch.zeros(20_000, 1024), numbers)
     assert flat.min() < 5
     assert 1018 < flat.max() < 1024

@@ -8,6 +8,7 @@ Letters: B batch, and ``shape`` the shape of one sample.
 """
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -17,6 +18,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox-4x32 constants, Salmon et al. 
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW_32_BITS = 0xFFFFFFFF
+
+Draw = Callable[[Tensor, int | Tensor, "Stream", tuple[int, ...]], Tensor]
+"""``draw(seeds, step, stream, shape)``: :func:`uniform` or :func:`gumbel`."""
 
 
 class Stream(IntEnum):
@@ -63,12 +67,12 @@ def batch_seed(seeds: Tensor) -> Tensor:
     return seeds[:1] | _LOW_32_BITS
 
 
-def random_bits(seeds: Tensor, step: int, stream: Stream, count: int) -> Tensor:
+def random_bits(seeds: Tensor, step: int | Tensor, stream: Stream, count: int) -> Tensor:
     """Draw ``count`` 32-bit words for each sample.
 
     Args:
         seeds: (B,) int64 from :func:`sample_seeds`; the Philox key.
-        step: training step or sampling step, 0 ≤ step < 2³².
+        step: training step or sampling step, 0 ≤ step < 2³²; or (B,) int64, one for each sample.
         stream: what the numbers are for.
         count: how many words each sample draws.
 
@@ -76,7 +80,8 @@ def random_bits(seeds: Tensor, step: int, stream: Stream, count: int) -> Tensor:
         (B, count) int64 with values in [0, 2³²).
     """
     blocks = torch.arange(-(-count // 4), device=seeds.device).expand(len(seeds), -1)
-    counter = (blocks, torch.full_like(blocks, step), torch.full_like(blocks, int(stream)), torch.zeros_like(blocks))
+    steps = torch.full_like(blocks, step) if isinstance(step, int) else step[:, None].expand_as(blocks)
+    counter = (blocks, steps, torch.full_like(blocks, int(stream)), torch.zeros_like(blocks))
     key = (seeds[:, None] & _LOW_32_BITS, (seeds[:, None] >> 32) & _LOW_32_BITS)
     return torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :count]
 
@@ -84,41 +89,52 @@ def random_bits(seeds: Tensor, step: int, stream: Stream, count: int) -> Tensor:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply Philox-4x32-10: a 128-bit counter and a 64-bit key to 128 random bits, as 32-bit words in int64 tensors."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    """Apply Philox-4x32-10: a 128-bit counter and a 64-bit key to 128 random bits, as 32-bit words in int64 tensors.
+
+    The two lanes of a round do the same work, and are computed as one tensor: on a GPU, small draws take as long as
+    launching their operations does.
+    """
+    lanes = torch.arange(2, device=key[0].device).view(2, *[1] * counter[0].ndim)
+    rounds = torch.arange(_ROUNDS, device=key[0].device).view(_ROUNDS, *[1] * lanes.ndim)
+    multipliers, increments = (first + lanes * (second - first) for first, second in (_MULTIPLIERS, _KEY_INCREMENTS))
+    multiplied, kept = torch.stack(counter[::2]), torch.stack(counter[1::2])
+    for round_key in ((torch.stack(key) + rounds * increments) & _LOW_32_BITS).unbind():
         # A product of two 32-bit words fills 64 bits; int64 wraps, which keeps every bit, and the mask drops the sign.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, low0 = (product0 >> 32) & _LOW_32_BITS, product0 & _LOW_32_BITS
-        high1, low1 = (product1 >> 32) & _LOW_32_BITS, product1 & _LOW_32_BITS
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _LOW_32_BITS, (k1 + _KEY_INCREMENTS[1]) & _LOW_32_BITS
-    return c0, c1, c2, c3
+        product = (multiplied * multipliers).flip(0)  # what one lane multiplies, the other one takes
+        multiplied, kept = ((product >> 32) & _LOW_32_BITS) ^ kept ^ round_key, product & _LOW_32_BITS
+    return multiplied[0], kept[0], multiplied[1], kept[1]
 
 
-def uniform(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+def uniform(seeds: Tensor, step: int | Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw from the open interval (0, 1): (B, *shape) float32, multiples of 2⁻²⁴, never 0 and never 1."""
     bits = random_bits(seeds, step, stream, math.prod(shape))
     # 23 bits and a half: the largest value, 1 − 2⁻²⁴, is still a float32 below 1.
     return (((bits >> 9).float() + 0.5) * 2.0**-23).reshape(len(seeds), *shape)
 
 
-def gumbel(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
+def gumbel(seeds: Tensor, step: int | Tensor, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw standard Gumbel noise: (B, *shape) float32. argmax(logits + Gumbel) is a sample from softmax(logits)."""
     return -torch.log(-torch.log(uniform(seeds, step, stream, shape)))
 
 
-def categorical(logits: Tensor, seeds: Tensor, step: int, stream: Stream) -> Tensor:
-    """Sample from softmax(logits): (B, …, V) to (B, …) int64, by one uniform number for each distribution.
+def categorical(logits: Tensor, number: Tensor) -> Tensor:
+    """Sample from softmax(logits): (B, …, V), and a number in (0, 1) for each distribution (B, …), to (B, …) int64.
 
     The first class whose cumulative probability reaches the number is taken. Gumbel noise would do as well, but draws V
     numbers where one is enough.
     """
     cumulative = logits.float().softmax(-1).cumsum(-1)
-    number = uniform(seeds, step, stream, tuple(logits.shape[1:-1]))[..., None]
     # Scaled to the sum, which rounding leaves a little off 1: there is always a class that reaches it.
-    return torch.searchsorted(cumulative, number * cumulative[..., -1:]).squeeze(-1)
+    return torch.searchsorted(cumulative, number[..., None] * cumulative[..., -1:]).squeeze(-1)
+
+
+def over_steps(draw: Draw, seeds: Tensor, num_steps: int, stream: Stream, shape: tuple[int, ...]) -> Tensor:
+    """Draw for the steps 0 … K − 1 at once: (K, B, *shape), whose k-th is ``draw(seeds, k, stream, shape)``.
+
+    That launches the operations of one draw in place of those of K.
+    """
+    steps = torch.arange(num_steps, device=seeds.device)[:, None].expand(-1, len(seeds))
+    return draw(seeds.repeat(num_steps), steps.flatten(), stream, shape).unflatten(0, steps.shape)
 
 
 def normal(seeds: Tensor, step: int, stream: Stream, shape: tuple[int, ...] = ()) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import num_still_masked, ranks
-from elt_lightning.processes.noise import Stream, categorical, gumbel
+from elt_lightning.processes.noise import Stream, categorical, gumbel, over_steps, uniform
 from elt_lightning.samplers.base import Loops, Sampler
 from elt_lightning.samplers.guidance import Guidance, Predict
 
@@ -62,22 +62,25 @@ class MaskGITSampler(Sampler):
         """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See the base class."""
         tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.num_codes)
         num_unknown = (tokens == self.num_codes).sum(1)
+        numbers = over_steps(uniform, seeds, self.steps, Stream.SAMPLED_TOKENS, shape)
+        noise = over_steps(gumbel, seeds, self.steps, Stream.SAMPLED_CONFIDENCE, shape)
         for step, step_loops in enumerate(self.loops_per_step(loops)):
             masked = tokens == self.num_codes
             logits = self.guidance.predict(
                 predict, tokens, condition, self.num_classes, step_loops, step, self.steps
             ).float()
-            guess = torch.where(masked, self._draw_tokens(logits, seeds, step), tokens)
-            confidence = self._confidence(logits, guess, seeds, step).masked_fill(~masked, torch.inf)
+            guess = torch.where(masked, categorical(logits / self.temperature(step), numbers[step]), tokens)
+            log_probability = logits.log_softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
+            confidence = log_probability + self.choice_temperature * self._to_come(step) * noise[step]
             still_masked = num_still_masked(num_unknown, masked.sum(1), step, self.steps)
-            tokens = guess.masked_fill(ranks(confidence) < still_masked[:, None], self.num_codes)
+            remasked = ranks(confidence.masked_fill(~masked, torch.inf)) < still_masked[:, None]
+            tokens = guess.masked_fill(remasked, self.num_codes)
         return tokens
 
-    def _draw_tokens(self, logits: Tensor, seeds: Tensor, step: int) -> Tensor:
-        temperature = self.temperature_bias + self.temperature_scale * (1 - (step + 1) / self.steps)
-        return categorical(logits / temperature, seeds, step, Stream.SAMPLED_TOKENS)
+    def temperature(self, step: int) -> float:
+        """STemp of step k (0-based)."""
+        return self.temperature_bias + self.temperature_scale * self._to_come(step)
 
-    def _confidence(self, logits: Tensor, tokens: Tensor, seeds: Tensor, step: int) -> Tensor:
-        log_probability = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        noise = gumbel(seeds, step, Stream.SAMPLED_CONFIDENCE, tuple(tokens.shape[1:]))
-        return log_probability + self.choice_temperature * (1 - (step + 1) / self.steps) * noise
+    def _to_come(self, step: int) -> float:
+        """Share of the steps that come after step k: 1 − (k + 1)/K."""
+        return 1 - (step + 1) / self.steps
