@@ -28,7 +28,7 @@ test: $(BIN)/elt ## lint, check types, run the tests
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-ablation: $(BIN)/elt ## ILSD against vanilla looping and unlooped models, 3 seeds (under 50 minutes on 2 cores; resumes)
+ablation: $(BIN)/elt ## ILSD against vanilla looping, unlooped models, other losses and one layer, 3 seeds (about an hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation
 
 ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (about an hour on 2 cores; resumes)
@@ -40,7 +40,7 @@ ifdef RUN
 endif
 	$(BIN)/python -m elt_lightning.reproduce.claims
 
-ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data (an estimated hour on one core; resumes)
+ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data, 3 seeds (about an hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_terms.yaml
 
 ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped model on clips of moving digits, 3 seeds (under an hour on one core; resumes)

@@ -40,7 +40,7 @@ class ELTModule(LightningModule):
         label_drop: share of labels replaced by the null class in training, so that guidance can be used.
         seed: decides every random number of training; linked to ``seed_everything``.
         compile: compile the body of the loop before training or testing: true, or a mode of `torch.compile`. Of these
-            "reduce-overhead" replays CUDA graphs, for sampling on a GPU; it has not been tried.
+            "reduce-overhead" replays CUDA graphs, for sampling few at a time on a GPU.
     """
 
     def __init__(

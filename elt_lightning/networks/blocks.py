@@ -35,8 +35,10 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, h: Tensor) -> Tensor:  # noqa: D102
-        qkv = self.query_key_value(h).unflatten(-1, (3, self.heads, -1))  # B T 3 heads D/heads
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B heads T D/heads
+        # Chunks of the last axis, whose gradients are joined where the product's backward pass reads them.
+        # Each is B heads T D/heads.
+        chunks = self.query_key_value(h).chunk(3, dim=-1)
+        query, key, value = (chunk.unflatten(-1, (self.heads, -1)).transpose(1, 2) for chunk in chunks)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.output(attended.transpose(1, 2).flatten(2))

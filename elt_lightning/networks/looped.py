@@ -79,7 +79,8 @@ class LoopedStack(nn.Module):
         and training after inference.
 
         Args:
-            mode: of `torch.compile`. Those with CUDA graphs are for sampling on a GPU, and have not been tried.
+            mode: of `torch.compile`. Those with CUDA graphs are for sampling few at a time on a GPU, which otherwise
+                waits for operations to be launched.
             settings: further ones of `torch.compile`, for example ``backend``.
         """
         self._is_compiled, self._replays_graphs = True, mode in ("reduce-overhead", "max-autotune")
