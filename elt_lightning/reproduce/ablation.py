@@ -250,7 +250,7 @@ def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> N
             axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
     axes.set_xlabel("loops at inference (dashed: the loop count of training)")
     axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it would hide points
     axes.grid(alpha=0.3)
 
 
