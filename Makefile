@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-video test lint ablation ablation-diffusion ablation-terms ablation-video claims imagenet ucf101 clean
+.PHONY: help quickstart quickstart-video test ablation ablation-diffusion ablation-terms ablation-video claims imagenet ucf101 clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s%s\n", $$1, $$2}'
