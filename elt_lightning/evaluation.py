@@ -1,7 +1,7 @@
 """The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import mean, stdev
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from elt_lightning.archives import SampleArchive, picture_array
+from elt_lightning.data.base import Request
+from elt_lightning.known import known_pixels
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.module import ELTModule
 from elt_lightning.processes.noise import sample_seeds
@@ -30,6 +32,7 @@ class Row:
         pictures: (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every
             row.
         correct: (n,) bool, which of the pictures are right; empty where no metric can say.
+        given: like ``pictures``, what was given of each, the rest grey; empty where nothing was.
     """
 
     loops: int
@@ -38,6 +41,7 @@ class Row:
     samples_per_second: float = 0.0
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
     correct: Tensor = field(default_factory=lambda: torch.empty(0))
+    given: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def mean(self, name: str) -> float:
         """Mean of a metric over repeats."""
@@ -54,7 +58,7 @@ class Sweep:
     """How a sweep is run.
 
     Attributes:
-        num_samples: samples per repeat; sample i asks for class i mod num_classes.
+        num_samples: samples per repeat.
         batch_size: samples drawn at once on one device; it changes speed and memory, not results.
         seed: of the first repeat; repeat r uses seed + r.
         repeats: independent repeats of every measurement.
@@ -81,6 +85,7 @@ class Sweep:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[int], None] = lambda count: None,
         archive: SampleArchive | None = None,
+        request: Callable[[Tensor], Request] | None = None,
     ) -> Row:
         """Measure one loop count.
 
@@ -93,16 +98,19 @@ class Sweep:
             context: the precision to run in.
             progress: called with the number of samples drawn since the last call, over all ranks.
             archive: takes the pictures of the first repeat.
+            request: of the data module, says what samples of these numbers (B,) are of; without one sample i is of
+                class i mod num_classes.
         """
         row = Row(loops, sampler.guidance.scale)
         seconds = 0.0
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
-            for labels, index in self._share(module.num_classes, module.device):
+            for index in self._share(module.device):
+                labels, _, known = request(index) if request else Request(index % module.num_classes, index)
                 began = _now(module.device)
                 with context():
-                    codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), sampler=sampler)
+                    codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), known, sampler)
                 seconds += _now(module.device) - began
                 pixels = tokenizer.decode(codes)
                 for metric in metrics:
@@ -110,6 +118,9 @@ class Sweep:
                 missing = self.num_pictures - len(row.pictures)
                 if repeat == 0 and missing > 0:
                     keep_pictures(row, pixels[:missing], labels[:missing], tokenizer, metrics)
+                    if known is not None:
+                        shown = known_pixels(known[:missing], module.grid, module.num_codes, tokenizer)
+                        row.given = joined(row.given, tokenizer.present(shown).cpu())
                 if archive is not None and repeat == 0:
                     archive.add(picture_array(pixels), labels.cpu().numpy())
                 progress(len(labels) * self.world_size)
@@ -119,23 +130,25 @@ class Sweep:
         row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
 
-    def _share(self, num_classes: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give this rank's samples in batches: labels (B,) and index (B,)."""
-        mine = torch.arange(self.rank, self.num_samples, self.world_size, device=device)
-        for index in mine.split(self.batch_size):
-            yield index % num_classes, index
+    def _share(self, device: torch.device) -> Sequence[Tensor]:
+        """Give the numbers of this rank's samples in batches (B,)."""
+        return torch.arange(self.rank, self.num_samples, self.world_size, device=device).split(self.batch_size)
 
 
 def keep_pictures(
     row: Row, pixels: Tensor, labels: Tensor, tokenizer: Tokenizer, metrics: Sequence[SampleMetric]
 ) -> None:
     """Add pixels (n, C, H, W) to the pictures of a row, and what a metric says of each."""
-    pictures = tokenizer.present(pixels).cpu()
-    row.pictures = torch.cat([row.pictures, pictures]) if len(row.pictures) else pictures
+    row.pictures = joined(row.pictures, tokenizer.present(pixels).cpu())
     for metric in metrics:
         correct = metric.correct(pixels.to(metric.device), labels.to(metric.device))
         if correct is not None:
-            row.correct = torch.cat([row.correct, correct.cpu()]) if len(row.correct) else correct.cpu()
+            row.correct = joined(row.correct, correct.cpu())
+
+
+def joined(so_far: Tensor, more: Tensor) -> Tensor:
+    """Add samples to those kept so far, of which there may be none."""
+    return torch.cat([so_far, more]) if len(so_far) else more
 
 
 def _now(device: torch.device) -> float:

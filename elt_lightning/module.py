@@ -119,6 +119,17 @@ class ELTModule(LightningModule):
         """L_max, the loop count of the teacher."""
         return self.distillation.max_loops
 
+    @property
+    def num_codes(self) -> int | None:
+        """V of a model of tokens, None of one of latents."""
+        return getattr(self.sampler, "num_codes", None)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The cells that tokens or latents lie in: ([frames], height, width)."""
+        input_shape: tuple[int, ...] = self.network.input_shape  # type: ignore[assignment]
+        return input_shape if self.num_codes is not None else input_shape[1:]
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch's own generator, which dropout alone uses, from (seed, step, rank, micro-batch)."""
         if self._has_dropout:
@@ -170,8 +181,8 @@ class ELTModule(LightningModule):
         self.log_dict(losses, batch_size=len(batch.x) * self.trainer.world_size, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Draw what a batch of (labels, indices) asks for, at ``prediction_loops``: tokens or latents (B, …)."""
-        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.indices))
+        """Draw what a :class:`~elt_lightning.data.base.Request` asks for, at ``prediction_loops``: codes (B, …)."""
+        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.indices), batch.known)
 
     def predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
         """Call the network as samplers see it: at one loop count, to logits or x̂."""

@@ -129,11 +129,13 @@ class Report:
         with written_aside(folder / "loops.csv") as aside:
             self._write_csv(aside)
         best = self.best_per_loop()
-        pictures = {f"L = {row.loops}": row.pictures for row in best}
+        given = {"given": best[0].given} if len(best[0].given) else {}
+        pictures = given | {f"L = {row.loops}": row.pictures for row in best}
         if best[0].pictures.ndim == 5:
             write_gif(folder / "loops.gif", pictures)
         with written_aside(folder / "loops.png") as aside:
-            loops_figure(pictures, [row.correct for row in best]).savefig(aside, bbox_inches="tight")
+            correct = [torch.empty(0)] * len(given) + [row.correct for row in best]
+            loops_figure(pictures, correct).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
 
@@ -192,7 +194,8 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Fig
 
     Args:
         rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
-        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one.
+        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one; empty
+            where none can be.
     """
     stills = {label: pictures_of(values) for label, values in rows.items()}
     columns = max(len(pictures) for pictures in stills.values())

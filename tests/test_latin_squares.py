@@ -11,7 +11,6 @@ from elt_lightning.data.handwriting import Handwriting, load_handwriting
 from elt_lightning.data.latin_squares import (
     LatinSquaresDataModule,
     draw_latin_squares,
-    draw_pictures,
     reduced_latin_squares,
 )
 from elt_lightning.metrics.digits import DigitNetwork
@@ -41,7 +40,7 @@ def reduced_form(square: Square) -> tuple[Square, tuple[int, ...], tuple[int, ..
     return tuple(sorted(ordered)), columns, rows
 
 
-@pytest.mark.parametrize(("order", "count"), [(1, 1), (2, 1), (3, 1), (4, 4), (5, 56)])
+@pytest.mark.parametrize(("order", "count"), [(1, 1), (2, 1), (3, 1), (4, 4), (5, 56), (6, 9408)])
 def test_the_number_of_reduced_squares_is_the_known_one(order: int, count: int) -> None:
     squares = [tuple(square) for square in reduced_latin_squares(order)]
     assert len(set(squares)) == len(squares) == count
@@ -56,6 +55,20 @@ def test_permuting_the_reduced_squares_gives_all_161280_once() -> None:
             for columns in itertools.permutations(range(5)):
                 seen.add(bytes(row[c] for row in (square[0], *rest) for c in columns))
     assert len(seen) == 161_280
+
+
+@pytest.mark.parametrize("order", [4, 6])
+def test_squares_of_other_orders(order: int, latin_squares_root: Path) -> None:
+    squares = draw_latin_squares(200, torch.Generator().manual_seed(0), order)
+    assert all(is_latin(square) for square in as_tuples(squares))
+    data = LatinSquaresDataModule(str(latin_squares_root), num_train=20, num_held_out=20, order=order)
+    data.prepare_data()
+    data.setup("fit")
+    assert (data.num_classes, data.input_shape, data.num_codes) == (order, (order, order), 8 * order)
+    codes, labels, _ = data.training_set()[torch.arange(20)]
+    scores = next(m for m in data.build_metrics() if isinstance(m, LatinSquareScores))
+    scores.update(data.tokenizer.decode(codes), labels)
+    assert {name: value.item() for name, value in scores.compute().items()} == {"valid_squares": 1, "valid_lines": 1}
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -155,7 +168,7 @@ def test_training_and_held_out_handwriting_are_disjoint_and_complete() -> None:
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_pictures_show_latin_squares_in_the_handwriting_that_was_asked_for(held_out: bool) -> None:
-    handwriting = load_handwriting(held_out)
+    handwriting, draw_pictures = load_handwriting(held_out), LatinSquaresDataModule().draw_pictures
     digit_of = {i.numpy().tobytes(): int(d) for i, d in zip(handwriting.images, handwriting.labels, strict=True)}
     pictures, labels = draw_pictures(60, handwriting, seed=4)
     assert pictures.shape == (60, 1, 40, 40)
@@ -245,7 +258,7 @@ def test_the_order_seed_changes_no_picture_and_a_second_set_up_gives_the_same(la
 def test_fd_digits_compares_features_averaged_over_cells(data: LatinSquaresDataModule) -> None:
     metric = next(m for m in data.build_metrics() if isinstance(m, FrechetDistance))
     assert (metric.name, metric.feature_network) == ("fd_digits", "digit_network")
-    pictures, labels = draw_pictures(300, load_handwriting(held_out=True), seed=1)
+    pictures, labels = data.draw_pictures(300, load_handwriting(held_out=True), seed=1)
     metric.update(pictures, labels)
     assert metric.compute()["fd_digits"].item() < 1e-5
     network = data.load_digit_network()
@@ -264,6 +277,10 @@ def test_impossible_sizes_are_refused() -> None:
         {"codes_per_digit": 0},
         {"batch_size": 0},
         {"num_workers": -1},
+        {"order": 1},
+        {"order": 7},
+        {"num_given": 25},
+        {"num_given": -1},
     ):
         with pytest.raises(ValueError, match=r"num_|codes|batch"):
             LatinSquaresDataModule(**wrong)

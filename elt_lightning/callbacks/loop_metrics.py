@@ -212,7 +212,8 @@ class LoopMetrics(Callback):
         sampler = module.sampler.with_guidance_scale(scale)
         tokenizer = _data(trainer).tokenizer.to(module.device)
         metrics = self._metrics_on(trainer, module.device)
-        return sweep.run(module, sampler, tokenizer, metrics, loops, precision, progress, archive)
+        request = _data(trainer).request
+        return sweep.run(module, sampler, tokenizer, metrics, loops, precision, progress, archive, request)
 
     def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
         """Build the metrics once; their reference statistics serve every loop count and every validation."""

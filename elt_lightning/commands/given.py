@@ -15,6 +15,7 @@ from torch import Tensor
 from elt_lightning.data.clips import ClipShape
 from elt_lightning.data.crops import adm_centre_crop, decode_picture
 from elt_lightning.errors import UserError
+from elt_lightning.known import grey_out
 from elt_lightning.module import ELTModule
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import times
@@ -51,9 +52,7 @@ def read_given(
     Raises:
         UserError: the file cannot be read, or the given part does not lie in the grid.
     """
-    input_shape: tuple[int, ...] = module.network.input_shape  # type: ignore[assignment]
-    num_codes: int | None = getattr(module.sampler, "num_codes", None)
-    grid = input_shape if num_codes is not None else input_shape[1:]
+    grid, num_codes = module.grid, module.num_codes
     unknown = torch.zeros(grid, dtype=torch.bool, device=module.device)
     if frames is not None:
         if len(grid) != 3 or not 0 < frames < grid[0]:
@@ -85,9 +84,7 @@ def hide(pixels: Tensor, unknown: Tensor, frames: int | None) -> Tensor:
         given = frames * pixels.shape[1] // unknown.shape[0]
         pixels = pixels[:, torch.arange(pixels.shape[1], device=pixels.device).clamp(max=given - 1)]
         unknown = unknown[:frames].any(0).expand_as(unknown)  # beyond the given frames only their hole is grey
-    for axis, size in enumerate(pixels.shape[1:]):
-        unknown = unknown.repeat_interleave(size // unknown.shape[axis], axis)
-    return pixels.masked_fill(unknown, 0.5)
+    return grey_out(pixels[None], unknown[None])[0]
 
 
 def read_pixels(path: Path, shape: torch.Size, stride: int) -> Tensor:

@@ -36,23 +36,30 @@ class Request(NamedTuple):
     Attributes:
         labels: (B,) int64.
         indices: (B,) int64, each sample's number; with the seed it decides the sample.
+        known: (B, …) what is given of each sample and must stay, marked as samplers want it; None for nothing.
     """
 
     labels: Tensor
     indices: Tensor
+    known: Tensor | None = None
 
 
 class Requests(Dataset[Request]):
-    """Samples 0 … n − 1, sample i of class i mod ``num_classes``; indexed by a whole batch of numbers at once."""
+    """Samples 0 … n − 1, indexed by a whole batch of numbers at once.
 
-    def __init__(self, num_samples: int, num_classes: int) -> None:
-        self.num_samples, self.num_classes = num_samples, num_classes
+    Args:
+        num_samples: n.
+        request: of a data module, says what samples of these numbers (B,) are of.
+    """
+
+    def __init__(self, num_samples: int, request: Callable[[Tensor], Request]) -> None:
+        self.num_samples, self.request = num_samples, request
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, indices: Tensor) -> Request:
-        return Request(indices % self.num_classes, indices)
+        return self.request(indices)
 
 
 HELD_OUT_LOSS = "loss"
@@ -320,9 +327,13 @@ class GenerativeDataModule(BatchedDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
         return self.val_dataloader()
 
+    def request(self, indices: Tensor) -> Request:
+        """Say what the samples of these numbers (B,) are of: sample i of class i mod ``num_classes``, nothing given."""
+        return Request(indices % self.num_classes, indices)
+
     def request_samples(self, num_samples: int, batch_size: int) -> None:
         """Say what :meth:`predict_dataloader` shall ask for: how many samples, drawn how many at once on one device."""
-        self._requests, self._request_batch_size = Requests(num_samples, self.num_classes), batch_size
+        self._requests, self._request_batch_size = Requests(num_samples, self.request), batch_size
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
         assert self.trainer is not None

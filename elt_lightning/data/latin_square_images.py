@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
-from elt_lightning.data.latin_squares import ORDER, LatinSquaresDataModule
+from elt_lightning.data.latin_squares import LatinSquaresDataModule
 from elt_lightning.tokenizers.base import Tokenizer, to_bytes
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.patch_vq import with_lines
@@ -35,8 +35,6 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         seed: of the order of training samples; what the pictures are does not depend on it.
     """
 
-    input_shape = (1, ORDER * SIDE, ORDER * SIDE)
-
     def __init__(
         self,
         root: str = "data/latin_squares",
@@ -53,6 +51,7 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         )
         if writings_per_digit is not None and writings_per_digit < 1:
             raise ValueError(f"writings_per_digit must be at least 1, not {writings_per_digit}")
+        self.input_shape = (1, self.order * SIDE, self.order * SIDE)
         self.num_codes = None
         self.writings_per_digit = writings_per_digit
 

@@ -1,32 +1,40 @@
 """Latin squares written by hand: pictures that take a network of some depth to get right, without a download.
 
-A 40×40 picture shows a 5×5 Latin square (each of the digits 1–5 once in every row and column), every cell a real
-handwritten digit. The label is the digit in the centre. Whether a sample is right can be read off exactly.
+A picture of 8n×8n pixels shows an n×n Latin square (each of the digits 1…n once in every row and column), every cell a
+real handwritten digit. The label is the digit in the centre, where n is even in the cell right of it and below. Whether
+a sample is right can be read off exactly.
 """
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from elt_lightning.data.base import IndexedDataModule, TensorBatches
+from elt_lightning.data.base import IndexedDataModule, Request, TensorBatches
 from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
 from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.processes.masking import ranks
+from elt_lightning.processes.noise import Stream, sample_seeds, uniform
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.patch_vq import PatchVQTokenizer, cut_patches, join_patches
 
-ORDER = 5
+PUZZLE_SEED = 0
+"""Which cells of a puzzle are given depends on its number alone: every model and every run gets the same puzzles."""
 
 
 class LatinSquaresDataModule(IndexedDataModule):
-    """Latin squares of handwritten digits as 25 tokens, one per cell.
+    """Latin squares of handwritten digits as n² tokens, one per cell.
 
     The tokenizer's codebook is k-means over the training handwriting, a few codes for each digit. Codebook and digit
     network are made once, seeded, and cached under ``root``.
+
+    With ``num_given`` a sweep sets puzzles: sample i is given so many cells of held-out square i, and its label, and
+    has to fill in the others. Any valid square is right, also where a puzzle has more than one. Training is the same.
 
     Args:
         root: folder of the cached files.
@@ -35,12 +43,13 @@ class LatinSquaresDataModule(IndexedDataModule):
         num_train: pictures to train on.
         num_held_out: pictures of held-out handwriting, the reference of the metrics.
         codes_per_digit: ways of writing each digit that the tokenizer tells apart.
+        order: n, from 2 to 6.
+        num_given: cells of each sample that are given, less than n².
         num_workers: loader processes; the data is in memory, so 0 is fastest.
         seed: of the order of training samples; what the pictures are does not depend on it.
     """
 
-    num_classes = ORDER
-    input_shape: tuple[int, ...] = (ORDER, ORDER)
+    boxes: tuple[int, int] | None = None
     primary_metric = "valid_squares"
     higher_is_better = True
 
@@ -54,24 +63,31 @@ class LatinSquaresDataModule(IndexedDataModule):
         codes_per_digit: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        order: int = 5,
+        num_given: int = 0,
     ) -> None:
         super().__init__(batch_size, micro_batch_size, num_workers, seed)
+        if not 2 <= order <= 6 or not 0 <= num_given < order**2:
+            raise ValueError(f"need order from 2 to 6 and num_given from 0 to order² - 1, not {order} and {num_given}")
         if num_train < 1 or num_held_out < 2 or not 1 <= codes_per_digit <= 100:
             raise ValueError("need num_train >= 1, num_held_out >= 2 and codes_per_digit from 1 to 100")
         self.root, self.num_train, self.num_held_out = Path(root), num_train, num_held_out
-        self.codes_per_digit = codes_per_digit
-        self.num_codes = ORDER * codes_per_digit
+        self.codes_per_digit, self.num_given = codes_per_digit, num_given
+        self.order = self.num_classes = order
+        self.input_shape = (order, order)
+        self.num_codes = order * codes_per_digit
 
     @property
     def codebook_path(self) -> Path:
-        """Where the codebook is cached; its size is part of the name."""
-        return self.root / f"codebook_{self.num_codes}.safetensors"
+        """Where the codebook is cached; digits and codes of each are part of the name."""
+        return self.root / f"codebook_{self.order}x{self.codes_per_digit}.safetensors"
 
     def prepare_data(self) -> None:
         """Make the codebook and the digit network, once."""
         training = load_handwriting(held_out=False)
         if not self.codebook_path.is_file():
-            PatchVQTokenizer.save(self.codebook_path, fit_codebook(training, self.codes_per_digit), (ORDER, ORDER))
+            codebook = fit_codebook(training, self.order, self.codes_per_digit)
+            PatchVQTokenizer.save(self.codebook_path, codebook, (self.order, self.order))
         self.load_digit_network()
 
     def load_digit_network(self) -> DigitNetwork:
@@ -82,13 +98,24 @@ class LatinSquaresDataModule(IndexedDataModule):
     def setup(self, stage: str) -> None:
         """Draw the pictures and encode them."""
         self._tokenizer = self.load_tokenizer()
-        if stage != "predict":
+        if stage != "predict" or self.num_given:
             self._held_out_set = self._encode(self.num_held_out, held_out=True)
 
     def _encode(self, count: int, held_out: bool) -> TensorBatches:
-        pictures, labels = draw_pictures(count, self.load_writings(held_out), seed=int(held_out))
+        pictures, labels = self.draw_pictures(count, self.load_writings(held_out), seed=int(held_out))
         codes = torch.cat([self._tokenizer.encode(part.float()) for part in pictures.split(1000)])
         return TensorBatches(codes, labels)
+
+    def draw_pictures(self, count: int, handwriting: Handwriting, seed: int) -> tuple[Tensor, Tensor]:
+        """Draw pictures (count, 1, 8n, 8n) float in [0, 1], and labels (count,): the digit in the centre less one."""
+        generator = torch.Generator().manual_seed(seed)
+        digits = self.draw_squares(count, generator)
+        pictures = write_squares(digits, handwriting, generator)
+        return pictures, digits[:, self.order // 2, self.order // 2] - 1
+
+    def draw_squares(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw squares uniformly: (count, n, n) int64 in 1…n."""
+        return draw_latin_squares(count, generator, self.order)
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the patch tokenizer."""
@@ -114,6 +141,16 @@ class LatinSquaresDataModule(IndexedDataModule):
     def held_out_set(self) -> TensorBatches:  # noqa: D102
         return self._held_out_set
 
+    def request(self, indices: Tensor) -> Request:
+        """Ask for one class after the other; or for what the puzzles of these numbers (B,) are of."""
+        if not self.num_given:
+            return super().request(indices)
+        assert self.num_codes is not None
+        squares = self._held_out_set[indices.cpu() % self.num_held_out]
+        order = ranks(uniform(sample_seeds(PUZZLE_SEED, indices.cpu()), 0, Stream.GIVEN_CELLS, squares.x.shape[1:]))
+        known = squares.x.masked_fill(order >= self.num_given, self.num_codes)
+        return Request(squares.labels.to(indices.device), indices, known.to(indices.device))
+
     def build_metrics(self) -> list[SampleMetric]:
         """``valid_squares``, ``valid_lines``; and ``fd_digits``, of the digit network's features averaged over cells.
 
@@ -126,66 +163,64 @@ class LatinSquaresDataModule(IndexedDataModule):
             return network.features(cells.flatten(0, 1).unsqueeze(1)).view(*cells.shape[:2], -1).mean(1)
 
         distance = FrechetDistance("fd_digits", picture_features, network.num_features, "digit_network")
-        pictures, _ = draw_pictures(self.num_held_out, load_handwriting(held_out=True), seed=1)
+        pictures, _ = self.draw_pictures(self.num_held_out, load_handwriting(held_out=True), seed=1)
         distance.set_reference(pictures.split(500))
         # Reading cells needs the network on the samples' device: a module inside a metric moves with it.
         distance.network = network
-        return [LatinSquareScores(network, ORDER), distance]
+        return [LatinSquareScores(network, self.order, self.boxes), distance]
 
 
-def draw_pictures(count: int, handwriting: Handwriting, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw pictures (count, 1, 40, 40) float in [0, 1] and labels (count,), the digit in the centre less one.
-
-    Squares are uniform over all 161,280 Latin squares of order 5; every cell is a random writing of its digit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    digits = draw_latin_squares(count, generator)
-    writings = torch.empty(count, ORDER * ORDER, SIDE, SIDE)
-    for digit in range(1, ORDER + 1):
+def write_squares(digits: Tensor, handwriting: Handwriting, generator: torch.Generator) -> Tensor:
+    """Write digits (B, n, n) in 1…n, each by a random writing of it: (B, 1, 8n, 8n) float in [0, 1]."""
+    count, order, _ = digits.shape
+    writings = torch.empty(count, order * order, SIDE, SIDE)
+    for digit in range(1, order + 1):
         cells = digits.flatten(1) == digit
         choices = handwriting.images[handwriting.labels == digit, 0]
         writings[cells] = choices[torch.randint(len(choices), (int(cells.sum()),), generator=generator)]
-    return join_patches(writings, (ORDER, ORDER)), digits[:, ORDER // 2, ORDER // 2] - 1
+    return join_patches(writings, (order, order))
 
 
-def draw_latin_squares(count: int, generator: torch.Generator) -> Tensor:
-    """Draw Latin squares uniformly: (count, 5, 5) int64 in 1…5.
+def draw_latin_squares(count: int, generator: torch.Generator, order: int = 5) -> Tensor:
+    """Draw Latin squares uniformly: (count, n, n) int64 in 1…n.
 
-    Each of the 56 reduced squares (first row and column in order), its columns permuted (5!) and its rows after the
-    first permuted (4!), gives every one of the 161,280 Latin squares of order 5 once.
+    Each of the reduced squares (first row and column in order), its columns permuted (n!) and its rows after the
+    first permuted ((n − 1)!), gives every Latin square once: of order 5, 56 reduced ones give all 161,280.
     """
-    reduced = torch.tensor(reduced_latin_squares(ORDER))
+    reduced = torch.tensor(reduced_latin_squares(order))
     chosen = reduced[torch.randint(len(reduced), (count,), generator=generator)]
-    rows = torch.cat([torch.zeros(count, 1), 1 + torch.rand(count, ORDER - 1, generator=generator)], dim=1).argsort(
-        dim=1
-    )
-    columns = torch.rand(count, ORDER, generator=generator).argsort(dim=1)
+    later_rows = 1 + torch.rand(count, order - 1, generator=generator)
+    rows = torch.cat([torch.zeros(count, 1), later_rows], dim=1).argsort(dim=1)
+    columns = torch.rand(count, order, generator=generator).argsort(dim=1)
     chosen = chosen.gather(1, rows[:, :, None].expand_as(chosen))
     return chosen.gather(2, columns[:, None, :].expand_as(chosen))
 
 
+@cache
 def reduced_latin_squares(order: int) -> list[list[tuple[int, ...]]]:
     """List the Latin squares whose first row and first column are 1…n, row by row with backtracking."""
+    symbols = range(1, order + 1)
+    rows_from = {first: [row for row in itertools.permutations(symbols) if row[0] == first] for first in symbols}
 
     def extend(rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         if len(rows) == order:
             return [rows]
         return [
             square
-            for row in itertools.permutations(range(1, order + 1))
-            if row[0] == len(rows) + 1 and all(a != b for earlier in rows for a, b in zip(row, earlier, strict=True))
+            for row in rows_from[len(rows) + 1]
+            if all(a != b for earlier in rows for a, b in zip(row, earlier, strict=True))
             for square in extend([*rows, row])
         ]
 
-    return extend([tuple(range(1, order + 1))])
+    return extend([tuple(symbols)])
 
 
-def fit_codebook(handwriting: Handwriting, codes_per_digit: int) -> Tensor:
-    """Run k-means over each digit's writings: (5·codes_per_digit, 8, 8) float in [0, 1]."""
+def fit_codebook(handwriting: Handwriting, order: int, codes_per_digit: int) -> Tensor:
+    """Run k-means over the writings of each of the digits 1…n: (n·codes_per_digit, 8, 8) float in [0, 1]."""
     from sklearn.cluster import KMeans
 
     centres = []
-    for digit in range(1, ORDER + 1):
+    for digit in range(1, order + 1):
         writings = handwriting.images[handwriting.labels == digit].flatten(1).numpy()
         centres.append(KMeans(codes_per_digit, n_init=4, random_state=0).fit(writings).cluster_centers_)
     return torch.cat([torch.from_numpy(c) for c in centres]).float().view(-1, SIDE, SIDE).clamp(0, 1)

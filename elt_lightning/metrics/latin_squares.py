@@ -1,4 +1,4 @@
-"""Exact scores of pictures that should be Latin squares of handwritten digits, as the digit network reads them."""
+"""Exact scores of pictures that should be Latin squares or sudokus of handwritten digits, as a network reads them."""
 
 import torch
 from torch import Tensor
@@ -12,21 +12,22 @@ from elt_lightning.tokenizers.patch_vq import cut_patches
 class LatinSquareScores(SampleMetric):
     """Read every cell, then judge the square.
 
-    ``valid_squares``: share of pictures with every digit 1…n once in each row and column, and the asked one at the
-    centre. ``valid_lines``: share of all rows and columns that hold every digit once.
+    ``valid_squares``: share of pictures with every digit 1…n once in each row, column and box, and the asked one at the
+    centre. ``valid_lines``: share of all rows, columns and boxes that hold every digit once.
 
     Args:
         network: reads one cell.
-        order: n, cells along a side; odd.
+        order: n, cells along a side.
+        boxes: rows and columns of a sudoku's boxes; None without boxes.
     """
 
     squares: Tensor
     lines: Tensor
     count: Tensor
 
-    def __init__(self, network: DigitNetwork, order: int = 5) -> None:
+    def __init__(self, network: DigitNetwork, order: int = 5, boxes: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.network, self.order = network, order
+        self.network, self.order, self.boxes = network, order, boxes
         for state in ("squares", "lines", "count"):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -38,7 +39,7 @@ class LatinSquareScores(SampleMetric):
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         digits = self.read(pixels)
         self.squares += self._valid_squares(digits, labels).sum()
-        self.lines += valid_lines(digits).sum()
+        self.lines += valid_lines(digits, self.boxes).sum()
         self.count += len(pixels)
 
     def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
@@ -46,14 +47,26 @@ class LatinSquareScores(SampleMetric):
 
     def _valid_squares(self, digits: Tensor, labels: Tensor) -> Tensor:
         centre = digits[:, self.order // 2, self.order // 2] - 1
-        return valid_lines(digits).all(1) & (centre == labels)
+        return valid_lines(digits, self.boxes).all(1) & (centre == labels)
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
-        return {"valid_squares": self.squares / self.count, "valid_lines": self.lines / (self.count * 2 * self.order)}
+        lines = self.count * self.order * (3 if self.boxes else 2)
+        return {"valid_squares": self.squares / self.count, "valid_lines": self.lines / lines}
 
 
-def valid_lines(digits: Tensor) -> Tensor:
-    """Say which of the n rows and n columns hold each of 1…n once: (B, n, n) int64 to (B, 2n) bool."""
+def valid_lines(digits: Tensor, boxes: tuple[int, int] | None = None) -> Tensor:
+    """Say which of the n rows, n columns and n boxes, if there are any, hold each of 1…n once.
+
+    Args:
+        digits: (B, n, n) int64.
+        boxes: rows and columns of each box, n their product; None for none.
+
+    Returns:
+        (B, 2n) bool, with boxes (B, 3n).
+    """
     lines = torch.cat([digits, digits.transpose(1, 2)], dim=1)  # B 2n n
+    if boxes:
+        in_boxes = digits.unflatten(1, (-1, boxes[0])).unflatten(3, (-1, boxes[1])).transpose(2, 3)
+        lines = torch.cat([lines, in_boxes.flatten(1, 2).flatten(2)], dim=1)
     wanted = torch.arange(1, digits.shape[-1] + 1, device=digits.device)
     return (lines.sort(dim=-1).values == wanted).all(-1)

@@ -42,6 +42,7 @@ class Stream(IntEnum):
     POSTERIOR = 14
     CLIP_START = 15
     REVIVED_CODES = 16
+    GIVEN_CELLS = 17
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
