@@ -1,7 +1,6 @@
 """Drawing the rest of a clip or a picture: what is given stays, and what is hidden is not looked at."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,13 @@ from elt_lightning.cli import main
 from elt_lightning.commands.given import Hole, hide, read_given
 from elt_lightning.data.decoding import read_clip, write_clip
 from elt_lightning.errors import UserError
+from elt_lightning.known import GREY, known_pixels
+from elt_lightning.module import ELTModule
 from elt_lightning.networks.masked import LoopedMaskedTransformer
+from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.video_vq import VideoVQ, write_tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
 
@@ -30,11 +34,11 @@ def tokenizer(tmp_path: Path) -> VideoVQ:
 
 
 @pytest.fixture
-def module() -> Any:
-    """What `read_given` asks of a module: a model of clips of 4×4×4 tokens."""
+def module() -> ELTModule:
+    """A model of clips of 4×4×4 tokens."""
     network = LoopedMaskedTransformer(num_codes=V, input_shape=GRID, num_classes=2, num_layers=1, width=8, heads=2)
     sampler = MaskGITSampler(num_codes=V, num_classes=2, steps=4)
-    return SimpleNamespace(network=network.eval(), sampler=sampler, device=torch.device("cpu"))
+    return ELTModule(network, MaskedObjective(V), ILSD(2), sampler, num_classes=2).eval()
 
 
 def clip_file(path: Path, frames: Tensor) -> Path:
@@ -50,7 +54,7 @@ def noise(seed: int, count: int = 12) -> Tensor:
     ("frames", "hole", "num_known"), [(1, None, 16), (3, None, 48), (None, (1, 0, 3, 4), 32), (2, (0, 0, 2, 2), 24)]
 )
 def test_known_tokens_are_those_that_are_given(
-    frames: int | None, hole: Hole | None, num_known: int, module: Any, tokenizer: VideoVQ, tmp_path: Path
+    frames: int | None, hole: Hole | None, num_known: int, module: ELTModule, tokenizer: VideoVQ, tmp_path: Path
 ) -> None:
     path = clip_file(tmp_path / "clip.avi", noise(1))
     known = read_given(path, module, tokenizer, frames, hole).known
@@ -69,7 +73,7 @@ def test_known_tokens_are_those_that_are_given(
 
 @pytest.mark.parametrize(("frames", "hole"), [(2, None), (None, (1, 0, 3, 4)), (2, (0, 0, 2, 2))])
 def test_what_is_hidden_does_not_matter(
-    frames: int | None, hole: Hole | None, module: Any, tokenizer: VideoVQ, tmp_path: Path
+    frames: int | None, hole: Hole | None, module: ELTModule, tokenizer: VideoVQ, tmp_path: Path
 ) -> None:
     """Two clips that differ only in hidden pixels are given alike; the files are lossy, so that clips are compared."""
     path = clip_file(tmp_path / "clip.avi", noise(1))
@@ -88,7 +92,7 @@ def test_what_is_hidden_does_not_matter(
         assert torch.equal(seen[:, 4:], seen[:, 3:4].expand(-1, 4, -1, -1))
 
 
-def test_the_stride_chooses_frames(module: Any, tokenizer: VideoVQ, tmp_path: Path) -> None:
+def test_the_stride_chooses_frames(module: ELTModule, tokenizer: VideoVQ, tmp_path: Path) -> None:
     path = clip_file(tmp_path / "clip.avi", noise(1, count=16))
     pixels = read_given(path, module, tokenizer, 3, None, stride=2).pixels
     assert torch.equal(pixels[0, :, :6], read_clip(path, 0, 6, stride=2).permute(3, 0, 1, 2) / 255)
@@ -104,7 +108,7 @@ def test_the_stride_chooses_frames(module: Any, tokenizer: VideoVQ, tmp_path: Pa
     ],
 )
 def test_parts_that_cannot_be_given(
-    settings: dict[str, Any], telling: str, module: Any, tokenizer: VideoVQ, tmp_path: Path
+    settings: dict[str, Any], telling: str, module: ELTModule, tokenizer: VideoVQ, tmp_path: Path
 ) -> None:
     path = clip_file(tmp_path / "clip.avi", noise(1))
     with pytest.raises(UserError, match=telling):
@@ -131,3 +135,14 @@ def test_the_command_fills_a_hole(
         capsys.readouterr()
         assert main([*command, "--overwrite", *wrong]) == 2
         assert telling in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_given_of_latents_is_shown_between_grey(channels: int) -> None:
+    latents = torch.rand(2, channels, 4, 6) * 2 - 1
+    unknown = torch.zeros(2, 4, 6, dtype=torch.bool)
+    unknown[0, 1:3, 2:], unknown[1, 0] = True, True
+    pixels = known_pixels(latents.masked_fill(unknown[:, None], torch.nan), (4, 6), None, PixelScaling())
+    everywhere = unknown[:, None].expand_as(pixels)
+    assert (pixels[everywhere] == GREY).all()
+    torch.testing.assert_close(pixels[~everywhere], ((latents + 1) / 2)[~everywhere])

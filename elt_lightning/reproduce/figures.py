@@ -46,6 +46,7 @@ ABLATIONS = {
     "ablation_terms": "masked, shorter runs",
     "ablation_diffusion": "diffusion",
     "ablation_video": "video",
+    "ablation_sudoku": "masked, sudoku",
 }
 """Folders of results at small scale, and the family that each is of."""
 
