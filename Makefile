@@ -65,7 +65,7 @@ ifdef SMOKE
 		--reference $(SMOKE_DIR)/files/imagenet/val --data $(SMOKE_DIR)/data --runs $(SMOKE_DIR)/runs \
 		--encode_flags "--size 64 --max_unreadable 0.5 --samples_per_shard 10" --flags "$(SMOKE_FLAGS)"
 else
-	$(BIN)/python -m elt_lightning.reproduce.imagenet --models $(MODELS) --root $(IMAGENET) \
+	$(BIN)/python -m elt_lightning.reproduce.imagenet --models $(MODELS) --runs $(RUNS) --root $(IMAGENET) \
 		--reference $(or $(REFERENCE),data/imagenet256/VIRTUAL_imagenet256_labeled.npz) $(if $(VQGAN),--vqgan $(VQGAN)) \
 		$(if $(VAE),--vae $(VAE)) $(if $(VAL_LABELS),--val_labels $(VAL_LABELS)) $(if $(INCEPTION),--inception $(INCEPTION))
 endif
@@ -79,9 +79,11 @@ SMOKE_FLAGS := --data.init_args.batch_size=8 --data.init_args.num_workers=1 --da
 # The same for videos, measured by the paper's protocol; SMOKE=1 writes moving digits in UCF-101's layout and small
 # networks with I3D's signature.
 UCF101 ?= data/ucf101
+VIDEO_CONFIG ?= configs/ucf101/elt_6n4l.yaml
+VIDEO_LOOPS ?= 2,3,4,5,6
 PROTOCOL_FLAGS ?= --data.init_args.protocol=magvit-10kx4 --num_samples=10000 --repeats=4
 VIDEO_SMOKE_DIR := runs/ucf101_smoke
-ucf101: $(BIN)/elt ## Table 4's ELT rows: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (GPU-hours: elt plan); SMOKE=1 in 2 minutes without any
+ucf101: $(BIN)/elt ## Table 4's ELT rows: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (117 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes without any
 ifdef SMOKE
 	rm -rf $(VIDEO_SMOKE_DIR)
 	$(BIN)/python tests/ucf101_stand_ins.py $(VIDEO_SMOKE_DIR)/files
@@ -92,7 +94,7 @@ ifdef SMOKE
 		--data_flags "$(VIDEO_SMOKE_DATA)" --flags "$(VIDEO_SMOKE_FLAGS)"
 else
 	$(BIN)/python -m elt_lightning.reproduce.ucf101 --root $(UCF101)/UCF-101 --annotations $(UCF101)/ucfTrainTestlist \
-		--data $(UCF101) --test_flags "$(PROTOCOL_FLAGS)" --data_flags "--data.init_args.root=$(UCF101)/UCF-101 --data.init_args.annotations=$(UCF101)/ucfTrainTestlist $(if $(I3D),--data.init_args.i3d_path=$(I3D)) $(if $(C3D),--data.init_args.c3d_path=$(C3D))"
+		--data $(UCF101) --runs $(VIDEO_RUNS) --config $(VIDEO_CONFIG) --loops $(VIDEO_LOOPS) --test_flags "$(PROTOCOL_FLAGS)" --data_flags "--data.init_args.root=$(UCF101)/UCF-101 --data.init_args.annotations=$(UCF101)/ucfTrainTestlist $(if $(I3D),--data.init_args.i3d_path=$(I3D)) $(if $(C3D),--data.init_args.c3d_path=$(C3D))"
 endif
 
 TOKENIZER_SMOKE_FLAGS := --model.init_args.sample_shape=[16,32,32] --model.init_args.filters=32 \
@@ -118,7 +120,8 @@ clean: ## remove caches and the virtual environment; runs and data stay
 # to `make imagenet`, or UCF101= is a folder), goes on where it was interrupted, and renders what was measured into
 # docs/results; without the data it only renders.
 # SMOKE=1 takes small models on data that the project makes instead, renders into runs/small_scale, and says so in every
-# title. GPU-hours are those of training by `elt plan`, on an H100.
+# title. GPU-hours are those of training by `elt plan`, on an H100; of the tokenizer of clips 14.4 TFLOP for each of
+# 9,537 clips in 1,000 epochs (benchmarks/README.md), at the same share of the peak.
 .PHONY: tables figures table1 table2 table3 table4 table8 fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
 RUNS ?= runs/imagenet256
 VIDEO_RUNS ?= runs/ucf101
@@ -162,6 +165,8 @@ train = $(BIN)/python -m elt_lightning.reproduce.imagenet --models $(1) $(IMAGEN
 masked = $(if $(VQGAN),$(call train,$(1),$(2)),@echo "without VQGAN= nothing is trained of $(1) $(2)")
 diffusion = $(if $(VAE),$(call train,$(1),$(2)),@echo "without VAE= nothing is trained of $(1) $(2)")
 video = $(if $(wildcard $(UCF101)/UCF-101),$(MAKE) ucf101,@echo "without $(UCF101)/UCF-101 nothing is trained of elt_6n4l")
+video_baseline = $(if $(wildcard $(UCF101)/UCF-101),$(MAKE) ucf101 VIDEO_CONFIG=configs/ucf101/magvit_l.yaml VIDEO_LOOPS=1,\
+	@echo "without $(UCF101)/UCF-101 nothing is trained of magvit_l")
 # The row that is the same model at more loops and steps.
 video_24_steps = @if [ -f $(VIDEO_RUNS)/elt_6n4l/checkpoints/last.ckpt -a ! -f $(VIDEO_RUNS)/elt_6n4l/test_24_steps/loops.json ]; \
 	then $(BIN)/elt test --ckpt_path $(VIDEO_RUNS)/elt_6n4l/checkpoints/last.ckpt --loops 6 \
@@ -199,9 +204,10 @@ table3: $(BIN)/elt ## Table 3, inference throughput: measured unless benchmarks/
 		$(BIN)/elt bench inference $(BENCH_FLAGS) --output $(BENCHMARKS)/inference.json; fi
 	$(TABLE) 3 --benchmarks $(BENCHMARKS)
 
-table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (GPU-hours: elt plan); SMOKE=1 in 2 minutes
+table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (234 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes
 	$(video)
 	$(video_24_steps)
+	$(video_baseline)
 	$(TABLE) 4 --measured $(VIDEO_RUNS)
 
 table8: $(BIN)/elt ## Table 8, training profile: measured unless benchmarks/training.json is there (a GPU: 8N×4L and the 2.1B DiT; a CPU: width 512 in 6 minutes); SMOKE=1 in 1 minute
@@ -229,7 +235,7 @@ fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 G
 	$(call diffusion,elt_8n4l)
 	$(FIGURE) 6 --measured $(RUNS)
 
-fig7: $(BIN)/elt ## FVD per loop count: UCF101= I3D= (GPU-hours: elt plan); SMOKE=1 from the committed ablation, at once
+fig7: $(BIN)/elt ## FVD per loop count: UCF101= I3D= (117 GPU-hours, 96 more for the tokenizer); SMOKE=1 from the committed ablation, at once
 	$(video)
 	$(FIGURE) 7 --measured $(VIDEO_RUNS)
 

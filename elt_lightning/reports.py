@@ -129,12 +129,11 @@ class Report:
         with written_aside(folder / "loops.csv") as aside:
             self._write_csv(aside)
         best = self.best_per_loop()
-        given = {"given": best[0].given} if len(best[0].given) else {}
-        pictures = given | {f"L = {row.loops}": row.pictures for row in best}
+        pictures = labelled_pictures(best)
         if best[0].pictures.ndim == 5:
             write_gif(folder / "loops.gif", pictures)
         with written_aside(folder / "loops.png") as aside:
-            correct = [torch.empty(0)] * len(given) + [row.correct for row in best]
+            correct = [torch.empty(0)] * (len(pictures) - len(best)) + [row.correct for row in best]
             loops_figure(pictures, correct).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
@@ -187,6 +186,12 @@ def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
         aside.write_text(json.dumps(scores, indent=2) + "\n")
     print("reconstruction:", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     print(folder / "reconstruction.json")
+
+
+def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Give {label: pictures}: what was given, if anything was, then the samples of each loop count."""
+    given = {"given": rows[0].given} if len(rows[0].given) else {}
+    return given | {f"L = {row.loops}": row.pictures for row in rows}
 
 
 def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:

@@ -13,7 +13,6 @@ from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.networks.scales import SCALES
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.reproduce.accounting import (
-    UCF101,
     Count,
     count,
     count_row,
@@ -53,7 +52,10 @@ IMAGE_TOKENS = {"num_codes": 1024, "input_shape": (16, 16), "num_classes": 1000}
 LATENTS = {"input_shape": (4, 32, 32), "num_classes": 1000}
 FAMILIES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "masked": (LoopedMaskedTransformer, IMAGE_TOKENS),
-    "masked video": (LoopedMaskedTransformer, UCF101),
+    "masked video": (
+        LoopedMaskedTransformer,
+        {"num_codes": 1024, "input_shape": (4, 16, 16), "num_classes": 101, "scale": "L"},
+    ),
     "adaln_zero": (LoopedDiT, {**LATENTS, "block": "adaln_zero"}),
     "film": (LoopedDiT, {**LATENTS, "block": "film", "condition_width": 1024}),
 }

@@ -154,13 +154,25 @@ def test_the_best_guidance_scale_counts_and_spreads_are_kept(tmp_path: Path) -> 
 def test_the_two_video_rows_are_told_apart_by_loops_and_steps(tmp_path: Path) -> None:
     common = {"params_backbone": size(TABLE_4[2])}
     rows = [{**common, "loops": loops, "metrics": {"fvd": 100.0 + loops}} for loops in (4, 6)]
-    write_run(tmp_path / "elt_6n4l", rows, sampling_steps=12)
-    write_run(
-        tmp_path / "elt_6n4l", [{**common, "loops": 6, "metrics": {"fvd256": 77.0}}], "test_24", sampling_steps=24
-    )
+    papers = {"feature_network": "I3D, protocol magvit-10k×4"}
+    write_run(tmp_path / "elt_6n4l", rows, sampling_steps=12, **papers)
+    more_steps = [{**common, "loops": 6, "metrics": {"fvd256": 77.0}}]
+    write_run(tmp_path / "elt_6n4l", more_steps, "test_24", sampling_steps=24, **papers)
     cells = make_table(4, tmp_path)["rows"]
     assert [row["fvd_measured"] for row in cells] == [None, None, 104.0, None]
     assert [row["fvd256_measured"] for row in cells] == [None, None, None, 77.0]
+
+
+def test_fvd_by_another_protocol_does_not_stand_beside_the_papers(tmp_path: Path) -> None:
+    row = {"params_backbone": size(TABLE_4[1]), "loops": 1}
+    better = [{**row, "metrics": {"fvd": 10.0}}]
+    write_run(tmp_path / "magvit_l", better, sampling_steps=12, feature_network="I3D, protocol styleganv-2048")
+    table = make_table(4, tmp_path)
+    assert [row["fvd_measured"] for row in table["rows"]] == [None] * 4
+    assert any("left out: its protocol" in note and "styleganv-2048" in note for note in table["notes"])
+    worse = [{**row, "metrics": {"fvd": 90.0}}]
+    write_run(tmp_path / "magvit_l", worse, "test_2", sampling_steps=12, feature_network="I3D, protocol magvit-10k×4")
+    assert [row["fvd_measured"] for row in make_table(4, tmp_path)["rows"]] == [None, 90.0, None, None]
 
 
 def test_a_run_of_another_network_is_named_and_left_out_but_for_a_twin(tmp_path: Path) -> None:
@@ -203,12 +215,38 @@ def test_benchmarks_fill_table_3(tmp_path: Path) -> None:
         "L: 8N×3L": 1.5,
         "XL: 7N×4L": None,
         "H: 8N×4L": None,
-        "L: 8N×3L, batch 16, bf16-true": 2.0,
-        "L: 8N×3L, batch 8, bf16-true, torch.compile": 2.5,
-        "small: 4N×3L, batch 8, bf16-true": 1.0,
+        "L: 8N×3L, batch 16, bf16-true, 24 steps, a GPU": 2.0,
+        "L: 8N×3L, batch 8, bf16-true, 24 steps, torch.compile, a GPU": 2.5,
+        "small: 4N×3L, batch 8, bf16-true, 24 steps, a GPU": 1.0,
     }
     assert [row["MACs ratio_counted"] for row in table["rows"][:4]] == [1.0] * 4
     assert any("a GPU" in note for note in table["notes"])
+    assert any(note.startswith("L: 8N×3L is measured as L: 8N×3L, batch 8, bf16-true") for note in table["notes"])
+
+
+def test_no_run_takes_the_place_of_another(tmp_path: Path) -> None:
+    """A row that several runs measured is there once for each; a CPU's never stands for the paper's."""
+    common = {"shape": "L", "num_layers": 8, "loops": 3, "batch_size": 8, "compile": "no", "guidance": 1.0}
+    common |= {"samples_per_second": 6.0, "pass_share_of_peak": 0.5}
+
+    def run(device: str, precision: str, seconds: float, steps: int = 24) -> dict[str, Any]:
+        own = {**common, "precision": precision, "steps": steps}
+        rows = [{**own, "model": "looped", "sample_seconds": [1.0]}]
+        rows += [{**own, "model": "unlooped", "sample_seconds": [seconds]}]
+        return {"device": device, "command": f"elt bench {seconds}", "rows": rows}
+
+    runs = [run("a CPU", "32-true", 0.5, steps=2), run("a GPU", "bf16-true", 2.0), run("a GPU", "bf16-true", 3.0)]
+    runs += [run("a GPU", "bf16-true", 4.0), run("another GPU", "bf16-true", 5.0)]
+    (tmp_path / "inference.json").write_text(json.dumps({"runs": runs}))
+    rows = make_table(3, tmp_path)["rows"]
+    measured = {row["model"]: row["throughput ratio_measured"] for row in rows}
+    assert {model: ratio for model, ratio in measured.items() if ratio is not None} == {
+        "L: 8N×3L": 2.0,
+        "L: 8N×3L, batch 8, 32-true, 2 steps, a CPU": 0.5,
+        "L: 8N×3L, batch 8, bf16-true, 24 steps, a GPU": 3.0,
+        "L: 8N×3L, batch 8, bf16-true, 24 steps, a GPU, run 2": 4.0,
+        "L: 8N×3L, batch 8, bf16-true, 24 steps, another GPU": 5.0,
+    }
 
 
 def test_benchmarks_fill_table_8(tmp_path: Path) -> None:
@@ -226,7 +264,7 @@ def test_benchmarks_fill_table_8(tmp_path: Path) -> None:
     assert rows[0]["over vanilla, time ratio_measured"] == pytest.approx(1.5)
     assert rows[0]["FLOPs ratio_counted"] == pytest.approx(1, abs=0.005)
     assert rows[0]["peak memory ratio_paper"] == 0.66
-    assert rows[-1]["model"] == "wide: 8N×4L, batch 32, bf16-mixed, ilsd, each loop recomputed"
+    assert rows[-1]["model"] == "wide: 8N×4L, batch 32, bf16-mixed, ilsd, each loop recomputed, a GPU"
 
 
 def test_a_benchmark_of_another_layout_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The JSON files of `elt bench inference` and `elt bench train`: ``{"runs": [{device, …, command, rows}, …]}``."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def add_run(path: Path, run: dict[str, Any]) -> None:
-    """Add a run to a file, in place of an earlier one by the same command on the same device."""
-    others = [old for old in read_runs(path) if (old["device"], old["command"]) != (run["device"], run["command"])]
+    """Add a run to a file, in place of an earlier one by the same command on the same device, wherever it wrote to."""
+
+    def asked(of: dict[str, Any]) -> tuple[str, str]:
+        return of["device"], re.sub(r" --output[ =]\S+", "", of["command"])
+
+    others = [old for old in read_runs(path) if asked(old) != asked(run)]
     with written_aside(path) as aside:
         aside.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n")

@@ -19,7 +19,7 @@ from elt_lightning.evaluation import Row, Sweep
 from elt_lightning.memorisation import write_nearest
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.module import ELTModule
-from elt_lightning.reports import Report, picture_row, write_reconstruction
+from elt_lightning.reports import Report, labelled_pictures, picture_row, write_reconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class LoopMetrics(Callback):
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            picture = torch.cat([picture_row(row.pictures) for row in rows])
+            picture = torch.cat([picture_row(pictures) for pictures in labelled_pictures(rows).values()])
             layout = "HW" if picture.ndim == 2 else "HWC"
             trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
 

@@ -40,6 +40,7 @@ from elt_lightning.bench.runs import read_runs
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.fid import name_with_count
+from elt_lightning.metrics.video_protocols import video_protocol
 from elt_lightning.reproduce.accounting import Count, count_row, count_scale, gflops_as_printed, params_as_printed
 from elt_lightning.reproduce.published import (
     PAPER,
@@ -104,6 +105,9 @@ HEADINGS = {
 
 COUNTED = ("depth", "params", "params_backbone", "params_total", "gflops", "gmacs_per_pass", "gmacs_per_sample")
 """What needs no training, in the order of its columns in Tables 1, 2 and 4."""
+
+PAPERS_PROTOCOL = f"protocol {video_protocol('magvit-10kx4').name}"
+"""What the feature network of an FVD must name to stand beside those of Table 4."""
 
 Kind = Literal["paper", "counted", "measured"]
 
@@ -253,8 +257,8 @@ def count_in(name: str, kind: str) -> float:
 def find_result(row: Row, counted: Count, kind: str, runs: Path, table: Table) -> Result | None:
     """Find the best of what was measured of a row, over guidance scales as the paper does.
 
-    A run is the row's only where its network has the row's size and sampling took the row's steps. For a table of small
-    models any network and steps do, a metric of any kind, and the most loops that there are.
+    A run is the row's only where its network has the row's size, sampling took the row's steps, and FVD was measured by
+    the paper's protocol. For a table of small models any will do, a metric of any kind, and the most loops there are.
 
     Args:
         row: of the paper.
@@ -275,6 +279,11 @@ def find_result(row: Row, counted: Count, kind: str, runs: Path, table: Table) -
                 table.notes.append(
                     f"{row.model}: {path} is left out: its network is another one, with "
                     f"{measured['params_backbone']:,} parameters in the layers."
+                )
+            elif kind == "fvd" and not table.small_scale and PAPERS_PROTOCOL not in str(report["feature_network"]):
+                table.notes.append(
+                    f"{row.model}: {path} is left out: its protocol is not the paper's, {PAPERS_PROTOCOL}, but "
+                    f"{report['feature_network']}."
                 )
             elif table.small_scale or report["sampling_steps"] == row.steps:
                 names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
@@ -369,21 +378,18 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
             cells[Column(baseline_params, "counted")] = Value(baseline.params_backbone)
         table.rows[row.model] = cells
     printed = {(row.scale, row.num_layers, row.loops): row.model for row in TABLE_3}
-    for rows in benchmark_runs(benchmarks / "inference.json", table):
+    for device, rows in benchmark_runs(benchmarks / "inference.json", table):
         for found in rows:
             ratio = speed_over_unlooped(found, rows)
             if found["model"] != "looped" or found["loops"] == 1 or ratio is None:
                 continue
-            model = printed.get((found["shape"], found["num_layers"], found["loops"]), "")
-            if not model or found["batch_size"] != TABLE_3_BATCH or found["compile"] != "no":
-                model = benchmark_name(found)
-            table.rows.setdefault(model, {}).update(
-                {
-                    Column(speed, "measured"): Value(*ratio),
-                    Column("samples per second", "measured"): Value(found["samples_per_second"]),
-                    Column("share of peak", "measured"): Value(found["pass_share_of_peak"]),
-                }
-            )
+            papers = printed.get((found["shape"], found["num_layers"], found["loops"]))
+            if found["batch_size"] != TABLE_3_BATCH or found["compile"] != "no":
+                papers = None
+            cells = cells_of(table, found, device, papers)
+            cells[Column(speed, "measured")] = Value(*ratio)
+            cells[Column("samples per second", "measured")] = Value(found["samples_per_second"])
+            cells[Column("share of peak", "measured")] = Value(found["pass_share_of_peak"])
     return with_provenance(table)
 
 
@@ -403,48 +409,69 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
         cells[Column(flops, "counted")] = Value(looped_count.forward_macs / baseline_count.forward_macs)
     first = f"{model.model} / {baseline.model}"
     table.rows[first] = cells
-    for found, unlooped, run in looped_steps(benchmarks / "training.json", table):
+    for device, found, unlooped, run in looped_steps(benchmarks / "training.json", table):
         is_papers = (found["shape"], found["num_layers"], found["loops"]) == ("wide", model.num_layers, model.loops)
         plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["checkpoint_loops"]
         largest = max(other["batch_size"] for other in run if other["shape"] == found["shape"])
-        name = first if is_papers and plain and found["batch_size"] == largest else benchmark_name(found)
-        if name == first:
-            table.notes.append(f"{first} is measured at batch {largest}, {found['precision']}.")
+        is_papers = is_papers and plain and found["batch_size"] == largest
         measured = {"step time ratio": time_over(found, run, way="unlooped", checkpoint_loops=False)}
         if found["way"] == "ilsd":
             measured["over vanilla, time ratio"] = time_over(found, run, way="vanilla")
-        cells = table.rows.setdefault(name, {})
+        cells = cells_of(table, found, device, first if is_papers else None)
         cells |= {Column(what, "measured"): Value(*value) for what, value in measured.items() if value is not None}
         memory = found["peak_memory_bytes"] / unlooped["peak_memory_bytes"]
         cells[Column("peak memory ratio", "measured")] = Value(memory)
     return with_provenance(table)
 
 
-def looped_steps(path: Path, table: Table) -> Iterator[tuple[Measured, Measured, list[Measured]]]:
-    """Give every measured step of a looped model, the unlooped one beside it, and all rows of their run."""
-    for rows in benchmark_runs(path, table):
+def looped_steps(path: Path, table: Table) -> Iterator[tuple[str, Measured, Measured, list[Measured]]]:
+    """Give every measured step of a looped model: its device, it, the unlooped one beside it, all rows of their run."""
+    for device, rows in benchmark_runs(path, table):
         for row in rows:
             unlooped = find(rows, row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
             if row["way"] != "unlooped" and row["loops"] > 1 and unlooped is not None:
-                yield row, unlooped, rows
+                yield device, row, unlooped, rows
 
 
-def benchmark_name(row: Measured) -> str:
-    """Call a measured row by all that sets it apart."""
+def cells_of(table: Table, found: Measured, device: str, papers: str | None) -> Cells:
+    """Give the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
+
+    A row of the paper is filled by the first run that has it in bfloat16, which is what accelerators compute in; what
+    comes after, or was measured in another precision, stands beside it.
+
+    Args:
+        table: gets the row, and a note that says how one of the paper's was measured.
+        found: what was measured.
+        device: where.
+        papers: the paper's row that it may be; None for none.
+    """
+    name = benchmark_name(found, device)
+    is_free = papers is not None and not any(column.kind == "measured" for column in table.rows[papers])
+    if papers is not None and is_free and found["precision"].startswith("bf16"):
+        table.notes.append(f"{papers} is measured as {name}.")
+        return table.rows[papers]
+    again = sum(other == name or other.startswith(f"{name}, run ") for other in table.rows)
+    return table.rows.setdefault(f"{name}, run {again + 1}" if again else name, {})
+
+
+def benchmark_name(row: Measured, device: str) -> str:
+    """Call a measured row by all that sets it apart from others."""
     parts = [f"{row['shape']}: {row['num_layers']}N×{row['loops']}L", f"batch {row['batch_size']}", row["precision"]]
+    parts += [f"{row['steps']} steps"] if "steps" in row else []
+    parts += [f"guidance {row['guidance']:g}"] if row.get("guidance", 1) != 1 else []
     parts += [row["way"]] if "way" in row else []
     parts += ["torch.compile" if row["compile"] == "default" else row["compile"]] if row["compile"] != "no" else []
     parts += ["each loop recomputed"] if row.get("checkpoint_loops") else []
-    return ", ".join(parts)
+    return ", ".join([*parts, device])
 
 
-def benchmark_runs(path: Path, table: Table) -> Iterator[list[Measured]]:
-    """Read the rows of each run of a benchmark, and note its device; none where there is no file."""
+def benchmark_runs(path: Path, table: Table) -> Iterator[tuple[str, list[Measured]]]:
+    """Read device and rows of each run of a benchmark, and note its command; none where there is no file."""
     for run in read_runs(path):
         table.notes.append(
             f"Measured on {run['device']}: {path}, `{run['command']}`; ± is half of the quartiles' distance."
         )
-        yield run["rows"]
+        yield run["device"], run["rows"]
 
 
 def with_provenance(table: Table) -> Table:
