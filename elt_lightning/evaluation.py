@@ -82,10 +82,10 @@ class Sweep:
         tokenizer: Tokenizer,
         metrics: Sequence[SampleMetric],
         loops: int,
+        request: Callable[[Tensor], Request],
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Callable[[int], None] = lambda count: None,
         archive: SampleArchive | None = None,
-        request: Callable[[Tensor], Request] | None = None,
     ) -> Row:
         """Measure one loop count.
 
@@ -95,11 +95,10 @@ class Sweep:
             tokenizer: turns codes into pixels, on the module's device.
             metrics: reset and filled here, on the module's device.
             loops: loop count.
+            request: of the data module: the labels of the samples with these numbers (B,), and what is given of them.
             context: the precision to run in.
             progress: called with the number of samples drawn since the last call, over all ranks.
             archive: takes the pictures of the first repeat.
-            request: of the data module, says what samples of these numbers (B,) are of; without one sample i is of
-                class i mod num_classes.
         """
         row = Row(loops, sampler.guidance.scale)
         seconds = 0.0
@@ -107,7 +106,7 @@ class Sweep:
             for metric in metrics:
                 metric.reset()
             for index in self._share(module.device):
-                labels, _, known = request(index) if request else Request(index % module.num_classes, index)
+                labels, _, known = request(index)
                 began = _now(module.device)
                 with context():
                     codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), known, sampler)

@@ -56,6 +56,11 @@ class Report:
     macs_per_sample: dict[tuple[int, float], int]
     effective_depth: dict[int, int]
 
+    @property
+    def parts_given(self) -> bool:
+        """Whether parts of the samples were given, as in puzzles; whole samples score otherwise."""
+        return len(self.rows[0].given) > 0
+
     def best(self, rows: Sequence[Row]) -> Row:
         """Pick the row that is best in the primary metric."""
 
@@ -77,6 +82,7 @@ class Report:
             "higher_is_better": self.higher_is_better,
             "feature_network": self.feature_network,
             "num_samples": self.num_samples,
+            "parts_given": self.parts_given,
             "seed": self.seed,
             "train_loops": self.train_loops,
             "sampling_steps": self.sampling_steps,
@@ -102,7 +108,8 @@ class Report:
         swept = len({row.guidance for row in self.rows}) > 1
         direction = "higher" if self.higher_is_better else "lower"
         table = Table(
-            title=f"{self.num_samples} samples, {self.sampling_steps} steps, trained at {self.train_loops} loops",
+            title=f"{self.num_samples} samples{', parts of each given' if self.parts_given else ''}, "
+            f"{self.sampling_steps} steps, trained at {self.train_loops} loops",
             caption=f"{self.primary_metric}: {direction} is better"
             + ("; * best guidance of its loop count" if swept else ""),
         )

@@ -90,3 +90,24 @@ def test_no_other_module_repeats_a_published_score() -> None:
         if path.name != "published.py":
             text = path.read_text()
             assert not [number for number in numbers if len(number) > 4 and number in text], path
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name], ids=lambda row: row.place)
+def test_headers_of_configs_say_what_is_published(row: Row) -> None:
+    """The comments above a config repeat its row: a number that is mended here must be mended there."""
+    path = next((PACKAGE.parent / "configs").glob(f"*/{row.name}.yaml"))
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    header = " ".join(comments).replace(" ± ", "±")
+    assert f"Table {row.table}" in header
+    for name, number in (("FID", row.fid), ("FVD", row.fvd)):
+        assert number is None or f"{name} {number.text}" in header
+    assert row.params is not None
+    assert f"{row.params.text} parameters" in header
+
+
+def test_choosing_loops_copies_table_2() -> None:
+    page = (PACKAGE.parent / "docs" / "choosing_loops.md").read_text()
+    for row in TABLE_2[1:]:
+        assert row.fid is not None
+        assert row.params is not None
+        assert f"| {row.fid.text} | {row.params.text} |" in page

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from elt_lightning.data.base import Request
 from elt_lightning.evaluation import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.module import ELTModule
@@ -101,6 +102,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
         "higher_is_better",
         "feature_network",
         "num_samples",
+        "parts_given",
         "seed",
         "train_loops",
         "sampling_steps",
@@ -250,7 +252,11 @@ def module() -> ELTModule:
 def run(module: ELTModule, sweep: Sweep, loops: int, scale: float = 1.0) -> tuple[Row, Recorder]:
     metric = Recorder()
     sampler = module.sampler.with_guidance_scale(scale)
-    return sweep.run(module, sampler, PixelTokenizer(9, (2, 3)), [metric], loops), metric
+    return sweep.run(module, sampler, PixelTokenizer(9, (2, 3)), [metric], loops, classes_in_turn), metric
+
+
+def classes_in_turn(index: Tensor) -> Request:
+    return Request(index % 4, index)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 100])
@@ -298,7 +304,7 @@ def test_a_metric_on_another_device_is_given_its_samples_there(module: ELTModule
 
     devices: list[tuple[str, str]] = []
     metric = Elsewhere().to("meta")
-    Sweep(5, 5, seed=0).run(module, module.sampler, PixelTokenizer(9, (2, 3)), [metric], 1)
+    Sweep(5, 5, seed=0).run(module, module.sampler, PixelTokenizer(9, (2, 3)), [metric], 1, classes_in_turn)
     assert devices == [("meta", "meta")]
 
 

@@ -173,9 +173,8 @@ def test_a_sweep_gives_the_model_the_puzzles_and_shows_them(make_data: Callable[
     network = LoopedMaskedTransformer(16, (4, 4), 4, num_layers=1, width=16, heads=2)
     module = ELTModule(network, MaskedObjective(16), ILSD(2), Solver(16, 4, steps=2), num_classes=4).eval()
     metrics = data.build_metrics()
-    row = Sweep(40, 16, seed=0, num_pictures=6).run(
-        module, module.sampler, data.tokenizer, metrics, 1, request=data.request
-    )
+    sweep = Sweep(40, 16, seed=0, num_pictures=6)
+    row = sweep.run(module, module.sampler, data.tokenizer, metrics, 1, data.request)
     lines = row.mean("valid_lines")
     assert lines == 1
     assert row.given.shape == row.pictures.shape == (6, 1, 37, 37)
@@ -221,7 +220,7 @@ def test_the_config_from_training_to_pictures(
     checkpoint = "runs/sudoku/checkpoints/last.ckpt"
     assert main(["test", *flags, "--ckpt_path", checkpoint, "--loops", "1,2", "--run_dir", "runs/test"]) == 0
     report = json.loads(Path("runs/test/loops.json").read_text())
-    assert report["primary_metric"] == "valid_squares"
+    assert (report["primary_metric"], report["parts_given"]) == ("valid_squares", True)
     assert [row["loops"] for row in report["rows"]] == [1, 2]
     assert Path("runs/test/loops.png").stat().st_size > 1000
     predicting = ["--ckpt_path", checkpoint, "--samples.num_samples=5", "--samples.format=png"]

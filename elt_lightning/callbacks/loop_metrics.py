@@ -213,7 +213,7 @@ class LoopMetrics(Callback):
         tokenizer = _data(trainer).tokenizer.to(module.device)
         metrics = self._metrics_on(trainer, module.device)
         request = _data(trainer).request
-        return sweep.run(module, sampler, tokenizer, metrics, loops, precision, progress, archive, request)
+        return sweep.run(module, sampler, tokenizer, metrics, loops, request, precision, progress, archive)
 
     def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
         """Build the metrics once; their reference statistics serve every loop count and every validation."""

@@ -49,7 +49,7 @@ class Requests(Dataset[Request]):
 
     Args:
         num_samples: n.
-        request: of a data module, says what samples of these numbers (B,) are of.
+        request: of a data module: the labels of the samples with these numbers (B,), and what is given of them.
     """
 
     def __init__(self, num_samples: int, request: Callable[[Tensor], Request]) -> None:
@@ -328,7 +328,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return self.val_dataloader()
 
     def request(self, indices: Tensor) -> Request:
-        """Say what the samples of these numbers (B,) are of: sample i of class i mod ``num_classes``, nothing given."""
+        """Say what is asked of the samples with these numbers (B,): sample i is of class i mod ``num_classes``."""
         return Request(indices % self.num_classes, indices)
 
     def request_samples(self, num_samples: int, batch_size: int) -> None:

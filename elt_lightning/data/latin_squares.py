@@ -33,8 +33,10 @@ class LatinSquaresDataModule(IndexedDataModule):
     The tokenizer's codebook is k-means over the training handwriting, a few codes for each digit. Codebook and digit
     network are made once, seeded, and cached under ``root``.
 
-    With ``num_given`` a sweep sets puzzles: sample i is given so many cells of held-out square i, and its label, and
-    has to fill in the others. Any valid square is right, also where a puzzle has more than one. Training is the same.
+    With ``num_given`` a sweep sets puzzles: sample i is given the label and so many cells of held-out square
+    i mod ``num_held_out``, and has to fill in the others. Any valid square is right, also where a puzzle has more than
+    one. ``num_given`` changes sampling only, not training. What is held out is handwriting: the squares themselves are
+    drawn from all there are, of which small orders have few enough that many are trained on.
 
     Args:
         root: folder of the cached files.
@@ -142,7 +144,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         return self._held_out_set
 
     def request(self, indices: Tensor) -> Request:
-        """Ask for one class after the other; or for what the puzzles of these numbers (B,) are of."""
+        """Ask for one class after the other, or set the puzzles with these numbers (B,)."""
         if not self.num_given:
             return super().request(indices)
         assert self.num_codes is not None

@@ -4,7 +4,7 @@ python -m elt_lightning.reproduce.figures 8 --measured runs/imagenet256 --output
 
 Figures 4, 5, 7, 8 and 13 read ``<measured>/<model>/test*/loops.json``, and of other ways of training than ILSD
 ``<measured>/<mode>/<model>/test*/loops.json``; with ``--small_scale`` they read ``<measured>/ablation*/ablation.json``:
-Latin squares, and moving digits for clips.
+Latin squares and sudokus, and moving digits for clips.
 Figure 6 reads the TensorBoard files of ``<measured>/<model>``. Figure 14 reads ``update_norms.csv``, Figure 1 draws
 samples of two checkpoints. Only what is marked so in the legend is the paper's.
 """
@@ -70,7 +70,7 @@ MODES = {
 }
 """Ways of training, as the config's ``model.distillation.mode`` and as the legend have them."""
 
-COMPARED = ("elt_l_8n3l,", "elt_8n4l,")
+COMPARED = ("elt_l_8n3l", "elt_8n4l")
 """The models that are trained in several ways; which ones the paper's figures show we do not know."""
 
 CONVERGENCE_METRICS = ("fid", "fvd", "valid_squares", "loss")
@@ -92,6 +92,7 @@ class Point:
         train_loops: L_max, 1 for unlooped models.
         value: of the metric, a mean where there is a spread; not a number until something was measured.
         spread: standard deviation over repeats or seeds.
+        is_compared: whether all that sets its run apart from ILSD's is the way of training.
         loops: L.
         step: optimiser step.
         params: of the shared backbone; the paper's own count in its points.
@@ -107,6 +108,7 @@ class Point:
     train_loops: int
     value: float = math.nan
     spread: float | None = None
+    is_compared: bool = False
     loops: int | None = None
     step: int | None = None
     params: float | None = None
@@ -136,6 +138,7 @@ def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
             series=", ".join(name),
             mode=mode,
             train_loops=report["train_loops"],
+            is_compared=model in COMPARED,
         )
         rows = [of_run.at(row, **row["metrics"][metric]) for row in report["rows"]]
         best: dict[Any, Point] = {point.loops: point for point in sorted(rows, key=goodness, reverse=True)}
@@ -161,11 +164,17 @@ def read_ablations(folder: Path) -> list[Point]:
                 series=arm["label"],
                 mode=arms[name]["mode"],
                 train_loops=arms[name]["max_loops"],
+                is_compared=setup_of(arms[name]) == setup_of(arms["ilsd"]),
             )
             for row in arm["rows"]:
                 seeds = row["metrics"][metric]
                 points.append(of_arm.at(row, mean(seeds), stdev(seeds) if len(seeds) > 1 else None))
     return points
+
+
+def setup_of(arm: dict[str, Any]) -> tuple[Any, ...]:
+    """Give what an arm of an ablation trains: network, loops, settings of its own."""
+    return arm["num_layers"], arm["max_loops"], arm.get("settings")
 
 
 def read_points(options: argparse.Namespace, modes: Sequence[str] = ("ilsd",)) -> list[Point]:
@@ -242,8 +251,10 @@ def looped_points(*modes: str) -> Callable[[argparse.Namespace], list[Point]]:
     """Figures 8 and 13: quality per loop count for some ways of training."""
 
     def read(options: argparse.Namespace) -> list[Point]:
-        points = [point for point in read_points(options, modes) if point.train_loops > 1]
-        return [point for point in points if options.small_scale or point.series.startswith(COMPARED)]
+        points = [point for point in read_points(options, modes) if point.train_loops > 1 and point.is_compared]
+        # Where one way alone was trained there is nothing to compare; at full size the others are still to come.
+        ways = {family: {p.mode for p in points if p.family == family} for family in {p.family for p in points}}
+        return [point for point in points if not options.small_scale or len(ways[point.family]) > 1]
 
     return read
 
