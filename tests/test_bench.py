@@ -172,7 +172,7 @@ def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
 
 def test_a_run_takes_the_place_of_an_earlier_one_by_the_same_command(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "training.json"
-    for command, speed in (("one", 1), ("two", 2), ("one", 3)):
+    for command, speed in (("one --output a.json", 1), ("two", 2), ("one", 3)):
         add_run(path, {"device": "a CPU", "command": command, "rows": [{"speed": speed}]})
     assert [(run["command"], run["rows"][0]["speed"]) for run in read_runs(path)] == [("two", 2), ("one", 3)]
 

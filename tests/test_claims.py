@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from elt_lightning.errors import UserError
+from elt_lightning.reproduce import figures
 from elt_lightning.reproduce.claims import (
     CLAIMS,
     EXPERIMENTS,
@@ -199,3 +200,10 @@ def test_the_committed_page_is_what_the_results_give() -> None:
 
 def test_every_experiment_of_the_claims_is_listed() -> None:
     assert {name for claim in CLAIMS for name in claim.experiments} == set(EXPERIMENTS)
+
+
+def test_every_experiment_is_drawn_and_run_by_name() -> None:
+    assert figures.ABLATIONS.keys() == EXPERIMENTS.keys()
+    makefile = (RESULTS.parent.parent / "Makefile").read_text()
+    runs = next(line for line in makefile.splitlines() if line.startswith("\t$(MAKE) ablation "))
+    assert set(runs.split()[1:]) == {name.replace("_", "-") for name in EXPERIMENTS}

@@ -1,8 +1,9 @@
 """`make claims`: each claim of the paper, the small experiment that tests it, what was measured, and a verdict.
 
-Reads ``<results>/<experiment>/ablation.json``, and of `elt bench train` ``<benchmarks>/training.json``, and writes
-``<results>/README.md``. Every number and every verdict on that page is computed here from those files. A claim is one
-entry of :data:`CLAIMS`; what an experiment lacks, or an experiment that was not run, is "not measured yet".
+Reads ``<results>/<experiment>/ablation.json``, ``<results>/update_norms/update_norms.csv``, and of `elt bench train`
+``<benchmarks>/training.json``; writes ``<results>/README.md``. Every number and every verdict on that page is computed
+here from those files. A claim is one entry of :data:`CLAIMS`; what an experiment lacks, or an experiment that was not
+run, is "not measured yet".
 """
 
 import argparse
