@@ -215,7 +215,7 @@ table8: $(BIN)/elt ## Table 8, training profile: measured unless benchmarks/trai
 		$(BIN)/elt bench train $(BENCH_FLAGS) --output $(BENCHMARKS)/training.json; fi
 	$(TABLE) 8 --benchmarks $(BENCHMARKS)
 
-fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in an estimated 8 minutes on 2 cores
+fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in 12 minutes on 2 cores
 	$(call diffusion,elt_4n8l)
 	$(call diffusion,elt_4n8l,vanilla)
 	$(FIGURE) 1 --ilsd $(ILSD_CHECKPOINT) --vanilla $(VANILLA_CHECKPOINT)
@@ -229,7 +229,7 @@ fig5: $(BIN)/elt ## best FID per parameter budget: the runs of table1 and table2
 	$(call diffusion,$(TABLE2_MODELS))
 	$(FIGURE) 5 --measured $(RUNS)
 
-fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 GPU-hours); SMOKE=1 in an estimated 8 minutes on 2 cores
+fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 GPU-hours); SMOKE=1 in 10 minutes on 2 cores
 	$(call diffusion,dit_32)
 	$(call diffusion,elt_16n2l)
 	$(call diffusion,elt_8n4l)
@@ -253,7 +253,7 @@ fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours); SMOKE=
 	$(call masked,elt_l_8n3l,distillation)
 	$(FIGURE) 13 --measured $(RUNS)
 
-fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in an estimated 4 minutes on 2 cores
+fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in 5 minutes on 2 cores
 	$(call diffusion,elt_8n4l)
 	@if [ -f $(NORMS_CHECKPOINT) ]; then \
 		$(BIN)/python -m elt_lightning.reproduce.update_norms --ckpt_path $(NORMS_CHECKPOINT) --output $(NORMS); fi
