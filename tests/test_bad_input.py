@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -761,6 +762,24 @@ def test_a_batch_that_cannot_be_handed_on_is_not_waited_for(capfd: pytest.Captur
         list(Loader(Unsendable(), [torch.arange(1)], 1, end_where_batches_are_lost))
     assert end_of_loader(caught.value) is not None
     assert "cannot hand on a batch" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "status"), [(71, 0), (72, 2)])
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets(length: int, status: int) -> None:
+    """Loader processes hand tensors on by sockets there; Python says no more than that a path is too long."""
+    command = ["bench", "data", "--num-images=8", "--num-videos=0", "--num-jpegs=0", "--batch-size=4", "--repeats=1"]
+    with TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short) / ("x" * (length - len(short) - 1))
+        folder.mkdir()
+        ended = subprocess.run(
+            [sys.executable, "-m", "elt_lightning", *command, "--num-workers=1"],
+            env=os.environ | {"TMPDIR": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert ended.returncode == status, ended.stderr
+    assert (f"{folder}, has too long a path" in ended.stderr) == bool(status)
 
 
 def test_members_that_climb_out_of_a_tar_are_never_written(

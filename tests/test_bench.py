@@ -1,6 +1,8 @@
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -64,7 +66,9 @@ def test_reading_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_not_asked_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for module in ("data", "data_files"):
+        there = partial(TemporaryDirectory, dir=scratch)
+        monkeypatch.setattr(f"elt_lightning.bench.{module}.TemporaryDirectory", there)
     output = tmp_path / "data.json"
     flags = ["--num-images=0", "--num-videos=0", "--num-jpegs=70", "--num-workers=2", "--repeats=1"]
     assert main(["bench", "data", *flags, f"--output={output}"]) == 0

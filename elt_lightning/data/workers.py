@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.queues import Queue
+from multiprocessing.util import get_temp_dir
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from elt_lightning.errors import LOST_LOADER, UserError
 
 Batch = TypeVar("Batch")
+
+LONGEST_SOCKET_PATH = 103
+"""Bytes that macOS takes for the path of a socket; Linux takes four more."""
 
 
 class Loader(DataLoader[Batch]):
@@ -43,9 +48,12 @@ class Loader(DataLoader[Batch]):
         """Give batch after batch.
 
         Raises:
-            UserError: what the data set raises, or a loader process was lost while it handed a batch over. Of one that
-                ends at another time PyTorch tells in the midst of anything else: the command line knows it.
+            UserError: what the data set raises, or the path of the temporary folder is too long for the sockets of
+                loader processes, or one was lost while it handed a batch over. Of one that ends at another time PyTorch
+                tells in the midst of anything else: the command line knows it.
         """
+        if self.num_workers:
+            check_temporary_folder()
         try:
             yield from super().__iter__()
         except UserError as error:
@@ -55,6 +63,24 @@ class Loader(DataLoader[Batch]):
             if not self.num_workers or "in DataLoader worker" in str(error):  # the data set's own
                 raise
             raise UserError(LOST_LOADER.format(str(error).partition("\n")[0] or type(error).__name__)) from error
+
+
+def check_temporary_folder() -> None:
+    """Look whether loader processes can open sockets in the folder for temporary files.
+
+    Raises:
+        UserError: its path is too long.
+    """
+
+    def has_room(folder: str) -> bool:
+        return len(os.fsencode(f"{folder}/listener-12345678")) <= LONGEST_SOCKET_PATH
+
+    # What Python would make is looked at first, as it is made once; newer ones make it elsewhere where need be.
+    if not has_room(f"{tempfile.gettempdir()}/pymp-12345678") and not has_room(get_temp_dir()):
+        raise UserError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for the sockets of loader "
+            "processes: set the environment variable TMPDIR to a shorter one, or num_workers to 0"
+        )
 
 
 def end_where_batches_are_lost(worker: int) -> None:
