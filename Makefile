@@ -47,7 +47,6 @@ ablation-sudoku: $(BIN)/elt ## ILSD, vanilla looping, students without a teacher
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_sudoku.yaml
 
 ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped model on clips of moving digits, 3 seeds (under an hour on one core; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.quickstart_video --tokens_only
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_video.yaml
 
 # What `make imagenet` works on; SMOKE=1 draws small pictures, writes random networks in the published formats and trains
@@ -55,7 +54,7 @@ ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped mode
 IMAGENET ?= data/imagenet
 MODELS ?= elt_l_8n3l
 SMOKE_DIR := runs/imagenet_smoke
-imagenet: $(BIN)/elt ## rows of Tables 1 and 2: IMAGENET=folder VQGAN=file VAE=folder VAL_LABELS=file MODELS=elt_l_8n3l,elt_8n4l (GPU-hours: elt plan); SMOKE=1 in 3 minutes without any
+imagenet: $(BIN)/elt ## rows of Tables 1 and 2: IMAGENET=folder VQGAN=file VAE=folder VAL_LABELS=file MODELS=elt_l_8n3l,elt_8n4l TEST_FLAGS="--loops 3" (GPU-hours: docs/imagenet.md); SMOKE=1 in 3 minutes without any
 ifdef SMOKE
 	rm -rf $(SMOKE_DIR)
 	$(BIN)/python tests/imagenet_stand_ins.py $(SMOKE_DIR)/files
@@ -63,11 +62,10 @@ ifdef SMOKE
 		--root $(SMOKE_DIR)/files/imagenet --val_labels $(SMOKE_DIR)/files/val_labels.csv \
 		--vqgan $(SMOKE_DIR)/files/vqgan.bin --vae $(SMOKE_DIR)/files/vae --inception $(SMOKE_DIR)/files/inception.pth \
 		--reference $(SMOKE_DIR)/files/imagenet/val --data $(SMOKE_DIR)/data --runs $(SMOKE_DIR)/runs \
-		--encode_flags "--size 64 --max_unreadable 0.5 --samples_per_shard 10" --flags "$(SMOKE_FLAGS)"
+		--encode_flags "--size 64 --max_unreadable 0.5 --samples_per_shard 10" --flags "$(SMOKE_FLAGS)" \
+		--test_flags "--save_samples samples.npz"
 else
-	$(BIN)/python -m elt_lightning.reproduce.imagenet --models $(MODELS) --runs $(RUNS) --root $(IMAGENET) \
-		--reference $(or $(REFERENCE),data/imagenet256/VIRTUAL_imagenet256_labeled.npz) $(if $(VQGAN),--vqgan $(VQGAN)) \
-		$(if $(VAE),--vae $(VAE)) $(if $(VAL_LABELS),--val_labels $(VAL_LABELS)) $(if $(INCEPTION),--inception $(INCEPTION))
+	$(BIN)/python -m elt_lightning.reproduce.imagenet --models $(MODELS) --runs $(RUNS) $(IMAGENET_FILES)
 endif
 
 SMOKE_FLAGS := --data.init_args.batch_size=8 --data.init_args.num_workers=1 --data.init_args.cache=$(SMOKE_DIR)/cache \
@@ -83,7 +81,7 @@ VIDEO_CONFIG ?= configs/ucf101/elt_6n4l.yaml
 VIDEO_LOOPS ?= 2,3,4,5,6
 PROTOCOL_FLAGS ?= --data.init_args.protocol=magvit-10kx4 --num_samples=10000 --repeats=4
 VIDEO_SMOKE_DIR := runs/ucf101_smoke
-ucf101: $(BIN)/elt ## Table 4's ELT rows: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (117 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes without any
+ucf101: $(BIN)/elt ## Table 4's ELT rows: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (29 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes without any
 ifdef SMOKE
 	rm -rf $(VIDEO_SMOKE_DIR)
 	$(BIN)/python tests/ucf101_stand_ins.py $(VIDEO_SMOKE_DIR)/files
@@ -120,8 +118,9 @@ clean: ## remove caches and the virtual environment; runs and data stay
 # to `make imagenet`, or UCF101= is a folder), goes on where it was interrupted, and renders what was measured into
 # docs/results; without the data it only renders.
 # SMOKE=1 takes small models on data that the project makes instead, renders into runs/small_scale, and says so in every
-# title. GPU-hours are those of training by `elt plan`, on an H100; of the tokenizer of clips 14.4 TFLOP for each of
-# 9,537 clips in 1,000 epochs (benchmarks/README.md), at the same share of the peak.
+# title. GPU-hours are those of training by `elt plan`, on an H100, and where it says so those of measuring, which
+# TEST_FLAGS="--loops 4" makes fewer; of the tokenizer of clips 14.4 TFLOP for each of 9,537 clips in 1,000 epochs
+# (benchmarks/README.md), at the same share of the peak.
 .PHONY: tables figures table1 table2 table3 table4 table8 fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
 RUNS ?= runs/imagenet256
 VIDEO_RUNS ?= runs/ucf101
@@ -132,7 +131,7 @@ TABLE1_MODELS ?= maskgit_l,maskgit_xl,elt_l_8n3l,elt_l_12n2l,elt_xl_7n4l
 TABLE2_MODELS ?= dit_16,dit_32,elt_1n32l,elt_4n8l,elt_8n4l,elt_16n2l
 IMAGENET_FILES = --root $(IMAGENET) --reference $(or $(REFERENCE),data/imagenet256/VIRTUAL_imagenet256_labeled.npz) \
 	$(if $(VQGAN),--vqgan $(VQGAN)) $(if $(VAE),--vae $(VAE)) $(if $(VAL_LABELS),--val_labels $(VAL_LABELS)) \
-	$(if $(INCEPTION),--inception $(INCEPTION))
+	$(if $(INCEPTION),--inception $(INCEPTION)) $(if $(TEST_FLAGS),--test_flags="$(TEST_FLAGS)")
 ifdef SMOKE
 TABLE := $(BIN)/python -m elt_lightning.reproduce.tables --small_scale --output $(SMALL)/tables
 FIGURE := $(BIN)/python -m elt_lightning.reproduce.figures --small_scale --output $(SMALL)/figures
@@ -147,10 +146,10 @@ fig7: VIDEO_RUNS := docs/results
 fig6: RUNS := $(SMALL)
 fig1: $(SMALL)/ilsd/trained $(SMALL)/vanilla/trained
 fig6: $(SMALL)/ilsd/trained $(SMALL)/unlooped/trained
-fig14: $(SMALL)/ilsd/trained
+fig14: $(SMALL)/diffusion/trained
 ILSD_CHECKPOINT := $(SMALL)/ilsd/checkpoints/last.ckpt
 VANILLA_CHECKPOINT := $(SMALL)/vanilla/checkpoints/last.ckpt
-NORMS_CHECKPOINT := $(ILSD_CHECKPOINT)
+NORMS_CHECKPOINT := $(SMALL)/diffusion/checkpoints/last.ckpt
 NORMS := $(SMALL)/update_norms
 else
 TABLE := $(BIN)/python -m elt_lightning.reproduce.tables --output $(RESULTS)/tables
@@ -159,11 +158,12 @@ ILSD_CHECKPOINT := $(RUNS)/elt_4n8l/checkpoints/last.ckpt
 VANILLA_CHECKPOINT := $(RUNS)/vanilla/elt_4n8l/checkpoints/last.ckpt
 NORMS_CHECKPOINT := $(RUNS)/elt_8n4l/checkpoints/last.ckpt
 NORMS := $(RUNS)/elt_8n4l/update_norms
-# Training by $(call masked,models), $(call diffusion,models), or of another mode of ILSD by $(call masked,models,mode).
-train = $(BIN)/python -m elt_lightning.reproduce.imagenet --models $(1) $(IMAGENET_FILES) \
+# Training and measuring by $(call masked,models), $(call diffusion,models), or of another mode of ILSD by
+# $(call masked,models,mode); with a third argument, --train_only, training alone.
+train = $(BIN)/python -m elt_lightning.reproduce.imagenet --models $(1) $(IMAGENET_FILES) $(3) \
 	--runs $(RUNS)$(if $(2),/$(2) --flags="--model.distillation.mode=$(2)")
-masked = $(if $(VQGAN),$(call train,$(1),$(2)),@echo "without VQGAN= nothing is trained of $(1) $(2)")
-diffusion = $(if $(VAE),$(call train,$(1),$(2)),@echo "without VAE= nothing is trained of $(1) $(2)")
+masked = $(if $(VQGAN),$(call train,$(1),$(2),$(3)),@echo "without VQGAN= nothing is trained of $(1) $(2)")
+diffusion = $(if $(VAE),$(call train,$(1),$(2),$(3)),@echo "without VAE= nothing is trained of $(1) $(2)")
 video = $(if $(wildcard $(UCF101)/UCF-101),$(MAKE) ucf101,@echo "without $(UCF101)/UCF-101 nothing is trained of elt_6n4l")
 video_baseline = $(if $(wildcard $(UCF101)/UCF-101),$(MAKE) ucf101 VIDEO_CONFIG=configs/ucf101/magvit_l.yaml VIDEO_LOOPS=1,\
 	@echo "without $(UCF101)/UCF-101 nothing is trained of magvit_l")
@@ -173,13 +173,15 @@ video_24_steps = @if [ -f $(VIDEO_RUNS)/elt_6n4l/checkpoints/last.ckpt -a ! -f $
 	--model.sampler.init_args.steps 24 $(PROTOCOL_FLAGS) --run_dir $(VIDEO_RUNS)/elt_6n4l/test_24_steps; fi
 endif
 
-# The small models: the quickstart's, by vanilla looping, and without a loop at the same compute.
+# The small models: the quickstart's, by vanilla looping, without a loop at the same compute, and that of diffusion.
+SMALL_CONFIG = configs/quickstart$(if $(filter diffusion,$*),_diffusion).yaml
 SMALL_ilsd :=
+SMALL_diffusion :=
 SMALL_vanilla := --model.distillation.mode=vanilla
 SMALL_unlooped := $(SMALL_vanilla) --model.distillation.max_loops=1 --model.network.init_args.num_layers=8
-SMALL_FLAGS ?= --trainer.val_check_interval=200 --loop_metrics.num_validation_samples=200
+SMALL_FLAGS ?= $(if $(filter diffusion,$*),,--trainer.val_check_interval=200 --loop_metrics.num_validation_samples=200)
 $(SMALL)/%/trained: | $(BIN)/elt
-	$(BIN)/elt fit --config configs/quickstart.yaml $(SMALL_$*) $(SMALL_FLAGS) --run_dir $(@D) \
+	$(BIN)/elt fit --config $(SMALL_CONFIG) $(SMALL_$*) $(SMALL_FLAGS) --run_dir $(@D) \
 		$(if $(wildcard $(@D)/checkpoints/last.ckpt),--ckpt_path $(@D)/checkpoints/last.ckpt)
 	touch $@
 
@@ -191,11 +193,11 @@ $(VIDEO_SMOKE_DIR)/runs/elt_6n4l/test/loops.json:
 tables: table1 table2 table3 table4 table8 ## all tables
 figures: fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14 ## all figures
 
-table1: $(BIN)/elt ## Table 1, masked ImageNet: IMAGENET= VQGAN= (710 GPU-hours; TABLE1_MODELS= for some rows); without them only what is measured; SMOKE=1 in 3 minutes
+table1: $(BIN)/elt ## Table 1, masked ImageNet: IMAGENET= VQGAN= (710 GPU-hours, 19 more to measure; TABLE1_MODELS= for some rows); without them only what is measured; SMOKE=1 in 3 minutes
 	$(call masked,$(TABLE1_MODELS))
 	$(TABLE) 1 --measured $(RUNS)
 
-table2: $(BIN)/elt ## Table 2, diffusion ImageNet: IMAGENET= VAE= (2,500 GPU-hours; TABLE2_MODELS=); SMOKE=1 in 3 minutes
+table2: $(BIN)/elt ## Table 2, diffusion ImageNet: IMAGENET= VAE= (2,500 GPU-hours, 620 more to measure at all loop counts; TABLE2_MODELS=, TEST_FLAGS=); SMOKE=1 in 3 minutes
 	$(call diffusion,$(TABLE2_MODELS))
 	$(TABLE) 2 --measured $(RUNS)
 
@@ -204,7 +206,7 @@ table3: $(BIN)/elt ## Table 3, inference throughput: measured unless benchmarks/
 		$(BIN)/elt bench inference $(BENCH_FLAGS) --output $(BENCHMARKS)/inference.json; fi
 	$(TABLE) 3 --benchmarks $(BENCHMARKS)
 
-table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (234 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes
+table4: $(BIN)/elt ## Table 4, UCF-101: UCF101= I3D= C3D= (58 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes
 	$(video)
 	$(video_24_steps)
 	$(video_baseline)
@@ -216,8 +218,8 @@ table8: $(BIN)/elt ## Table 8, training profile: measured unless benchmarks/trai
 	$(TABLE) 8 --benchmarks $(BENCHMARKS)
 
 fig1: $(BIN)/elt ## samples per loop count, ILSD and vanilla: IMAGENET= VAE= (910 GPU-hours); SMOKE=1 in 12 minutes on 2 cores
-	$(call diffusion,elt_4n8l)
-	$(call diffusion,elt_4n8l,vanilla)
+	$(call diffusion,elt_4n8l,,--train_only)
+	$(call diffusion,elt_4n8l,vanilla,--train_only)
 	$(FIGURE) 1 --ilsd $(ILSD_CHECKPOINT) --vanilla $(VANILLA_CHECKPOINT)
 
 fig4: $(BIN)/elt ## FID against compute: the runs of table1; SMOKE=1 from the committed ablation, at once
@@ -230,23 +232,23 @@ fig5: $(BIN)/elt ## best FID per parameter budget: the runs of table1 and table2
 	$(FIGURE) 5 --measured $(RUNS)
 
 fig6: $(BIN)/elt ## convergence beside the 32-layer DiT: IMAGENET= VAE= (1,360 GPU-hours); SMOKE=1 in 10 minutes on 2 cores
-	$(call diffusion,dit_32)
-	$(call diffusion,elt_16n2l)
-	$(call diffusion,elt_8n4l)
+	$(call diffusion,dit_32,,--train_only)
+	$(call diffusion,elt_16n2l,,--train_only)
+	$(call diffusion,elt_8n4l,,--train_only)
 	$(FIGURE) 6 --measured $(RUNS)
 
-fig7: $(BIN)/elt ## FVD per loop count: UCF101= I3D= (117 GPU-hours, 96 more for the tokenizer); SMOKE=1 from the committed ablation, at once
+fig7: $(BIN)/elt ## FVD per loop count: UCF101= I3D= (29 GPU-hours, 96 more for the tokenizer); SMOKE=1 from the committed ablation, at once
 	$(video)
 	$(FIGURE) 7 --measured $(VIDEO_RUNS)
 
-fig8: $(BIN)/elt ## FID per loop count with and without ILSD: IMAGENET= VQGAN= VAE= (1,150 GPU-hours); SMOKE=1 from the committed ablation, at once
+fig8: $(BIN)/elt ## FID per loop count with and without ILSD: IMAGENET= VQGAN= VAE= (1,150 GPU-hours, 330 more to measure); SMOKE=1 from the committed ablation, at once
 	$(call masked,elt_l_8n3l)
 	$(call masked,elt_l_8n3l,vanilla)
 	$(call diffusion,elt_8n4l)
 	$(call diffusion,elt_8n4l,vanilla)
 	$(FIGURE) 8 --measured $(RUNS)
 
-fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours); SMOKE=1 from the committed ablation, at once
+fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours, 19 more to measure); SMOKE=1 from the committed ablation, at once
 	$(call masked,elt_l_8n3l)
 	$(call masked,elt_l_8n3l,vanilla)
 	$(call masked,elt_l_8n3l,ground_truth)
@@ -254,7 +256,7 @@ fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours); SMOKE=
 	$(FIGURE) 13 --measured $(RUNS)
 
 fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in 5 minutes on 2 cores
-	$(call diffusion,elt_8n4l)
+	$(call diffusion,elt_8n4l,,--train_only)
 	@if [ -f $(NORMS_CHECKPOINT) ]; then \
 		$(BIN)/python -m elt_lightning.reproduce.update_norms --ckpt_path $(NORMS_CHECKPOINT) --output $(NORMS); fi
 	$(FIGURE) 14 --norms $(NORMS)/update_norms.csv

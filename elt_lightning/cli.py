@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 
 from elt_lightning import __version__
 from elt_lightning.errors import LOST_LOADER, UserError
@@ -53,15 +54,26 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"elt {__version__}")
         return 0
+    return status_of(lambda: run_command(arguments[0], arguments[1:]), debug=debug)
+
+
+def status_of(work: Callable[[], object], program: str = "elt", debug: bool = False) -> int:
+    """Do something and give the exit status: 0, or 2 after one clear line on stderr about what the user can mend.
+
+    Args:
+        work: what is to be done.
+        program: begins the line.
+        debug: let errors through, with their tracebacks.
+    """
     try:
-        run_command(arguments[0], arguments[1:])
+        work()
     except UserError as error:
         if debug:
             raise
-        print(f"elt: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("elt: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(
@@ -71,13 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder in the place of a file, missing rights: the message says it
         if debug:
             raise
-        print(f"elt: error: {one_line(what_failed(error))}", file=sys.stderr)
+        print(f"{program}: error: {one_line(what_failed(error))}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         end = end_of_loader(error)
         if debug or end is None:
             raise
-        print(f"elt: error: {LOST_LOADER.format(end)}", file=sys.stderr)
+        print(f"{program}: error: {LOST_LOADER.format(end)}", file=sys.stderr)
         return 2
     return 0
 

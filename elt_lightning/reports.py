@@ -34,6 +34,8 @@ class Report:
         num_samples: per repeat.
         seed: of the first repeat.
         train_loops: L_max of training.
+        train_mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
+        train_steps: optimiser steps that the checkpoint was trained for.
         sampling_steps: K.
         weights: "ema" or "raw".
         params_backbone: parameters inside the looped stack.
@@ -49,6 +51,8 @@ class Report:
     num_samples: int
     seed: int
     train_loops: int
+    train_mode: str
+    train_steps: int
     sampling_steps: int
     weights: str
     params_backbone: int
@@ -85,6 +89,8 @@ class Report:
             "parts_given": self.parts_given,
             "seed": self.seed,
             "train_loops": self.train_loops,
+            "train_mode": self.train_mode,
+            "train_steps": self.train_steps,
             "sampling_steps": self.sampling_steps,
             "weights": self.weights,
             "rows": [

@@ -92,11 +92,22 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
 
 
 def test_what_other_settings_measured_is_not_taken(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    run_ablation(monkeypatch, seeds=[0])
+    base = Path("own_digits.yaml")
+    base.write_text((ROOT / "configs" / "digits.yaml").read_text())
+    run_ablation(monkeypatch, seeds=[0], base=str(base))
     commands.clear()
+    base.write_text("# Comments change nothing.\n" + base.read_text())
+    run_ablation(monkeypatch)
     settings = yaml.safe_load(Path("ablation_small.yaml").read_text())["settings"]
     with pytest.raises(UserError, match=r"other settings: delete it"):
         run_ablation(monkeypatch, settings=settings | {"trainer.max_steps": 6})
+    base.write_text(yaml.safe_dump(yaml.safe_load(base.read_text()) | {"seed_everything": 5}))
+    with pytest.raises(UserError, match=r"other settings: delete it"):
+        run_ablation(monkeypatch, settings=settings)
+    record = Path("results/runs/ilsd_seed0.json")
+    record.write_text(record.read_text()[:-9])
+    with pytest.raises(UserError, match=r"ilsd_seed0.json was not written by `make ablation`"):
+        run_ablation(monkeypatch)
     assert commands == []
 
 

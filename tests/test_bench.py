@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,8 @@ from elt_lightning.bench.data_need import (
     tokenizer_need,
     video_need,
 )
-from elt_lightning.bench.memory import TrainingMemory, batch_of_saving, peak_above_start
+from elt_lightning.bench.memory import peak_above_start
+from elt_lightning.bench.report import figures
 from elt_lightning.bench.runs import add_run, read_runs
 from elt_lightning.bench.shapes import SHAPES, twin
 from elt_lightning.bench.timing import SideBySide
@@ -29,7 +31,7 @@ from elt_lightning.data.decoding import num_frames, read_clip
 from elt_lightning.data.ucf101 import list_videos
 from elt_lightning.module import ELTModule
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.planning import Precision
+from elt_lightning.planning import Precision, Rehearsal, optimizer_bytes_per_byte
 from elt_lightning.reproduce.published import TABLE_3, TABLE_8
 from elt_lightning.tokenizers.vq_training import VQTraining
 
@@ -177,7 +179,7 @@ def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
 def test_a_run_takes_the_place_of_an_earlier_one_by_the_same_command(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "training.json"
     for command, speed in (("one --output a.json", 1), ("two", 2), ("one", 3)):
-        add_run(path, {"device": "a CPU", "command": command, "rows": [{"speed": speed}]})
+        add_run(path, {"device": "a CPU", "device_type": "cpu", "command": command, "rows": [{"speed": speed}]})
     assert [(run["command"], run["rows"][0]["speed"]) for run in read_runs(path)] == [("two", 2), ("one", 3)]
 
 
@@ -186,6 +188,44 @@ def module_of(name: str, **changes: Any) -> ELTModule:
     for setting, value in changes.items():
         setattr(module, setting, value)
     return module
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device at the end of a training step's forward pass.
+
+    Copies of weights in autocast's type are counted, averaged weights and the buffers of several devices are not.
+
+    Attributes:
+        resident: what is there whatever the batch: weights, gradients and casts, the optimiser's state.
+        per_sample: what is kept of each sample for the backward pass.
+    """
+
+    resident: int
+    per_sample: int
+
+    @classmethod
+    def of(cls, module: ELTModule, precision: Precision) -> "TrainingMemory":
+        """Count the bytes of a model, best on the ``meta`` device, in a precision."""
+        weights = sum(weight.numel() for weight in module.network.parameters()) * precision.weights.itemsize
+        state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
+        kept = Rehearsal(module, precision).step()
+        return cls(2 * weights + state + kept.fixed, kept.per_sample)
+
+    def at(self, batch_size: int) -> int:
+        """Bytes of a pass of that many samples."""
+        return self.resident + batch_size * self.per_sample
+
+
+def batch_of_saving(looped: TrainingMemory, unlooped: TrainingMemory, share: float) -> float:
+    """Find the batch at which the looped model takes ``share`` less memory than the unlooped one; smaller save more.
+
+    Both grow with the batch nearly alike, and what is saved is what the missing parameters take. A negative number says
+    that so much is never saved.
+    """
+    # (1 − share)·(unlooped + batch·its activations) = looped + batch·its activations
+    resident = (1 - share) * unlooped.resident - looped.resident
+    return resident / (looped.per_sample - (1 - share) * unlooped.per_sample)
 
 
 def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
@@ -220,6 +260,19 @@ def test_peak_memory_is_that_of_what_lives_at_once() -> None:
 
     peak = peak_above_start(work, torch.device("cpu"))
     assert 16 * million <= peak < 16.1 * million
+
+
+def test_the_committed_page_of_figures_is_made_of_the_committed_files() -> None:
+    assert figures(ROOT / "benchmarks") == (ROOT / "benchmarks" / "figures.md").read_text()
+
+
+def test_wrong_places_are_named_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("inference", "train", "data"):
+        assert main(["bench", kind, "--output", str(tmp_path)]) == 2
+        assert f"{tmp_path} is a folder" in capsys.readouterr().err
+    assert main(["bench", "report", "--folder", str(tmp_path / "none")]) == 2
+    assert "holds none of inference.json, training.json" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_turns_alternate_and_every_round_has_each_contender_once() -> None:

@@ -145,7 +145,7 @@ def training_rows(ilsd_seconds: list[float]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("seconds", "found"), [([1.04, 2.1], "holds"), ([1.05, 2.2], "does not hold")])
 def test_cost_is_that_of_the_benchmarks(tmp_path: Path, seconds: list[float], found: str) -> None:
     assert "Not measured yet." in cost_section(tmp_path)
-    run = {"device": "a machine", "command": "elt bench train", "rows": training_rows(seconds)}
+    run = {"device": "a machine", "device_type": "cpu", "command": "elt bench train", "rows": training_rows(seconds)}
     (tmp_path / "training.json").write_text(json.dumps({"runs": [run]}))
     (row,) = [line for line in cost_section(tmp_path) if line.startswith("| a machine")]
     assert row.endswith(f"| **{found}** |")
@@ -165,7 +165,19 @@ def test_differences_smaller_than_their_spread_are_said_to_be(tmp_path: Path) ->
     rows = {row["loops"]: row for row in content["arms"]["vanilla"]["rows"]}
     rows[4]["metrics"]["valid"] = [0.80, 0.82, 0.90]
     found = verdict(named("loses nothing"), tmp_path, content)
-    assert found == "holds in 2 of 3 seeds only; the difference is within the seeds' spread"
+    assert found == "holds in 2 of 3 seeds only, and not on average; the difference is within the seeds' spread"
+    rows[4]["metrics"]["valid"] = [0.70, 0.82, 0.83]
+    assert verdict(named("loses nothing"), tmp_path, content).startswith("holds in 2 of 3 seeds only; the difference")
+
+
+def test_an_arm_that_hardly_learned_is_said_to_have(tmp_path: Path) -> None:
+    content = summary()
+    assert "hardly" not in verdict(named("need the data"), tmp_path, content)
+    set_scores(content, "distillation", 0.5, [1, 2, 3])
+    set_scores(content, "distillation", 0.0, [4], seed=0)
+    set_scores(content, "distillation", 0.1, [4], seed=2)
+    found = verdict(named("need the data"), tmp_path, content)
+    assert found.endswith("distillation: hardly learned in 2 of 3 seeds, even at its own L_max")
 
 
 def test_from_which_loop_count_on_quality_is_kept(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from small_runs import SMALL
 from elt_lightning.cli import SUBCOMMANDS, main, with_underscores
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "data" / "README.md", *(ROOT / "docs").rglob("*.md")])
+OTHERS = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "data/README.md",
+    "benchmarks/README.md",
+    "benchmarks/figures.md",
+)
+PAGES = sorted([*(ROOT / page for page in OTHERS), *(ROOT / "docs").rglob("*.md")])
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -232,6 +240,52 @@ def test_measured_rows_are_those_of_the_results() -> None:
     measured = [path.read_text() for path in (ROOT / "docs" / "results").glob("ablation*/ablation.md")]
     assert len(rows) > 8
     assert all(any(row in page.splitlines() for page in measured) for row in rows)
+
+
+def tables_in(page: Path) -> list[list[dict[str, str]]]:
+    """Give a page's tables, each row as {heading: cell}."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+        headings, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        tables.append([dict(zip(headings, row, strict=True)) for row in rows])
+    return tables
+
+
+def test_ablations_in_the_readme_are_those_of_the_results() -> None:
+    """Each row is one of an ablation, to the letter, but that it may leave out larger loop counts."""
+    results = [row for path in (ROOT / "docs" / "results").glob("ablation*/ablation.md") for row in tables_in(path)]
+    copied = [table for table in tables_in(ROOT / "README.md") if "backbone parameters" in table[0]]
+    assert len(copied) == 4
+    for table in copied:
+        metric = next(iter(table[0]))
+        rows = [{**row, metric: re.sub(r" \([\d.]+ ± [\d.]+ at L = 8\)$", "", row[metric])} for row in table]
+        assert any(
+            all(any(row.items() <= measured.items() for measured in result) for row in rows) for result in results
+        )
+
+
+QUICKSTARTS = ("quickstart", "quickstart_diffusion", "quickstart_video")
+MEASURED_COLUMNS = {
+    "loops": "loops",
+    "layers passed through": "effective_depth",
+    "parameters of the looped stack": "params_backbone",
+    "samples per second": "samples_per_second",
+    "10⁹ multiply–accumulates per sample": "macs_per_sample",
+}
+
+
+def test_quickstarts_in_the_readme_are_those_of_the_results() -> None:
+    copied = [table for table in tables_in(ROOT / "README.md") if "layers passed through" in table[0]]
+    for name, table in zip(QUICKSTARTS, copied, strict=True):
+        report = json.loads((ROOT / "docs" / "results" / name / "loops.json").read_text())
+        for row, measured in zip(table, report["rows"], strict=True):
+            for heading, cell in row.items():
+                column = MEASURED_COLUMNS.get(heading)
+                value = measured[column] if column else measured["metrics"][heading.replace(" ", "_")]["mean"]
+                value *= 1e-9 if column == "macs_per_sample" else 100 if cell.endswith(" %") else 1
+                digits = len(cell.removesuffix(" %").partition(".")[2])
+                printed = float(cell.removesuffix(" %").replace(",", ""))
+                assert printed == pytest.approx(value, abs=0.501 * 10**-digits), (name, heading)
 
 
 def test_tensors_of_ones_own_train_with_the_config_of_the_page(

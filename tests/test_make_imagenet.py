@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elt_lightning.reproduce import imagenet
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -19,13 +21,79 @@ def test_the_whole_chain_runs(tmp_path: Path) -> None:
     done = subprocess.run(["make", *old, "imagenet", *settings], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unreadable, skipped: n01440764/broken_cut.JPEG" in done.stderr
-    for name, kind, loops in (("elt_l_8n3l", "tokens", range(1, 6)), ("elt_8n4l", "latents", range(1, 7))):
+    for name, kind, loops, scales in (
+        ("elt_l_8n3l", "tokens", range(1, 6), (1, 2, 3, 4)),
+        ("elt_8n4l", "latents", range(1, 7), (3,)),
+    ):
         index = json.loads((tmp_path / "data" / f"train_{kind}" / "index.json").read_text())
         assert (index["num_samples"], len(index["unreadable"]), index["copies"]) == (24, 3, 2)
         report = json.loads((tmp_path / "runs" / name / "test" / "loops.json").read_text())
-        assert [row["loops"] for row in report["rows"]] == list(loops)
+        swept = [(count, scale) for count in loops for scale in scales]
+        assert [(row["loops"], row["guidance"]) for row in report["rows"]] == swept
+        assert (report["train_mode"], report["train_steps"]) == ("ilsd", 6)
         assert all(row["metrics"]["fid8"]["mean"] > 0 for row in report["rows"])
-        for count in loops:
-            samples = np.load(tmp_path / "runs" / name / "test" / f"samples_L{count}.npz")["arr_0"]
+        for count, scale in swept:
+            stem = f"samples_L{count}" + (f"_guidance{scale}" if len(scales) > 1 else "")
+            samples = np.load(tmp_path / "runs" / name / "test" / f"{stem}.npz")["arr_0"]
             assert (samples.shape, samples.dtype) == ((8, 64, 64, 3), np.uint8)
         assert json.loads((tmp_path / "runs" / name / "test" / "reconstruction.json").read_text())["fid9"] > 0
+
+
+def test_what_an_earlier_step_scored_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"global_step": 500}
+    monkeypatch.setattr(imagenet, "read_checkpoint", lambda path, prefixes: steps)
+    test, checkpoint = tmp_path / "test", tmp_path / "last.ckpt"
+    assert not imagenet.is_measured(test, checkpoint)
+    for trained in (500, 900):
+        steps["global_step"] = trained
+        report = {"train_steps": trained, "train_mode": "ilsd", "train_loops": 3, "weights": "ema", "rows": [{}]}
+        test.mkdir(exist_ok=True)
+        (test / "loops.json").write_text(json.dumps(report | {"primary_metric": "fid"}))
+        assert imagenet.is_measured(test, checkpoint)
+        steps["global_step"] = trained + 1
+        assert not imagenet.is_measured(test, checkpoint)
+        assert not test.exists()
+    kept = [json.loads((tmp_path / f"earlier_test_{n}" / "loops.json").read_text())["train_steps"] for n in (0, 1)]
+    assert kept == [500, 900]
+
+
+def test_commands_of_a_model_are_those_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loop counts and guidance scales as the paper has them; with --train_only nothing is measured."""
+    noted: list[list[str]] = []
+    monkeypatch.setattr(imagenet, "elt", lambda *words: noted.append([str(word) for word in words]))
+
+    def commands(*flags: str) -> dict[str, list[str]]:
+        noted.clear()
+        files = ["--root", "in", "--reference", "r.npz", "--vqgan", "v", "--vae", "a", "--runs", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", ["imagenet", *files, *flags])
+        imagenet.main()
+        return {command[0]: command for command in noted}
+
+    masked = commands("--models=elt_l_12n2l")["test"]
+    assert masked[masked.index("--loops") + 1] == "1,2,3,4"
+    assert masked[masked.index("--guidance") + 1] == "1,2,3,4"
+    diffusion = commands("--models=elt_4n8l", "--test_flags=--loops 8")["test"]
+    assert "--guidance" not in diffusion
+    assert diffusion[-2:] == ["--loops", "8"]  # the last one counts
+    assert "--loops" not in commands("--models=elt_1n32l")["test"]  # its config names some
+    assert "test" not in commands("--models=dit_16", "--train_only")
+    assert set(commands("--models=dit_16")) == {"encode", "fit", "test"}
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "line"),
+    [
+        ("imagenet", "--root none --reference none", "imagenet: error: masked models need --vqgan"),
+        ("imagenet", "--root none --reference none --models none", "imagenet: error: there is no model none"),
+        ("curves", ". --output curves", "curves: error: . holds no TensorBoard files of a training"),
+        ("ablation", "--config none.yaml", "ablation: error: none.yaml: No such file or directory"),
+        ("ablation", "--override loops", "'loops' is not NAME=VALUE"),
+        ("update_norms", "--ckpt_path none.ckpt", "update_norms: error: there is no checkpoint none.ckpt"),
+    ],
+)
+def test_programs_of_the_makefile_end_in_one_line(module: str, flags: str, line: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"elt_lightning.reproduce.{module}", *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert line in done.stderr.splitlines()[-1]

@@ -20,6 +20,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.reproduce import figures, tables
 from elt_lightning.reproduce.accounting import count_row
 from elt_lightning.reproduce.published import TABLE_1, TABLE_2, TABLE_4
+from elt_lightning.reproduce.sweeps import rows_of
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = (1, 2, 3, 4, 8)
@@ -54,6 +55,9 @@ def write_run(folder: Path, rows: list[dict[str, Any]], test: str = "test", **ch
         "feature_network": "a network",
         "num_samples": 50_000,
         "train_loops": 3,
+        "train_mode": "ilsd",
+        "train_steps": 500_000,
+        "weights": "ema",
         "sampling_steps": 24,
         "rows": [plain | row | {"metrics": scores} for row, scores in zip(rows, metrics, strict=True)],
     }
@@ -175,6 +179,36 @@ def test_fvd_by_another_protocol_does_not_stand_beside_the_papers(tmp_path: Path
     assert [row["fvd_measured"] for row in make_table(4, tmp_path)["rows"]] == [None, 90.0, None, None]
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"weights": "raw"}, "raw weights"),
+        ({"train_mode": "vanilla"}, "trained by vanilla"),
+        ({"sampling_steps": 12}, "sampling took 12 steps, not 24"),
+    ],
+)
+def test_a_better_run_that_is_not_the_papers_is_named_and_left_out(
+    changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    row = {"loops": 3, "params_backbone": size(TABLE_1[2])}
+    write_run(tmp_path / "elt_l_8n3l", [{**row, "metrics": {"fid": 3.0}}])
+    write_run(tmp_path / "elt_l_8n3l", [{**row, "metrics": {"fid": 2.0}}], "test_other", **changes)
+    table = make_table(1, tmp_path)
+    assert table["rows"][2]["fid_measured"] == 3.0
+    assert any("test_other/loops.json is left out" in note and why in note for note in table["notes"])
+    assert any("500,000 training steps, 3 loops, 24 sampling steps" in note for note in table["notes"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": []}', "{}"])
+def test_a_damaged_sweep_is_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "elt_l_8n3l" / "test" / "loops.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    for make in (make_table, make_figure):
+        with pytest.raises(UserError, match=r"loops.json was not written by this version of `elt test`"):
+            make(1 if make is make_table else 4, tmp_path, "--measured", tmp_path)
+
+
 def test_a_run_of_another_network_is_named_and_left_out_but_for_a_twin(tmp_path: Path) -> None:
     row = {"loops": 2, "params_backbone": 1234, "metrics": {"fid8": 3.0}}
     write_run(tmp_path / "elt_l_8n3l", [{**row, "loops": 3}], sampling_steps=4)
@@ -190,7 +224,9 @@ def test_a_run_of_another_network_is_named_and_left_out_but_for_a_twin(tmp_path:
 
 def write_benchmark(path: Path, *rows: dict[str, Any], device: str = "a GPU") -> None:
     """Write rows of one run as `elt bench` does."""
-    path.write_text(json.dumps({"runs": [{"device": device, "command": "elt bench", "rows": rows}]}))
+    path.write_text(
+        json.dumps({"runs": [{"device": device, "device_type": "cuda", "command": "elt bench", "rows": rows}]})
+    )
 
 
 def test_benchmarks_fill_table_3(tmp_path: Path) -> None:
@@ -233,9 +269,11 @@ def test_no_run_takes_the_place_of_another(tmp_path: Path) -> None:
         own = {**common, "precision": precision, "steps": steps}
         rows = [{**own, "model": "looped", "sample_seconds": [1.0]}]
         rows += [{**own, "model": "unlooped", "sample_seconds": [seconds]}]
-        return {"device": device, "command": f"elt bench {seconds}", "rows": rows}
+        device_type = "cpu" if device.endswith("CPU") else "cuda"
+        return {"device": device, "device_type": device_type, "command": f"elt bench {seconds}", "rows": rows}
 
-    runs = [run("a CPU", "32-true", 0.5, steps=2), run("a GPU", "bf16-true", 2.0), run("a GPU", "bf16-true", 3.0)]
+    runs = [run("a CPU", "32-true", 0.5, steps=2), run("a CPU", "bf16-true", 6.0), run("a GPU", "bf16-true", 7.0, 12)]
+    runs += [run("a GPU", "bf16-true", 2.0), run("a GPU", "bf16-true", 3.0)]
     runs += [run("a GPU", "bf16-true", 4.0), run("another GPU", "bf16-true", 5.0)]
     (tmp_path / "inference.json").write_text(json.dumps({"runs": runs}))
     rows = make_table(3, tmp_path)["rows"]
@@ -243,6 +281,8 @@ def test_no_run_takes_the_place_of_another(tmp_path: Path) -> None:
     assert {model: ratio for model, ratio in measured.items() if ratio is not None} == {
         "L: 8N×3L": 2.0,
         "L: 8N×3L, batch 8, 32-true, 2 steps, a CPU": 0.5,
+        "L: 8N×3L, batch 8, bf16-true, 24 steps, a CPU": 6.0,
+        "L: 8N×3L, batch 8, bf16-true, 12 steps, a GPU": 7.0,
         "L: 8N×3L, batch 8, bf16-true, 24 steps, a GPU": 3.0,
         "L: 8N×3L, batch 8, bf16-true, 24 steps, a GPU, run 2": 4.0,
         "L: 8N×3L, batch 8, bf16-true, 24 steps, another GPU": 5.0,
@@ -284,6 +324,14 @@ def test_committed_tables_are_up_to_date(number: int, tmp_path: Path) -> None:
     rows = [constant(row) for row in committed["rows"]]
     rows = [row for row in rows if any(value is not None for name, value in row.items() if name != "model")]
     assert rows == [constant(row) for row in make_table(number, tmp_path)["rows"]]
+
+
+@pytest.mark.parametrize("number", [3, 8])
+def test_committed_tables_of_benchmarks_are_made_of_the_committed_files(number: int, tmp_path: Path) -> None:
+    tables.main([str(number), "--output", str(tmp_path)])
+    for ending in ("md", "csv", "json"):
+        name = f"table{number}.{ending}"
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "results" / "tables" / name).read_text()
 
 
 def make_figure(number: int, folder: Path, *flags: object) -> list[dict[str, str]]:
@@ -345,20 +393,29 @@ def test_titles_of_twins_say_so(number: int, small_scale: bool) -> None:
     assert ("small-scale twin" in title) == small_scale
 
 
-def test_figures_of_runs(tmp_path: Path) -> None:
+def test_figures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each loop count at its best guidance; ways of training from folders of their own; budgets by their best."""
 
-    def rows(*values: float) -> list[dict[str, Any]]:
+    def rows(name: str, *values: float) -> list[dict[str, Any]]:
+        params = size(rows_of(name)[0])
         return [
-            {"loops": loops, "params_backbone": 100, "metrics": {"fid": value + extra}, "guidance": 1.0 + extra}
+            {"loops": loops, "params_backbone": params, "metrics": {"fid": value + extra}, "guidance": 1.0 + extra}
             for loops, value in enumerate(values, start=1)
             for extra in (0.5, 0.0, 1.0)
         ]
 
-    write_run(tmp_path / "elt_l_8n3l", rows(9, 5, 3, 4))
-    write_run(tmp_path / "vanilla" / "elt_l_8n3l", rows(30, 20, 6, 7))
-    write_run(tmp_path / "maskgit_l", rows(4), train_loops=1)
-    write_run(tmp_path / "elt_8n4l", rows(8, 2), train_loops=4)
+    write_run(tmp_path / "elt_l_8n3l", rows("elt_l_8n3l", 9, 5, 3, 4))
+    write_run(tmp_path / "vanilla" / "elt_l_8n3l", rows("elt_l_8n3l", 30, 20, 6, 7), train_mode="vanilla")
+    write_run(tmp_path / "maskgit_l", rows("maskgit_l", 4), train_loops=1, train_mode="vanilla")
+    write_run(tmp_path / "elt_8n4l", rows("elt_8n4l", 8, 2), train_loops=4, sampling_steps=512)
+    # What is no model of the paper, or not trained or measured as it was there, is left out.
+    write_run(tmp_path / "elt_l_8n3l_24gb", rows("elt_l_8n3l", 1))
+    write_run(tmp_path / "elt_l_12n2l", rows("elt_l_8n3l", 1), train_loops=2)
+    write_run(tmp_path / "elt_xl_7n4l", rows("elt_xl_7n4l", 1), train_loops=4, train_mode="vanilla")
+    write_run(tmp_path / "elt_4n8l", rows("elt_4n8l", 1), train_loops=8, sampling_steps=24)
+    write_run(tmp_path / "elt_16n2l", rows("elt_16n2l", 1), train_loops=2, sampling_steps=512, weights="raw")
+    papers_no_protocol = {"sampling_steps": 12, "feature_network": "I3D, protocol styleganv-2048"}
+    write_run(tmp_path / "elt_6n4l", rows("elt_6n4l", 1), train_loops=4, **papers_no_protocol)
     measured = make_figure(8, tmp_path, "--measured", tmp_path)
     assert {(line["family"], line["series"]) for line in measured} == {
         ("masked", "elt_l_8n3l, ILSD"),
@@ -376,6 +433,7 @@ def test_figures_of_runs(tmp_path: Path) -> None:
     points = figures.read_runs(tmp_path)
     front = figures.pareto_front(points)
     assert [point.value for point in front] == [2.0]  # all cost the same here
+    assert capsys.readouterr().out.count("is left out: ") == 6 * 3  # for each time that they were read
     assert len(make_figure(4, tmp_path, "--measured", tmp_path)) == 21 + len(points)
 
 

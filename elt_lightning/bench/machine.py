@@ -12,6 +12,7 @@ def describe_machine(device: torch.device, command: str) -> dict[str, Any]:
     """Name the hardware, the versions and the command."""
     return {
         "device": device_name(device),
+        "device_type": device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

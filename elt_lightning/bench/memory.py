@@ -1,15 +1,11 @@
-"""Memory: the peak of what tensors take, measured; and what a looped model saves, by arithmetic."""
+"""Memory: the peak of what tensors take."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from elt_lightning.module import ELTModule
-from elt_lightning.planning import Precision, Rehearsal, optimizer_bytes_per_byte
 
 
 def peak_above_start(work: Callable[[], object], device: torch.device) -> int:
@@ -52,41 +48,3 @@ def _without_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes on one device at the end of a training step's forward pass.
-
-    Copies of weights in autocast's type are counted, averaged weights and the buffers of several devices are not.
-
-    Attributes:
-        resident: what is there whatever the batch: weights, gradients and casts, the optimiser's state.
-        per_sample: what is kept of each sample for the backward pass.
-    """
-
-    resident: int
-    per_sample: int
-
-    @classmethod
-    def of(cls, module: ELTModule, precision: Precision) -> "TrainingMemory":
-        """Count the bytes of a model, best on the ``meta`` device, in a precision."""
-        weights = sum(weight.numel() for weight in module.network.parameters()) * precision.weights.itemsize
-        state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
-        kept = Rehearsal(module, precision).step()
-        return cls(2 * weights + state + kept.fixed, kept.per_sample)
-
-    def at(self, batch_size: int) -> int:
-        """Bytes of a pass of that many samples."""
-        return self.resident + batch_size * self.per_sample
-
-
-def batch_of_saving(looped: TrainingMemory, unlooped: TrainingMemory, share: float) -> float:
-    """Find the batch at which the looped model takes ``share`` less memory than the unlooped one; smaller save more.
-
-    Both grow with the batch nearly alike, and what is saved is what the missing parameters take. A negative number says
-    that so much is never saved.
-    """
-    # (1 − share)·(unlooped + batch·its activations) = looped + batch·its activations
-    resident = (1 - share) * unlooped.resident - looped.resident
-    return resident / (looped.per_sample - (1 - share) * unlooped.per_sample)

@@ -1,6 +1,6 @@
 """What `elt bench` measured, for readers: the tables of the terminal and of ``figures.md``, from the JSON alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -8,6 +8,7 @@ from typing import Any
 
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.bench.timing import half_spread
+from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 
 MIB = 2**20
@@ -154,6 +155,13 @@ def with_spread(value: tuple[float, float] | None) -> str:
     return "" if value is None else f"{value[0]:.2f} ± {value[1]:.2f}"
 
 
+MEASURED: dict[str, Callable[[list[Row]], Lines]] = {
+    "inference.json": inference_lines,
+    "training.json": training_lines,
+}
+"""What `elt bench` writes, and what lays it out."""
+
+
 def figures(folder: Path) -> str:
     """Lay out all that was measured into a page of Markdown."""
     parts = [
@@ -164,7 +172,7 @@ def figures(folder: Path) -> str:
         "quartiles.",
         "",
     ]
-    for name, lay_out in (("inference.json", inference_lines), ("training.json", training_lines)):
+    for name, lay_out in MEASURED.items():
         for run in read_runs(folder / name):
             lines = lay_out(run["rows"])
             lines.title = f"{lines.title}: {run['device']}, {run['threads']} threads, torch {run['torch']}"
@@ -173,7 +181,13 @@ def figures(folder: Path) -> str:
 
 
 def write_figures(folder: Path) -> Path:
-    """Write ``figures.md`` beside the JSON."""
+    """Write ``figures.md`` beside the JSON.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not any((folder / name).is_file() for name in MEASURED):
+        raise UserError(f"{folder} holds none of {', '.join(MEASURED)}: elt bench inference --output makes one")
     path = folder / "figures.md"
     with written_aside(path) as aside:
         aside.write_text(figures(folder))

@@ -1,4 +1,4 @@
-"""The JSON files of `elt bench inference` and `elt bench train`: ``{"runs": [{device, …, command, rows}, …]}``."""
+"""The JSON files of `elt bench inference` and `train`: ``{"runs": [{device, device_type, …, command, rows}, …]}``."""
 
 import json
 import re
@@ -19,8 +19,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         runs = json.loads(path.read_text())["runs"]
-        if not all({"device", "command", "rows"} <= run.keys() for run in runs):
-            raise ValueError("a run lacks its device, command or rows")
+        if not all({"device", "device_type", "command", "rows"} <= run.keys() for run in runs):
+            raise ValueError("a run lacks its device, device_type, command or rows")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} was not written by `elt bench`: {error}") from error
     return runs

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from elt_lightning.archives import SampleArchive
 from elt_lightning.callbacks.ema import EMA
+from elt_lightning.checkpoints import read_checkpoint
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
 from elt_lightning.evaluation import Row, Sweep
 from elt_lightning.memorisation import write_nearest
@@ -235,6 +236,8 @@ class LoopMetrics(Callback):
             num_samples=self.num_samples,
             seed=self.seed,
             train_loops=module.max_loops,
+            train_mode=module.distillation.mode,
+            train_steps=read_checkpoint(str(trainer.ckpt_path), prefixes=())["global_step"],
             sampling_steps=module.sampler.steps,
             weights="ema" if any(callback.is_judged for callback in averaging) else "raw",
             params_backbone=params_backbone,

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -37,6 +38,13 @@ def finite_from_0(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
     return value
+
+
+def file_path(text: str) -> Path:
+    """Parse where a file is to be written: no folder may be in its place, which is better known before than after."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return Path(text)
 
 
 def numbers_from(smallest: int) -> Callable[[str], list[int]]:

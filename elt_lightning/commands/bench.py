@@ -20,7 +20,7 @@ from elt_lightning.bench.machine import describe_machine, device_name
 from elt_lightning.bench.report import Lines, inference_lines, training_lines, write_figures
 from elt_lightning.bench.runs import add_run, read_runs
 from elt_lightning.bench.shapes import SHAPES, Shape
-from elt_lightning.commands.arguments import Parser, device_of, number_from, numbers_from
+from elt_lightning.commands.arguments import Parser, device_of, file_path, number_from, numbers_from
 from elt_lightning.commands.train import quieten_libraries
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--num_workers", type=number_from(0), default=os.cpu_count() or 1, help="loader processes")
     data.add_argument("--batch_size", type=number_from(1), help="samples per batch (default: those of the configs)")
     data.add_argument("--repeats", type=number_from(1), default=5, help="epochs that are timed (default 5)")
-    data.add_argument("--output", type=Path, metavar="PATH", help="write the figures as JSON")
+    data.add_argument("--output", type=file_path, metavar="PATH", help="write the figures as JSON")
     data.set_defaults(run=bench_data)
 
     sampling = kinds.add_parser(
@@ -113,7 +113,7 @@ def add_common(parser: argparse.ArgumentParser, scales: str, batch_sizes: str, p
         "--turn_seconds", type=number_between(1e-4, 60), default=0.2, help="of a turn at least (default 0.2)"
     )
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="add the figures to a JSON file")
+    parser.add_argument("--output", type=file_path, metavar="PATH", help="add the figures to a JSON file")
 
 
 def number_between(low: float, high: float) -> Callable[[str], float]:

@@ -3,13 +3,16 @@
 `make ablation-diffusion` does the same with another config, whose name is also that of the folders of runs and results.
 Every run is an `elt fit` and an `elt test` in processes of their own. What it measured is a file of its own below the
 results, ``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted,
-and may go on in another clone. The summary is of the seeds that every arm has.
+and may go on in another clone. The summary is of the seeds that every arm has. What a config says under ``prepare``, a
+module and its flags, makes the data that it lacks, where there is a run to do.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elt_lightning import __version__
+from elt_lightning.cli import status_of
+from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.reproduce.curves import read_curves
@@ -80,18 +86,22 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where the runs lie; by default runs/<config>")
     parser.add_argument("--output", type=Path, help="folder of the results; by default docs/results/<config>")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, one thread each")
-    parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="settings for every run")
+    parser.add_argument(
+        "--override", nargs="*", type=setting, default=[], metavar="NAME=VALUE", help="settings for every run"
+    )
     options = parser.parse_args()
     title = options.config.stem
     runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
     config = yaml.safe_load(options.config.read_text())
-    overrides = dict(setting.split("=", 1) for setting in options.override)
+    overrides = dict(options.override)
     config["settings"] |= overrides
     arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
     arms = [replace(arm, settings=arm.settings | overrides) for arm in arms]
     # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
     longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
     pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
+    if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
+        subprocess.run([sys.executable, "-m", *shlex.split(config["prepare"])], check=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         runs_to_do = [pool.submit(run_arm, arm, seed, config, runs, output) for seed, arm in pairs]
         try:
@@ -101,6 +111,14 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             write_results(title, config, arms, output)
     print("\n".join(str(output / f"ablation.{ending}") for ending in ("png", "md", "json")))
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Path) -> str:
@@ -114,8 +132,10 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     flags = ["--config", config["base"], "--seed_everything", str(seed), *settings, *arm.flags()]
     loops = ",".join(map(str, arm.loops()))
     command = [*flags, "--loops", loops]
+    base = settings_in(Path(config["base"]))
     if record.is_file():
-        if json.loads(record.read_text())["command"] != command:
+        done = read_record(record)
+        if (done["command"], done["base_sha256"]) != (command, base):
             raise UserError(f"{record} was measured with other settings: delete it and {folder} to measure again")
         return f"{record}: done before"
     began = time.perf_counter()
@@ -128,7 +148,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
             aside.write_text(json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *flags, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
-    write_record(record, command, folder)
+    write_record(record, command, base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
 
 
@@ -137,7 +157,30 @@ def record_path(output: Path, arm: Arm, seed: int) -> Path:
     return output / "runs" / f"{arm.name}_seed{seed}.json"
 
 
-def write_record(path: Path, command: list[str], folder: Path) -> None:
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what a run measured.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        lacking = {"command", "base_sha256", "rows", "held_out", "versions", "machine"} - record.keys()
+        if lacking:
+            raise ValueError(f"it has no {', '.join(sorted(lacking))}")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} was not written by `make ablation`: {error}") from error
+    return record
+
+
+def settings_in(config: Path) -> str:
+    """Hash what a config and its bases set, comments and layout aside."""
+    with TemporaryDirectory() as scratch:
+        layers = [yaml.safe_load(path.read_text()) for path in config_and_bases(config, Path(scratch))]
+    return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, command: list[str], base: str, folder: Path) -> None:
     """Write what a run measured, and on what: its sweep without the samples' settings, its held-out losses."""
     report = json.loads((folder / "test" / "loops.json").read_text())
     kept = ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
@@ -147,6 +190,7 @@ def write_record(path: Path, command: list[str], folder: Path) -> None:
     ]
     record = {
         "command": command,
+        "base_sha256": base,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads_per_run": 1},
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
@@ -178,7 +222,7 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
         return None
     summary: dict[str, Any] = {"config": config | {"seeds": seeds}, "arms": {}}
     for arm in arms:
-        records = [json.loads(record_path(output, arm, seed).read_text()) for seed in seeds]
+        records = [read_record(record_path(output, arm, seed)) for seed in seeds]
         rows = []
         for same_loops in zip(*(record["rows"] for record in records), strict=True):
             metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
@@ -283,7 +327,4 @@ def with_spread(values: list[float], form: str = ".3g") -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"ablation: error: {error}")
+    sys.exit(status_of(main, "ablation"))

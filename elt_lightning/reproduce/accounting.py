@@ -17,11 +17,10 @@ from elt_lightning.commands.plan import read
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.networks.scales import SCALES
-from elt_lightning.reproduce.imagenet import MODELS
 from elt_lightning.reproduce.published import Row
 
-VIDEO_CONFIGS = Path("configs/ucf101")
-"""Where the models of Table 4 are."""
+CONFIGS = {1: Path("configs/imagenet256"), 2: Path("configs/imagenet256"), 4: Path("configs/ucf101")}
+"""Where the models of each table are."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,9 @@ class Count:
     passes: int = 1
 
     @property
-    def forward_macs_without_attention(self) -> int:
-        """MACs of one pass but for QKᵀ and PV: of the weights' products alone."""
-        return self.forward_macs - self.attention_macs
-
-    @property
     def sample_macs(self) -> int:
         """MACs of drawing one sample."""
         return self.passes * self.forward_macs
-
-    @property
-    def sample_macs_without_attention(self) -> int:
-        """MACs of drawing one sample but for QKᵀ and PV."""
-        return self.passes * self.forward_macs_without_attention
 
 
 def count(network: nn.Module, loops: int, passes: int = 1) -> Count:
@@ -104,8 +93,7 @@ def count_row(row: Row) -> Count | None:
     """
     if row.name is None or row.num_layers is None:
         return None
-    config = VIDEO_CONFIGS / f"{row.name}.yaml" if row.table == 4 else MODELS[row.name].config
-    module = read(["--config", str(config)])[2]
+    module = read(["--config", str(CONFIGS[row.table] / f"{row.name}.yaml")])[2]
     module.sampler.steps = row.steps  # Table 4 has one model at two numbers of steps
     return count(module.network, row.loops, len(module.sampler.network_calls(row.loops)))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from elt_lightning.bench.report import time_over, with_spread
 from elt_lightning.bench.runs import read_runs
+from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 
@@ -38,6 +39,8 @@ Each claim of the paper beside the small experiments that test it. The models ar
 tell depths apart: a verdict here says nothing about the paper's own scale. Every number and verdict is computed from
 the JSON files beside this page. A seed counts where the criterion holds in it, by however little. Numbers are means ±
 standard deviations over the seeds, shares in percent: how far they lie apart says how much a verdict is worth.
+Where an arm hardly learned in some seeds, below a fifth of the best arm's score at its own L_max, its verdict says so:
+such seeds tell more of training small models than of the claim.
 
 | claim | verdicts, in how many seeds |
 |---|---|
@@ -50,6 +53,9 @@ tables are in [tables](tables), curves of the small configs in [curves](curves).
 
 KEPT = 0.9
 """A loop count keeps the quality of L_max where it has this share of it."""
+
+HARDLY = 0.2
+"""An arm hardly learned where at its own L_max it has less than this share of the best arm's score."""
 
 SAME_TIME = 1.05
 """A way of training costs the same as another where its step takes at most so many times as long."""
@@ -154,6 +160,20 @@ class Experiment:
                 return arm
         raise NotMeasuredError
 
+    def reservation(self, *arms: Arm) -> str:
+        """Say which of several arms hardly learned in some seeds; of distances that is not told."""
+        whole = [arm.at(arm.max_loops) for arm in self.arms.values() if arm.higher_is_better]
+        best = [max(seed) for seed in zip(*whole, strict=True)]
+        reservations = []
+        for arm in arms:
+            pairs = zip(arm.at(arm.max_loops), best, strict=False)
+            hardly = sum(score < HARDLY * most for score, most in pairs)
+            if hardly:
+                reservations.append(
+                    f"{arm.label}: hardly learned in {hardly} of {len(best)} seeds, even at its own L_max"
+                )
+        return "; ".join(reservations)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -164,15 +184,17 @@ class Finding:
         holds: for each seed, whether it holds there.
         differences: for each seed by how much one side is ahead, where two sides are compared.
         note: what a reader should know besides.
+        reservation: what speaks against reading much into it.
     """
 
     measured: str
     holds: list[bool]
     differences: Seeds | None = None
     note: str = ""
+    reservation: str = ""
 
     def verdict(self) -> str:
-        """Say in how many seeds it holds, and whether a difference is clear of the seeds' spread."""
+        """Say in how many seeds it holds, whether it does on average, and whether clear of the seeds' spread."""
         held, seeds = sum(self.holds), len(self.holds)
         if held == seeds:
             text = f"holds in {held} of {seeds} seeds" if seeds > 1 else "holds in the one seed there is"
@@ -180,9 +202,11 @@ class Finding:
             text = f"does not hold, in none of {seeds} seeds" if seeds > 1 else "does not hold in the one seed there is"
         else:
             text = f"holds in {held} of {seeds} seeds only"
+        if self.differences and 0 < held < seeds and mean(self.differences) < 0:
+            text += ", and not on average"
         if self.differences and seeds > 1 and abs(mean(self.differences)) <= stdev(self.differences):
             text += "; the difference is within the seeds' spread"
-        return text + (f"; {self.note}" if self.note else "")
+        return "; ".join([text, *filter(None, (self.note, self.reservation))])
 
 
 Test = Callable[[Experiment], Finding]
@@ -233,7 +257,8 @@ def vanilla_is_below_before(experiment: Experiment) -> Finding:
     ilsd, vanilla = experiment.arm("ilsd"), experiment.arm("vanilla")
     counts = range(1, ilsd.max_loops)
     holds = every([[gap > 0 for gap in ahead(ilsd, count, vanilla, count)] for count in counts])
-    return Finding(f"vanilla {by_loops(vanilla, counts)}; ILSD {by_loops(ilsd, counts)}", holds)
+    measured = f"vanilla {by_loops(vanilla, counts)}; ILSD {by_loops(ilsd, counts)}"
+    return Finding(measured, holds, reservation=experiment.reservation(vanilla))
 
 
 def vanilla_falls_beyond(experiment: Experiment) -> Finding:
@@ -241,7 +266,8 @@ def vanilla_falls_beyond(experiment: Experiment) -> Finding:
     vanilla = experiment.arm("vanilla")
     counts = (vanilla.max_loops, vanilla.max_loops + 2)
     lost = ahead(vanilla, counts[0], vanilla, counts[1])
-    return Finding(f"vanilla {by_loops(vanilla, counts)}", [gap > 0 for gap in lost], lost)
+    measured = f"vanilla {by_loops(vanilla, counts)}"
+    return Finding(measured, [gap > 0 for gap in lost], lost, reservation=experiment.reservation(vanilla))
 
 
 def nothing_lost_at_the_full_count(experiment: Experiment) -> Finding:
@@ -250,7 +276,7 @@ def nothing_lost_at_the_full_count(experiment: Experiment) -> Finding:
     loops = ilsd.max_loops
     gaps = ahead(ilsd, loops, vanilla, loops)
     measured = f"at L = {loops} ILSD {ilsd.show(loops)}, vanilla {vanilla.show(loops)}"
-    return Finding(measured, [gap >= 0 for gap in gaps], gaps)
+    return Finding(measured, [gap >= 0 for gap in gaps], gaps, reservation=experiment.reservation(vanilla))
 
 
 def quality_is_kept_below(experiment: Experiment) -> Finding:
@@ -297,7 +323,7 @@ def too_few_layers_fail(experiment: Experiment) -> Finding:
     measured = (
         f"{one.label} {one.show(one.max_loops)}, {ilsd.label} {ilsd.show(ilsd.max_loops)}, both of depth {ilsd.depth}"
     )
-    return Finding(measured, [gap > 0 for gap in gaps], gaps)
+    return Finding(measured, [gap > 0 for gap in gaps], gaps, reservation=experiment.reservation(one))
 
 
 def beats(other: str) -> Test:
@@ -314,7 +340,7 @@ def beats(other: str) -> Test:
         gaps = [mean(seed) for seed in zip(*each, strict=True)]
         both = f"ILSD {ilsd.write(averages(ilsd))}, {arm.label} {arm.write(averages(arm))}"
         measured = f"mean over L = 1 to {ilsd.max_loops}: {both}"
-        return Finding(measured, [gap > 0 for gap in gaps], gaps)
+        return Finding(measured, [gap > 0 for gap in gaps], gaps, reservation=experiment.reservation(arm))
 
     return test
 
@@ -325,7 +351,7 @@ def as_good_as_unlooped(experiment: Experiment) -> Finding:
     unlooped = experiment.unlooped(like=ilsd)
     gaps = ahead(ilsd, ilsd.max_loops, unlooped, 1)
     measured = f"ILSD {ilsd.show(ilsd.max_loops)} at L = {ilsd.max_loops}, {unlooped.label} {unlooped.show(1)}"
-    return Finding(measured, [gap >= 0 for gap in gaps], gaps)
+    return Finding(measured, [gap >= 0 for gap in gaps], gaps, reservation=experiment.reservation(unlooped))
 
 
 def converges_sooner(experiment: Experiment) -> Finding:
@@ -338,6 +364,7 @@ def converges_sooner(experiment: Experiment) -> Finding:
         reached.append(next((step for step, loss in zip(steps, losses, strict=True) if loss[seed] <= target), None))
     when = ", ".join("never" if step is None else f"at step {step + 1:,}" for step in reached)
     measured = f"the unlooped model's loss after {unlooped_steps[-1] + 1:,} steps is reached, seed by seed: {when}"
+    measured += f"; losses at the end: ILSD {spread(losses[-1], 3)}, unlooped {spread(unlooped[-1], 3)}"
     gaps = [other - own for other, own in zip(unlooped[-1], losses[-1], strict=True)]
     return Finding(measured, [step is not None and step < steps[-1] for step in reached], gaps)
 
@@ -556,7 +583,8 @@ def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tup
             continue
         linked = f"{what}, {experiment.metric} ([figure]({name}/ablation.png))"
         rows.append(f"| {linked} | {finding.measured} | **{finding.verdict()}** |")
-        short.append(f"{what.partition(',')[0]}: {sum(finding.holds)} of {len(finding.holds)}")
+        reserved = ", with a reservation" if finding.reservation else ""
+        short.append(f"{what.partition(',')[0]}: {sum(finding.holds)} of {len(finding.holds)}{reserved}")
     return rows, short
 
 
@@ -606,7 +634,9 @@ def norms_section(results: Path) -> list[str]:
         *title,
         "",
         f"Loop {loops} of one diffusion model, one seed, {steps} steps: {early:.2f} on average over the first half of",
-        f"the steps, {late:.2f} over the second: **{verdict}** ([figure](update_norms/update_norms.png)).",
+        f"the steps, {late:.2f} over the second: **{verdict}** ([figure](update_norms/update_norms.png)). The model is",
+        "that of `configs/quickstart_diffusion.yaml`; `make fig14 SMOKE=1` trains and measures it again, and",
+        "`python -m elt_lightning.reproduce.update_norms --ckpt_path …` measures any.",
     ]
 
 
@@ -633,7 +663,4 @@ def experiments_section(experiments: dict[str, Experiment | None], results: Path
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"claims: error: {error}")
+    sys.exit(status_of(main, "claims"))

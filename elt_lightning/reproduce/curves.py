@@ -5,11 +5,13 @@ python -m elt_lightning.reproduce.curves RUN --output docs/results/curves/NAME
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 
@@ -71,4 +73,4 @@ def draw(curves: Curves, title: str) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main, "curves"))

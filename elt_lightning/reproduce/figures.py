@@ -28,14 +28,14 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
-from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reports import loops_figure
 from elt_lightning.reproduce.curves import read_curves
-from elt_lightning.reproduce.imagenet import MODELS
 from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABLE_1, TABLE_2
+from elt_lightning.reproduce.sweeps import difference, read_sweep, rows_of
 from elt_lightning.reproduce.update_norms import figure as norms_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
 
@@ -49,6 +49,9 @@ ABLATIONS = {
     "ablation_sudoku": "masked, sudoku",
 }
 """Folders of results at small scale, and the family that each is of."""
+
+FAMILIES = {1: "masked", 2: "diffusion", 4: "video"}
+"""Of the models of each table."""
 
 TITLES = {
     1: "samples per loop count, ILSD and vanilla looping",
@@ -123,16 +126,24 @@ class Point:
 
 
 def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
-    """Read every run below a folder: of each loop count the best guidance scale, in the run's primary metric."""
+    """Read the runs of the paper's models below a folder: of each loop count the best guidance, in the primary metric.
+
+    What is no model of the paper, or differs from it, is left out and named.
+    """
     points = []
     for path in sorted(folder.glob("*/test*/loops.json")):
-        report, model = json.loads(path.read_text()), path.parents[1].name
+        report, model = read_sweep(path), path.parents[1].name
+        papers = rows_of(model)
+        reason = difference(report, report["rows"][0]["params_backbone"], papers, mode)
+        if not papers or reason is not None:
+            print(f"{path} is left out: {reason if papers else f'{model} is no model of Tables 1, 2 and 4'}")
+            continue
         metric = report["primary_metric"]
         name = [model, *([MODES[mode]] if report["train_loops"] > 1 else [])]
         name += [path.parent.name] if path.parent.name != "test" else []  # of several sweeps each is a line of its own
         of_run = Point(
             source="measured",
-            family=MODELS[model].family if model in MODELS else "video",
+            family=FAMILIES[papers[0].table],
             metric=metric,
             higher_is_better=report["higher_is_better"],
             series=", ".join(name),
@@ -198,7 +209,8 @@ def of_the_paper(series: str, value: float, **places: Any) -> Point:
 def pareto_points(options: argparse.Namespace) -> list[Point]:
     """Figure 4: quality against compute, beside the paper's fit (second-hand)."""
     fit = [10 ** (2 + 0.1 * place) for place in range(21)]
-    paper = [of_the_paper("second-hand fit", FIGURE_4.fid(gflops), gmacs_per_sample=gflops) for gflops in fit]
+    name = "second-hand fit, compute as the paper counts it"
+    paper = [of_the_paper(name, FIGURE_4.fid(gflops), gmacs_per_sample=gflops) for gflops in fit]
     return read_points(options) + ([] if options.small_scale else paper)
 
 
@@ -368,6 +380,7 @@ def render(options: argparse.Namespace) -> tuple[Figure, list[dict[str, Any]]]:
     """Make a figure and the lines of its CSV; where nothing was measured the figure says so."""
     title = f"Figure {options.number}, {SMALL_SCALE}" if options.small_scale else f"Figure {options.number}"
     title += f": {TITLES[options.number]}"
+    title += ", of masked models in place of diffusion" if options.small_scale and options.number in (1, 6) else ""
     needed = {1: (options.ilsd, options.vanilla), 14: (options.norms,)}.get(options.number, ())
     if any(path is None or not path.is_file() for path in needed):
         return draw([], LOOPS, title), [{"missing": path} for path in needed]
@@ -408,7 +421,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"figures: error: {error}")
+    sys.exit(status_of(main, "figures"))

@@ -6,14 +6,24 @@ again, so that the same command goes on after an interruption.
 
 import argparse
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from elt_lightning.cli import run_command
+from elt_lightning.checkpoints import read_checkpoint
+from elt_lightning.cli import run_command, status_of
 from elt_lightning.errors import UserError
+from elt_lightning.files import next_numbered
+from elt_lightning.reproduce.sweeps import read_sweep
 
 TOKENIZERS = {"masked": ("maskgit-vqgan", "tokens"), "diffusion": ("sd-vae", "latents")}
 """Of each family: the tokenizer of ``elt encode``, and what its shards are called."""
+
+SWEPT_WHOLE = 8
+"""Up to this L_max a model is measured at every loop count and two beyond; above it at those that its config names."""
+
+GUIDANCE = {"masked": ["--guidance", "1,2,3,4"], "diffusion": []}
+"""Of each family: scales of guidance to measure at. The paper sweeps masked models, and has one scale of diffusion."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,11 @@ MODELS = {
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Run what is missing.
+
+    Raises:
+        UserError: a setting is missing or wrong.
+    """
     options = build_parser().parse_args()
     names = options.models.split(",")
     unknown = [name for name in names if name not in MODELS]
@@ -65,7 +79,9 @@ def main() -> None:
     for family in sorted({model.family for model in models}):
         encode(family, options)
     for model in models:
-        train_and_test(model, options)
+        common = train(model, options)
+        if not options.train_only:
+            test(model, common, options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs/imagenet256"), help="where runs go")
     parser.add_argument("--encode_flags", default="", help="further flags of elt encode")
     parser.add_argument("--flags", default="", help="further flags of elt fit and elt test")
+    parser.add_argument("--test_flags", default="", help="further flags of elt test alone: loops, samples to keep")
+    parser.add_argument("--train_only", action="store_true", help="measure nothing")
     return parser
 
 
@@ -100,10 +118,9 @@ def encode(family: str, options: argparse.Namespace) -> None:
     )
 
 
-def train_and_test(model: Model, options: argparse.Namespace) -> None:
-    """Train a model, or go on with it; then measure it at every loop count up to L_max and two beyond."""
-    run_dir, test_dir = options.runs / model.name, options.runs / model.name / "test"
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+def train(model: Model, options: argparse.Namespace) -> list[object]:
+    """Train a model, or go on with it; give what `elt test` has in common with it."""
+    run_dir = options.runs / model.name
     kind = TOKENIZERS[model.family][1]
     data = {
         "training_shards": options.data / f"train_{kind}",
@@ -113,12 +130,48 @@ def train_and_test(model: Model, options: argparse.Namespace) -> None:
     }
     common = ["--config", model.config, *(f"--data.init_args.{name}={value}" for name, value in data.items())]
     common += shlex.split(options.flags)
-    elt("fit", *common, "--run_dir", run_dir, *(["--ckpt_path", checkpoint] if checkpoint.exists() else []))
-    if (test_dir / "loops.json").exists():
+    fit(common, run_dir)
+    return common
+
+
+def test(model: Model, common: list[object], options: argparse.Namespace) -> None:
+    """Measure a model at its loop counts."""
+    run_dir = options.runs / model.name
+    checkpoint, test_dir = last_checkpoint(run_dir), run_dir / "test"
+    if is_measured(test_dir, checkpoint):
         return
     loops = [1] if model.max_loops == 1 else range(1, model.max_loops + 3)
-    which = ["--ckpt_path", checkpoint, "--loops", ",".join(map(str, loops))]
-    elt("test", *common, "--run_dir", test_dir, *which, "--save_samples", "samples.npz", "--reconstruction")
+    which = [] if model.max_loops > SWEPT_WHOLE else ["--loops", ",".join(map(str, loops))]
+    which += [*GUIDANCE[model.family], "--reconstruction", *shlex.split(options.test_flags)]
+    elt("test", *common, "--run_dir", test_dir, "--ckpt_path", checkpoint, *which)
+
+
+def fit(settings: list[object], run_dir: Path) -> Path:
+    """Train in a folder, going on where a checkpoint is; give the last one."""
+    checkpoint = last_checkpoint(run_dir)
+    elt("fit", *settings, "--run_dir", run_dir, *(["--ckpt_path", checkpoint] if checkpoint.exists() else []))
+    return checkpoint
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """Where a run's last checkpoint is."""
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def is_measured(test_dir: Path, checkpoint: Path) -> bool:
+    """Say whether a sweep is of a checkpoint as it is now; one of an earlier step is moved out of the way.
+
+    Raises:
+        UserError: sweep or checkpoint cannot be read.
+    """
+    if not (test_dir / "loops.json").is_file():
+        return False
+    measured = read_sweep(test_dir / "loops.json")["train_steps"]
+    trained = read_checkpoint(checkpoint, prefixes=())["global_step"]
+    if measured != trained:
+        earlier = test_dir.rename(next_numbered(test_dir.parent, "earlier_test"))
+        print(f"{earlier} has what was measured after {measured:,} steps; the checkpoint is of {trained:,} now")
+    return bool(measured == trained)
 
 
 def elt(*arguments: object) -> None:
@@ -129,4 +182,4 @@ def elt(*arguments: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main, "imagenet"))

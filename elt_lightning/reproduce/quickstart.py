@@ -1,8 +1,9 @@
 """`make quickstart`: train, test over loop counts, and name the files to look at."""
 
+import sys
 import time
 
-from elt_lightning.cli import run_command
+from elt_lightning.cli import run_command, status_of
 from elt_lightning.files import next_numbered
 
 
@@ -25,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main, "quickstart"))

@@ -4,12 +4,13 @@ Whatever is done already is not done again; to begin anew, delete the folders th
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
+from elt_lightning.cli import status_of
 from elt_lightning.data.moving_digits import LISTS, VIDEOS
-from elt_lightning.reproduce.imagenet import elt
-from elt_lightning.reproduce.ucf101 import fit
+from elt_lightning.reproduce.imagenet import elt, fit, is_measured
 
 TOKENIZER_CONFIG, CONFIG = Path("configs/quickstart_video_tokenizer.yaml"), Path("configs/quickstart_video.yaml")
 VIDEO_FOLDER, TOKENS = Path("data/moving_digits"), Path("data/moving_digits_tokens")
@@ -30,8 +31,8 @@ def main() -> None:
     if options.tokens_only:
         return
     run_dir, test_dir = options.runs / "elt", options.runs / "elt" / "test"
-    checkpoint = fit(CONFIG, run_dir, [])
-    if not (test_dir / "loops.json").exists():
+    checkpoint = fit(["--config", CONFIG], run_dir)
+    if not is_measured(test_dir, checkpoint):
         which = ["--ckpt_path", checkpoint, "--loops", "1,2,3,4,6", "--run_dir", test_dir]
         elt("test", "--config", CONFIG, *which, "--reconstruction", "--nearest")
     print(f"\ndone in {time.perf_counter() - began:.0f} s. Look at:")
@@ -49,7 +50,7 @@ def main() -> None:
 
 def write_tokens(run_dir: Path) -> None:
     """Train the tokenizer and encode all clips."""
-    fit(TOKENIZER_CONFIG, run_dir, [])
+    fit(["--config", TOKENIZER_CONFIG], run_dir)
     videos = ["--root", VIDEO_FOLDER / VIDEOS, "--annotations", VIDEO_FOLDER / LISTS]
     tokenizer = ["--tokenizer", "video-vq", "--tokenizer_path", run_dir / "tokenizer.safetensors"]
     for side, which in (("train", ["--clips_per_video", "8"]), ("test", ["--clips_per_video", "4", "--held_out"])):
@@ -57,4 +58,4 @@ def write_tokens(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main, "quickstart_video"))

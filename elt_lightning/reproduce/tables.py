@@ -10,12 +10,12 @@ Tables 1, 2 and 4 read ``<measured>/<config>/test*/loops.json``. Tables 3 and 8 
 runs to a file, where rows of one shape, batch size, compilation and precision took turns in one run (sizes are those of
 :data:`elt_lightning.bench.shapes.SHAPES`; of each row more is there, which these tables do not read)::
 
-    inference.json  {"runs": [{"device": "…", "command": "elt bench inference …", "rows": [
+    inference.json  {"runs": [{"device": "…", "device_type": "cuda", "command": "elt bench inference …", "rows": [
                      {"shape": "L", "num_layers": 8, "loops": 3, "model": "looped" or "unlooped", "batch_size": 8,
                       "compile": "no", "precision": "bf16-true", "steps": 24, "guidance": 1.0,
                       "sample_seconds": [0.9, …, one for each round], "samples_per_second": 9.1,
                       "pass_share_of_peak": 0.6}, …]}]}
-    training.json   {"runs": [{"device": "…", "command": "elt bench train …", "rows": [
+    training.json   {"runs": [{"device": "…", "device_type": "cuda", "command": "elt bench train …", "rows": [
                      {"shape": "wide", "num_layers": 8, "loops": 4, "way": "ilsd", "vanilla" or "unlooped",
                       "batch_size": 32, "compile": "no", "checkpoint_loops": false, "precision": "bf16-mixed",
                       "step_seconds": [1.2, …], "peak_memory_bytes": 123}, …]}]}
@@ -37,10 +37,9 @@ from typing import Any, Literal, NamedTuple
 from elt_lightning.bench.report import TRAINING_KEYS, find, speed_over_unlooped, time_over
 from elt_lightning.bench.report import Row as Measured
 from elt_lightning.bench.runs import read_runs
-from elt_lightning.errors import UserError
+from elt_lightning.cli import status_of
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.fid import name_with_count
-from elt_lightning.metrics.video_protocols import video_protocol
 from elt_lightning.reproduce.accounting import Count, count_row, count_scale, gflops_as_printed, params_as_printed
 from elt_lightning.reproduce.published import (
     PAPER,
@@ -53,6 +52,7 @@ from elt_lightning.reproduce.published import (
     Printed,
     Row,
 )
+from elt_lightning.reproduce.sweeps import difference, read_sweep
 
 SMALL_SCALE = (
     "small-scale twin: small networks, data that the project makes; its numbers do not compare with the paper's"
@@ -90,6 +90,9 @@ NOTES = {
     8: [
         'Ratios are of ELT over DiT; "the same" is taken as 1×. FLOPs are counted in the forward pass; the student of '
         "ILSD adds one application of the head, under 0.1 % of it. The paper measured on TPU v6e.",
+        "How much memory the looped model saves depends on the batch, which the paper does not tell: the parameters' "
+        "share shrinks as it grows. The row of the largest batch measured stands for the paper's, and that batch was "
+        "chosen by computing where 34 % are saved: it says that such a batch exists, and checks the arithmetic.",
     ],
 }
 
@@ -105,9 +108,6 @@ HEADINGS = {
 
 COUNTED = ("depth", "params", "params_backbone", "params_total", "gflops", "gmacs_per_pass", "gmacs_per_sample")
 """What needs no training, in the order of its columns in Tables 1, 2 and 4."""
-
-PAPERS_PROTOCOL = f"protocol {video_protocol('magvit-10kx4').name}"
-"""What the feature network of an FVD must name to stand beside those of Table 4."""
 
 Kind = Literal["paper", "counted", "measured"]
 
@@ -241,8 +241,9 @@ class Result:
         """Say where it is from."""
         report = self.report
         return (
-            f"{self.path}, {self.row['loops']} loops, {report['sampling_steps']} steps, guidance "
-            f"{self.row['guidance']:g}, {report['num_samples']:,} samples, features of {report['feature_network']}."
+            f"{self.path}, {report['train_steps']:,} training steps, {self.row['loops']} loops, "
+            f"{report['sampling_steps']} sampling steps, guidance {self.row['guidance']:g}, {report['num_samples']:,} "
+            f"samples, features of {report['feature_network']}."
         )
 
 
@@ -254,42 +255,34 @@ def count_in(name: str, kind: str) -> float:
     return math.inf if parts[1] is None else float(parts[1]) * (1000 if parts[2] else 1)
 
 
-def find_result(row: Row, counted: Count, kind: str, runs: Path, table: Table) -> Result | None:
+def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
     """Find the best of what was measured of a row, over guidance scales as the paper does.
 
-    A run is the row's only where its network has the row's size, sampling took the row's steps, and FVD was measured by
-    the paper's protocol. For a table of small models any will do, a metric of any kind, and the most loops there are.
+    A run is the row's only where :func:`~elt_lightning.reproduce.sweeps.difference` finds none. For a table of small
+    models any will do, a metric of any kind, and the most loops there are.
 
     Args:
         row: of the paper.
-        counted: its model.
         kind: "fid" or "fvd".
         runs: folder of the runs, each named after its config.
         table: gets a note for each run that is left out.
     """
     results = []
     for path in sorted((runs / str(row.name)).glob("test*/loops.json")):
-        report = json.loads(path.read_text())
+        report = read_sweep(path)
         most = max(measured["loops"] for measured in report["rows"])
         loops = min(row.loops, most) if table.small_scale else row.loops
-        for measured in report["rows"]:
-            if measured["loops"] != loops:
+        found = [measured for measured in report["rows"] if measured["loops"] == loops]
+        if found and not table.small_scale:
+            reason = difference(report, found[0]["params_backbone"], [row])
+            if reason is not None:
+                table.notes.append(f"{row.model}: {path} is left out: {reason}.")
                 continue
-            if not table.small_scale and measured["params_backbone"] != counted.params_backbone:
-                table.notes.append(
-                    f"{row.model}: {path} is left out: its network is another one, with "
-                    f"{measured['params_backbone']:,} parameters in the layers."
-                )
-            elif kind == "fvd" and not table.small_scale and PAPERS_PROTOCOL not in str(report["feature_network"]):
-                table.notes.append(
-                    f"{row.model}: {path} is left out: its protocol is not the paper's, {PAPERS_PROTOCOL}, but "
-                    f"{report['feature_network']}."
-                )
-            elif table.small_scale or report["sampling_steps"] == row.steps:
-                names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
-                names = sorted((name for name in names if count_in(name, kind)), key=lambda name: count_in(name, kind))
-                others = [report["primary_metric"]] if table.small_scale else [None]
-                results.append(Result(path, report, measured, (others + names)[-1]))
+        for measured in found:
+            names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
+            names = sorted((name for name in names if count_in(name, kind)), key=lambda name: count_in(name, kind))
+            others = [report["primary_metric"]] if table.small_scale else [None]
+            results.append(Result(path, report, measured, (others + names)[-1]))
     return max(results, key=lambda result: result.goodness(kind), default=None)
 
 
@@ -312,7 +305,7 @@ def generation_table(number: int, rows: Sequence[Row], kind: str, runs: Path, sm
         counted = count_row(row)
         if counted is None:
             continue
-        result = find_result(row, counted, kind, runs, table)
+        result = find_result(row, kind, runs, table)
         if result is not None:
             values = result.values(kind, len(scores) > 1)
             cells |= {Column(name, "measured"): value for name, value in values.items()}
@@ -378,15 +371,16 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
             cells[Column(baseline_params, "counted")] = Value(baseline.params_backbone)
         table.rows[row.model] = cells
     printed = {(row.scale, row.num_layers, row.loops): row.model for row in TABLE_3}
-    for device, rows in benchmark_runs(benchmarks / "inference.json", table):
-        for found in rows:
-            ratio = speed_over_unlooped(found, rows)
+    for run in benchmark_runs(benchmarks / "inference.json", table):
+        for found in run["rows"]:
+            ratio = speed_over_unlooped(found, run["rows"])
             if found["model"] != "looped" or found["loops"] == 1 or ratio is None:
                 continue
             papers = printed.get((found["shape"], found["num_layers"], found["loops"]))
-            if found["batch_size"] != TABLE_3_BATCH or found["compile"] != "no":
-                papers = None
-            cells = cells_of(table, found, device, papers)
+            as_papers = (found["batch_size"], found["steps"], found["guidance"], found["compile"])
+            cells = cells_of(
+                table, found, run, papers if as_papers == (TABLE_3_BATCH, TABLE_1[0].steps, 1, "no") else None
+            )
             cells[Column(speed, "measured")] = Value(*ratio)
             cells[Column("samples per second", "measured")] = Value(found["samples_per_second"])
             cells[Column("share of peak", "measured")] = Value(found["pass_share_of_peak"])
@@ -409,45 +403,45 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
         cells[Column(flops, "counted")] = Value(looped_count.forward_macs / baseline_count.forward_macs)
     first = f"{model.model} / {baseline.model}"
     table.rows[first] = cells
-    for device, found, unlooped, run in looped_steps(benchmarks / "training.json", table):
+    for run, found, unlooped in looped_steps(benchmarks / "training.json", table):
         is_papers = (found["shape"], found["num_layers"], found["loops"]) == ("wide", model.num_layers, model.loops)
         plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["checkpoint_loops"]
-        largest = max(other["batch_size"] for other in run if other["shape"] == found["shape"])
+        largest = max(other["batch_size"] for other in run["rows"] if other["shape"] == found["shape"])
         is_papers = is_papers and plain and found["batch_size"] == largest
-        measured = {"step time ratio": time_over(found, run, way="unlooped", checkpoint_loops=False)}
+        measured = {"step time ratio": time_over(found, run["rows"], way="unlooped", checkpoint_loops=False)}
         if found["way"] == "ilsd":
-            measured["over vanilla, time ratio"] = time_over(found, run, way="vanilla")
-        cells = cells_of(table, found, device, first if is_papers else None)
+            measured["over vanilla, time ratio"] = time_over(found, run["rows"], way="vanilla")
+        cells = cells_of(table, found, run, first if is_papers else None)
         cells |= {Column(what, "measured"): Value(*value) for what, value in measured.items() if value is not None}
         memory = found["peak_memory_bytes"] / unlooped["peak_memory_bytes"]
         cells[Column("peak memory ratio", "measured")] = Value(memory)
     return with_provenance(table)
 
 
-def looped_steps(path: Path, table: Table) -> Iterator[tuple[str, Measured, Measured, list[Measured]]]:
-    """Give every measured step of a looped model: its device, it, the unlooped one beside it, all rows of their run."""
-    for device, rows in benchmark_runs(path, table):
-        for row in rows:
-            unlooped = find(rows, row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
+def looped_steps(path: Path, table: Table) -> Iterator[tuple[dict[str, Any], Measured, Measured]]:
+    """Give every measured step of a looped model: its run, it, the unlooped one beside it."""
+    for run in benchmark_runs(path, table):
+        for row in run["rows"]:
+            unlooped = find(run["rows"], row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
             if row["way"] != "unlooped" and row["loops"] > 1 and unlooped is not None:
-                yield device, row, unlooped, rows
+                yield run, row, unlooped
 
 
-def cells_of(table: Table, found: Measured, device: str, papers: str | None) -> Cells:
+def cells_of(table: Table, found: Measured, run: dict[str, Any], papers: str | None) -> Cells:
     """Give the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
 
-    A row of the paper is filled by the first run that has it in bfloat16, which is what accelerators compute in; what
-    comes after, or was measured in another precision, stands beside it.
+    A row of the paper is filled by the first run on an accelerator that has it in bfloat16, which is what these compute
+    in; what comes after, or was measured in another precision or on a CPU, stands beside it.
 
     Args:
         table: gets the row, and a note that says how one of the paper's was measured.
         found: what was measured.
-        device: where.
+        run: that it is of.
         papers: the paper's row that it may be; None for none.
     """
-    name = benchmark_name(found, device)
+    name = benchmark_name(found, run["device"])
     is_free = papers is not None and not any(column.kind == "measured" for column in table.rows[papers])
-    if papers is not None and is_free and found["precision"].startswith("bf16"):
+    if papers is not None and is_free and found["precision"].startswith("bf16") and run["device_type"] != "cpu":
         table.notes.append(f"{papers} is measured as {name}.")
         return table.rows[papers]
     again = sum(other == name or other.startswith(f"{name}, run ") for other in table.rows)
@@ -465,13 +459,13 @@ def benchmark_name(row: Measured, device: str) -> str:
     return ", ".join([*parts, device])
 
 
-def benchmark_runs(path: Path, table: Table) -> Iterator[tuple[str, list[Measured]]]:
-    """Read device and rows of each run of a benchmark, and note its command; none where there is no file."""
+def benchmark_runs(path: Path, table: Table) -> Iterator[dict[str, Any]]:
+    """Read each run of a benchmark, and note its command; none where there is no file."""
     for run in read_runs(path):
         table.notes.append(
             f"Measured on {run['device']}: {path}, `{run['command']}`; ± is half of the quartiles' distance."
         )
-        yield run["device"], run["rows"]
+        yield run
 
 
 def with_provenance(table: Table) -> Table:
@@ -508,7 +502,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"tables: error: {error}")
+    sys.exit(status_of(main, "tables"))

@@ -6,9 +6,11 @@ Whatever is done already is not done again, so that the same command goes on aft
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
-from elt_lightning.reproduce.imagenet import elt
+from elt_lightning.cli import status_of
+from elt_lightning.reproduce.imagenet import elt, fit, is_measured
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def train_tokenizer(options: argparse.Namespace) -> Path:
     run_dir = options.runs / "tokenizer"
     videos = [f"--data.init_args.root={options.root}", f"--data.init_args.annotations={options.annotations}"]
     settings = [*videos, *shlex.split(options.tokenizer_flags)]
-    fit(options.tokenizer_config, run_dir, settings)
+    fit(["--config", options.tokenizer_config, *settings], run_dir)
     return run_dir / "tokenizer.safetensors"
 
 
@@ -57,21 +59,13 @@ def train_and_test(options: argparse.Namespace, train: Path, test: Path) -> None
     run_dir = options.runs / options.config.stem
     settings = [f"--data.init_args.training_shards={train}", f"--data.init_args.held_out_shards={test}"]
     settings += shlex.split(options.data_flags) + shlex.split(options.flags)
-    checkpoint = fit(options.config, run_dir, settings)
-    if not (run_dir / "test" / "loops.json").exists():
+    checkpoint = fit(["--config", options.config, *settings], run_dir)
+    if not is_measured(run_dir / "test", checkpoint):
         which = ["--ckpt_path", checkpoint, "--loops", options.loops, "--run_dir", run_dir / "test"]
         which += ["--reconstruction", "--nearest", *shlex.split(options.test_flags)]
         elt("test", "--config", options.config, *settings, *which)
         elt("sample", "--ckpt_path", checkpoint, "--loops", options.loops, "--output", run_dir / "test" / "samples.gif")
 
 
-def fit(config: Path, run_dir: Path, settings: list[str]) -> Path:
-    """Train in a folder, going on where a checkpoint is; give the last one."""
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    go_on = ["--ckpt_path", checkpoint] if checkpoint.exists() else []
-    elt("fit", "--config", config, *settings, "--run_dir", run_dir, *go_on)
-    return checkpoint
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main, "ucf101"))

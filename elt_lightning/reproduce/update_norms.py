@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.cli import status_of
+from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.module import ELTModule
@@ -30,18 +32,20 @@ def main() -> None:
     parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of elt fit")
     parser.add_argument("--loops", type=int, help="loops of every sampling step; by default the count of training")
     parser.add_argument("--num", type=int, default=200, help="samples to average over (default 200)")
+    parser.add_argument("--batch_size", type=int, default=50, help="of these, drawn at once (default 50)")
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
     parser.add_argument("--seed", type=int, default=0, help="decides every sample (default 0)")
     parser.add_argument("--output", type=Path, help="folder; by default a new one beside the run's checkpoints")
     options = parser.parse_args()
-    if options.num < 1 or (options.loops is not None and options.loops < 1):
-        raise UserError("--num and --loops must be at least 1")
-    module = build_module(read_checkpoint(options.ckpt_path))
+    if options.num < 1 or options.batch_size < 1 or (options.loops is not None and options.loops < 1):
+        raise UserError("--num, --batch_size and --loops must be at least 1")
+    module = build_module(read_checkpoint(options.ckpt_path)).to(device_of(options.device))
     folder = options.output or next_numbered(options.ckpt_path.resolve().parent.parent, "update_norms")
-    norms = update_norms(module, options.num, options.loops or module.max_loops, options.seed)
+    norms = update_norms(module, options.num, options.loops or module.max_loops, options.seed, options.batch_size)
     write_results(norms, module.max_loops, folder)
 
 
-def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int) -> Tensor:
+def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int, batch_size: int = 50) -> Tensor:
     """Draw samples, and measure ‖h_r − h_(r−1)‖₂ for every loop r of every sampling step.
 
     The state h has D numbers for each token; its norm is averaged over tokens and samples, and where guidance acts over
@@ -49,9 +53,10 @@ def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int) -> 
 
     Args:
         module: in eval mode, of either family.
-        num_samples: drawn all at once; sample i is of class i mod num_classes.
+        num_samples: to draw; sample i is of class i mod num_classes.
         loops: L, at every sampling step.
         seed: decides every sample.
+        batch_size: samples drawn at once.
 
     Returns:
         (K, L) float32, sampling steps and loops.
@@ -67,13 +72,17 @@ def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int) -> 
 
     layers: nn.ModuleList = module.network.backbone.layers  # type: ignore[assignment, union-attr]
     hooks = [layers[0].register_forward_pre_hook(enter), layers[-1].register_forward_hook(leave)]
+    total = torch.zeros(())
     try:
-        index = torch.arange(num_samples, device=module.device)
-        module.sample(index % module.num_classes, loops, sample_seeds(seed, index))
+        for index in torch.arange(num_samples, device=module.device).split(batch_size):
+            module.sample(index % module.num_classes, loops, sample_seeds(seed, index))
+            # A sampler calls the network once a step.
+            total = total + len(index) * torch.stack(norms).view(-1, loops).cpu()
+            norms.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(norms).view(-1, loops).cpu()  # a sampler calls the network once a step
+    return total / num_samples
 
 
 def write_results(norms: Tensor, train_loops: int, folder: Path) -> None:
@@ -106,7 +115,4 @@ def figure(norms: Tensor, train_loops: int) -> Figure:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"update_norms: error: {error}")
+    sys.exit(status_of(main, "update_norms"))

@@ -1,0 +1,61 @@
+"""What `elt test` left behind in ``loops.json``, and whether it may stand for a model of the paper."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from elt_lightning.errors import UserError
+from elt_lightning.metrics.video_protocols import video_protocol
+from elt_lightning.reproduce.accounting import count_row
+from elt_lightning.reproduce.published import TABLE_1, TABLE_2, TABLE_4, Row
+
+PAPERS_PROTOCOL = f"protocol {video_protocol('magvit-10kx4').name}"
+"""What the feature network of an FVD must name to stand beside those of Table 4."""
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """Read a ``loops.json``.
+
+    Raises:
+        UserError: it is damaged, or was written by something else or by an earlier version.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        lacking = {"rows", "primary_metric", "train_loops", "train_mode", "train_steps", "weights"} - report.keys()
+        if lacking or not report["rows"]:
+            raise ValueError(f"it has no {', '.join(sorted(lacking)) or 'rows'}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} was not written by this version of `elt test` ({error}): remove it and test again"
+        ) from error
+    return report
+
+
+def rows_of(name: str) -> list[Row]:
+    """Give the rows of Tables 1, 2 and 4 that are of a config; none of a name that is not one of the paper's models."""
+    return [row for row in (*TABLE_1, *TABLE_2, *TABLE_4) if row.name == name]
+
+
+def difference(report: dict[str, Any], params_backbone: int, rows: Collection[Row], mode: str = "ilsd") -> str | None:
+    """Say what sets a sweep apart from what the paper measured; None where nothing does.
+
+    Args:
+        report: the sweep.
+        params_backbone: of the network in it.
+        rows: of one model of the paper; sampling took the steps of one of them.
+        mode: of training, which unlooped models do not have.
+    """
+    steps = sorted({row.steps for row in rows})
+    sizes = {count.params_backbone for count in map(count_row, rows) if count is not None}
+    if params_backbone not in sizes:
+        return f"its network is another one, with {params_backbone:,} parameters in the layers"
+    if report["train_loops"] > 1 and report["train_mode"] != mode:
+        return f"it was trained by {report['train_mode']}, not by {mode}"
+    if report["weights"] != "ema":
+        return f"it is of the {report['weights']} weights, not of their average"
+    if report["sampling_steps"] not in steps:
+        return f"sampling took {report['sampling_steps']} steps, not {' or '.join(map(str, steps))}"
+    if any(row.fvd for row in rows) and PAPERS_PROTOCOL not in str(report["feature_network"]):
+        return f"its protocol is not the paper's, {PAPERS_PROTOCOL}, but {report['feature_network']}"
+    return None
