@@ -255,7 +255,7 @@ fig13: $(BIN)/elt ## terms of the loss: IMAGENET= VQGAN= (480 GPU-hours, 19 more
 	$(call masked,elt_l_8n3l,distillation)
 	$(FIGURE) 13 --measured $(RUNS)
 
-fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in 5 minutes on 2 cores
+fig14: $(BIN)/elt ## update of each loop by sampling step: IMAGENET= VAE= (450 GPU-hours); SMOKE=1 in 7 to 12 minutes on 2 cores
 	$(call diffusion,elt_8n4l,,--train_only)
 	@if [ -f $(NORMS_CHECKPOINT) ]; then \
 		$(BIN)/python -m elt_lightning.reproduce.update_norms --ckpt_path $(NORMS_CHECKPOINT) --output $(NORMS); fi

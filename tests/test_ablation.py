@@ -87,7 +87,11 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     assert found.arm("ilsd").at(2) == arm["rows"][1]["metrics"]["recognised"]
     assert found.arm("ilsd").higher_is_better
     commands.clear()
-    run_ablation(monkeypatch)
+    run_ablation(monkeypatch, prepare="elt_lightning no_command")  # there is nothing to make data for
+    assert commands == []
+    Path("results/runs/ilsd_seed1.json").unlink()
+    with pytest.raises(UserError, match="the data could not be made: python -m elt_lightning no_command"):
+        run_ablation(monkeypatch)
     assert commands == []
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
     pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
     if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
-        subprocess.run([sys.executable, "-m", *shlex.split(config["prepare"])], check=True)
+        prepare(config["prepare"])
     with ThreadPoolExecutor(options.jobs) as pool:
         runs_to_do = [pool.submit(run_arm, arm, seed, config, runs, output) for seed, arm in pairs]
         try:
@@ -111,6 +111,16 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             write_results(title, config, arms, output)
     print("\n".join(str(output / f"ablation.{ending}") for ending in ("png", "md", "json")))
+
+
+def prepare(program: str) -> None:
+    """Make the data: run a module of the package with its flags.
+
+    Raises:
+        UserError: it failed, after a line of its own.
+    """
+    if subprocess.run([sys.executable, "-m", *shlex.split(program)], check=False).returncode:
+        raise UserError(f"the data could not be made: python -m {program}")
 
 
 def setting(text: str) -> tuple[str, str]:

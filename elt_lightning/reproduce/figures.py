@@ -390,7 +390,7 @@ def render(options: argparse.Namespace) -> tuple[Figure, list[dict[str, Any]]]:
         drawing = draw(points, axis, title)
         return drawing, [asdict(point) for point in points] or [dict.fromkeys(field.name for field in fields(Point))]
     drawing, lines = draw_samples(options) if options.number == 1 else draw_norms(options)
-    drawing.suptitle(title, fontsize=9, y=0.93)
+    drawing.suptitle(title, fontsize=9, y=0.93 if options.number == 1 else 1.0)
     return drawing, lines
 
 

@@ -107,7 +107,7 @@ def figure(norms: Tensor, train_loops: int) -> Figure:
         style = "-" if loop <= train_loops else "--"
         axes.plot(range(1, num_steps + 1), values, style, color=color, marker=".", label=f"loop {loop}")
     axes.set_xlabel("sampling step")
-    axes.set_ylabel("L2 norm of the loop's update, mean over tokens")
+    axes.set_ylabel("L2 norm of the update, mean over tokens")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
