@@ -81,7 +81,7 @@ VIDEO_CONFIG ?= configs/ucf101/elt_6n4l.yaml
 VIDEO_LOOPS ?= 2,3,4,5,6
 PROTOCOL_FLAGS ?= --data.init_args.protocol=magvit-10kx4 --num_samples=10000 --repeats=4
 VIDEO_SMOKE_DIR := runs/ucf101_smoke
-ucf101: $(BIN)/elt ## Table 4's ELT rows: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (29 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes without any
+ucf101: $(BIN)/elt ## Table 4's row ELT 6N×4L, and Figure 7: UCF101=folder with UCF-101/ and ucfTrainTestlist/, I3D=file C3D=file (29 GPU-hours, 96 more for the tokenizer); SMOKE=1 in 2 minutes without any
 ifdef SMOKE
 	rm -rf $(VIDEO_SMOKE_DIR)
 	$(BIN)/python tests/ucf101_stand_ins.py $(VIDEO_SMOKE_DIR)/files

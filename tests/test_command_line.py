@@ -106,7 +106,7 @@ def test_sweep_writes_table_json_csv_and_pictures(checkpoint: Path, capsys: pyte
     assert report["primary_metric"] == "valid_squares"
     assert report["higher_is_better"] is True
     assert (report["num_samples"], report["train_loops"], report["sampling_steps"]) == (10, 4, 3)
-    assert (report["train_mode"], report["train_steps"]) == ("ilsd", 4)
+    assert (report["train_mode"], report["train_steps"]) == ("ilsd", 6)
     assert [(row["loops"], row["guidance"]) for row in report["rows"]] == [(k, g) for k in (1, 2, 6) for g in (1, 2)]
     first, second = report["rows"][:2]
     assert second["macs_per_sample"] == 2 * first["macs_per_sample"]
