@@ -29,7 +29,7 @@ def test_the_video_quickstart_runs_resumes_and_predicts_frames(
         "elt": ["--trainer.max_steps=2"],
     }
     whole = quickstart_video.fit
-    monkeypatch.setattr(quickstart_video, "fit", lambda config, run, _: whole(config, run, small[run.name]))
+    monkeypatch.setattr(quickstart_video, "fit", lambda settings, run: whole([*settings, *small[run.name]], run))
     elt = quickstart_video.elt
     few = ["--num_samples=20", "--data.init_args.batch_size=4"]
     monkeypatch.setattr(quickstart_video, "elt", lambda *words: elt(*words, *(few if words[0] == "test" else [])))
