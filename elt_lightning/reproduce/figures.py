@@ -134,7 +134,7 @@ def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
     for path in sorted(folder.glob("*/test*/loops.json")):
         report, model = read_sweep(path), path.parents[1].name
         papers = rows_of(model)
-        reason = difference(report, report["rows"][0]["params_backbone"], papers, mode)
+        reason = difference(report, papers, mode)
         if not papers or reason is not None:
             print(f"{path} is left out: {reason if papers else f'{model} is no model of Tables 1, 2 and 4'}")
             continue

@@ -37,17 +37,17 @@ def rows_of(name: str) -> list[Row]:
     return [row for row in (*TABLE_1, *TABLE_2, *TABLE_4) if row.name == name]
 
 
-def difference(report: dict[str, Any], params_backbone: int, rows: Collection[Row], mode: str = "ilsd") -> str | None:
+def difference(report: dict[str, Any], rows: Collection[Row], mode: str = "ilsd") -> str | None:
     """Say what sets a sweep apart from what the paper measured; None where nothing does.
 
     Args:
-        report: the sweep.
-        params_backbone: of the network in it.
+        report: the sweep, of one network.
         rows: of one model of the paper; sampling took the steps of one of them.
         mode: of training, which unlooped models do not have.
     """
     steps = sorted({row.steps for row in rows})
     sizes = {count.params_backbone for count in map(count_row, rows) if count is not None}
+    params_backbone = report["rows"][0]["params_backbone"]
     if params_backbone not in sizes:
         return f"its network is another one, with {params_backbone:,} parameters in the layers"
     if report["train_loops"] > 1 and report["train_mode"] != mode:
