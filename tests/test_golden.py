@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import elt_lightning.processes.noise as noise
+from elt_lightning import from_pretrained
 from elt_lightning.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -41,9 +42,7 @@ def measure(name: str) -> dict[str, Any]:
     checkpoint = f"{name}/checkpoints/last.ckpt"
     content = torch.load(checkpoint, weights_only=True)
     raw, average = content["state_dict"], content["ema"]["weights"]
-    from elt_lightning.module import ELTModule
-
-    module = ELTModule.from_pretrained(checkpoint)
+    module = from_pretrained(checkpoint)
     labels, seeds = torch.arange(6) % 3, noise.sample_seeds(7, torch.arange(6))
     samples = [module.sample(labels, loops, seeds).double() for loops in (1, 3)]
     return {
