@@ -10,6 +10,8 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from elt_lightning.runs import run_folder
+
 UNFINISHED = ".unfinished.ckpt"
 """The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
 
@@ -89,7 +91,8 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the trainer write its files whole."""
+        """Write into the run's folder, wherever loggers write; and let the trainer write its files whole."""
+        self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeFiles()
 

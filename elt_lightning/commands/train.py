@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
@@ -36,9 +35,10 @@ from elt_lightning.callbacks.throughput import Throughput
 from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
-from elt_lightning.files import claim_numbered, next_numbered, written_aside
+from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.module import ELTModule
 from elt_lightning.precision import cache_weight_casts
+from elt_lightning.runs import LOCK, choose_run_dir, locked
 from elt_lightning.strategies import check_strategy, supported_strategy
 from elt_lightning.tokenizers.vq_training import VQTraining
 
@@ -70,9 +70,6 @@ SHORT_FLAGS = {
 
 SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
 """Settings that a bare flag turns on."""
-
-RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
-"""What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
 
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
@@ -163,6 +160,10 @@ class RunCommandLine(LightningCLI):
     names_model_class: bool
     """Whether a config's ``model`` section names a class, or holds the settings of ``model_class`` itself."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:  # Lightning's constructor does everything, to the end of the command
+            super().__init__(*args, **kwargs)
+
     @classmethod
     def for_arguments(cls, arguments: list[str]) -> "RunCommandLine":
         """Parse the arguments, build everything and run the command."""
@@ -212,6 +213,7 @@ class RunCommandLine(LightningCLI):
             raise UserError("val_check_interval must be above 0; to train without validation, limit_val_batches is 0")
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
+        self.held.enter_context(locked(self.run_dir))
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
@@ -225,7 +227,9 @@ class RunCommandLine(LightningCLI):
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
         except Exception as error:
             with suppress(OSError):
-                self.run_dir.rmdir()  # the folder was made for this run, and nothing is in it
+                if os.listdir(self.run_dir) == [LOCK]:  # the folder was made for this run
+                    (self.run_dir / LOCK).unlink()
+                    self.run_dir.rmdir()
             if isinstance(error, UserError | ArgumentError | OSError | torch.OutOfMemoryError):
                 raise
             # A class refused its settings, or broke on them: which of the two, its author alone knows.
@@ -349,34 +353,6 @@ class TokenizerCommandLine(RunCommandLine):
         return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
 
 
-def choose_run_dir(config: Namespace, subcommand: str) -> Path:
-    """Choose the folder of a run, so that nothing that is there is overwritten.
-
-    ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
-    command on such a checkpoint works in ``RUN/<command>_<n>``, and a fresh fit in ``runs/<name of the config>_<n>``.
-
-    Raises:
-        UserError: the folder asked for already holds another run.
-    """
-    checkpoint = config.get("ckpt_path")
-    run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir)
-        # Of several processes the first decides; the others meet its config here.
-        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        taken = first and any(os.path.lexists(run_dir / result) for result in RESULTS)
-        if taken and run_dir.resolve() != run_of_checkpoint:
-            raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
-        return run_dir
-    # Of several processes the first makes the folder; the others take it over broadcasts.
-    choose = claim_numbered if rank_zero_only.rank == 0 else next_numbered  # type: ignore[attr-defined]
-    if run_of_checkpoint is None:
-        configs = [str(path) for path in config.get("config") or []]
-        return choose("runs", Path(configs[-1]).stem if configs else subcommand)
-    run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
-    return run_of_checkpoint if subcommand == "fit" else choose(run_of_checkpoint, subcommand)
-
-
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     """Let a checkpoint's own ``model`` and ``data`` sections be the lowest layer: configs and flags win over them.
 
@@ -389,7 +365,7 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     if checkpoint in (None, "null"):
         return arguments
     recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-    stored = scratch / "checkpoint.yaml"
+    stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
     stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
     return ["--config", str(stored), *arguments]
 

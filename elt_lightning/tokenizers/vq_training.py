@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.func import functional_call
@@ -24,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from elt_lightning.errors import UserError
 from elt_lightning.optim import LearningRateSchedule
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
+from elt_lightning.runs import log_picture
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.discriminator import Discriminator
@@ -303,9 +303,9 @@ class VQTraining(LightningModule):
         # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
         count = len(pixels) * self.trainer.world_size
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=count, sync_dist=True)
-        if batch_idx == 0 and self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+        if batch_idx == 0 and self.trainer.is_global_zero:
             picture = side_by_side(pixels[: self.num_pictures], reconstruction[: self.num_pictures])
-            self.logger.experiment.add_image("val/reconstructions", picture, self.global_step, dataformats="HWC")
+            log_picture(self.trainer, "val/reconstructions", picture)
 
     def on_validation_epoch_end(self) -> None:
         """Log how many codes all held-out samples use, and how evenly."""
