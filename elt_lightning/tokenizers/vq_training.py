@@ -21,9 +21,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
-from elt_lightning.optim import LearningRateSchedule
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
-from elt_lightning.runs import log_picture
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.discriminator import Discriminator
@@ -31,6 +29,8 @@ from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
 from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
+from elt_lightning.training.optimiser import LearningRateSchedule
+from elt_lightning.training.runs import log_picture
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 """Settings in which a 2-D tokenizer that is inflated may differ: the weights' shapes do not depend on them."""

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from elt_lightning.runs import run_folder
+from elt_lightning.training.runs import run_folder
 
 UNFINISHED = ".unfinished.ckpt"
 """The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
