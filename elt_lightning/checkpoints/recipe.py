@@ -1,5 +1,6 @@
 """The recipe in a checkpoint: how to build the model, the data module and the tokenizer again, as plain data."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 class Recipe(Callback):
-    """Store ``checkpoint["elt"]``, which :mod:`elt_lightning.checkpoints.store` reads.
+    """Store ``checkpoint["elt"]`` for :mod:`elt_lightning.checkpoints.store`; relative paths are of its ``folder``.
 
     Args:
         model: resolved ``model`` section of the config, with what was linked from the data filled in.
@@ -22,7 +23,7 @@ class Recipe(Callback):
     """
 
     def __init__(self, model: dict[str, Any], data: dict[str, Any], tokenizer: Callable[[], dict[str, Any]]) -> None:
-        self.recipe = {"version": FORMAT_VERSION, "model": model, "data": data}
+        self.recipe = {"version": FORMAT_VERSION, "folder": os.getcwd(), "model": model, "data": data}
         self.tokenizer = tokenizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: D102
@@ -43,6 +44,16 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
             f"{FORMAT_VERSION}): upgrade to read it"
         )
+
+
+def found_from(folder: str, settings: Any) -> Any:
+    """Return settings whose relative paths are absolute where ``folder`` has them; the others are left as they are."""
+    if isinstance(settings, dict):
+        return {key: value if key == "class_path" else found_from(folder, value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [found_from(folder, value) for value in settings]
+    is_there = isinstance(settings, str) and settings and os.path.exists(os.path.join(folder, settings))
+    return os.path.join(folder, settings) if is_there else settings
 
 
 def is_laid_out(value: Any, layout: Any) -> bool:

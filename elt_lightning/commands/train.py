@@ -91,11 +91,9 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
-            if trains_tokenizer(arguments):
-                TokenizerCommandLine.for_arguments([name, *arguments])
-                return
             arguments = with_stored_config(arguments, Path(scratch))
-            ELTCommandLine.for_arguments([name, *arguments])
+            command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
+            command.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
     except (MisconfigurationException, SafetensorError, ValueError) as error:
@@ -256,8 +254,13 @@ class RunCommandLine(LightningCLI):
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
-        """Give the callbacks that have no settings."""
-        return []
+        """Return the callbacks that have no settings: one puts the recipe into checkpoints."""
+        return [Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+
+    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the resolved ``model`` and ``data`` sections as plain data."""
+        resolved = self.resolved_config()
+        return resolved["model"], resolved["data"]
 
     def resolved_config(self) -> dict[str, Any]:
         """Every setting of this command after defaults, configs and flags, as plain data."""
@@ -318,19 +321,19 @@ class ELTCommandLine(RunCommandLine):
             config.verbose = False  # the sweep prints a table of its own
 
     def own_callbacks(self) -> list[Callback]:
-        """Measure speed, and put the recipe into checkpoints."""
-        return [Throughput(), Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+        """Measure speed too."""
+        return [Throughput(), *super().own_callbacks()]
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
-        resolved = self.resolved_config()
+        """Return both sections with what the data said filled in."""
+        model, data = super().recipe()
         for source, targets in FROM_DATA.items():
             value = getattr(self.datamodule, source)
             for target in targets:
-                section, last = find_section(resolved, target)
+                section, last = find_section({"model": model}, target)
                 if section is not None:
                     section[last] = list(value) if isinstance(value, tuple) else value
-        return resolved["model"], resolved["data"]
+        return model, data
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt test --ckpt_path {checkpoint}"
@@ -371,11 +374,17 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
 
 
 def trains_tokenizer(arguments: list[str]) -> bool:
-    """Say whether a config names a class as its model, as those of tokenizers do."""
+    """Return whether the configs name a class as their model, as those of tokenizers do.
+
+    Raises:
+        UserError: one does and another, or the checkpoint, does not.
+    """
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    configs = [yaml.safe_load(Path(path).read_text()) for path in paths]
-    models = [config.get("model") for config in configs]
-    return any(isinstance(model, dict) and "class_path" in model for model in models)
+    models = [yaml.safe_load(Path(path).read_text()).get("model") for path in paths]
+    kinds = {bool(model.keys() & {"class_path", "init_args"}) for model in models if isinstance(model, dict)}
+    if len(kinds) > 1:
+        raise UserError("of the configs and the checkpoint one trains a tokenizer, another a model of its codes")
+    return True in kinds
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:
@@ -433,6 +442,7 @@ def without_links(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings that links fill in, which a config may not hold."""
     for target in (
         "model.seed",
+        "model.init_args.seed",
         "data.init_args.seed",
         *(target for targets in FROM_DATA.values() for target in targets),
     ):
