@@ -46,12 +46,20 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
         )
 
 
-def found_from(folder: str, settings: Any) -> Any:
-    """Return settings whose relative paths are absolute where ``folder`` has them; the others are left as they are."""
+def found(recipe: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return a section of a checkpoint's recipe whose relative paths lie where the run was made, or else here.
+
+    What the run's folder has is named by an absolute path; the rest is left to the current folder.
+    """
+    folder = str(recipe.get("folder", ""))
+    return recipe[section] if folder in ("", os.getcwd()) else _found_in(folder, recipe[section])
+
+
+def _found_in(folder: str, settings: Any) -> Any:
     if isinstance(settings, dict):
-        return {key: value if key == "class_path" else found_from(folder, value) for key, value in settings.items()}
+        return {key: value if key == "class_path" else _found_in(folder, value) for key, value in settings.items()}
     if isinstance(settings, list):
-        return [found_from(folder, value) for value in settings]
+        return [_found_in(folder, value) for value in settings]
     is_there = isinstance(settings, str) and settings and os.path.exists(os.path.join(folder, settings))
     return os.path.join(folder, settings) if is_there else settings
 

@@ -8,14 +8,13 @@ An exported model is a folder with one set of weights in ``model.safetensors`` a
 ``model`` section, the tokenizer's description, and what the model has to know of its data.
 """
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints.recipe import check_recipe, found_from, is_laid_out
+from elt_lightning.checkpoints.recipe import check_recipe, is_laid_out
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharded_checkpoints import META, read_folder
 
@@ -54,10 +53,6 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
         path: of a file, whose tensors are read when they are used; or of a sharded checkpoint, a folder.
         prefixes: of a sharded one, which tensors are read.
 
-    Returns:
-        its content. Relative paths of its data are absolute where they lie in the folder that the run was made in;
-        otherwise they are left to the current one.
-
     Raises:
         UserError: the file is missing, is no checkpoint, is not one of ours, or comes from a newer version.
     """
@@ -78,11 +73,7 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
         raise UserError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
     if not (isinstance(checkpoint, dict) and {"elt", "state_dict"} <= checkpoint.keys()):
         raise UserError(f"{path} was not written by `elt fit`")
-    recipe = checkpoint["elt"]
-    check_recipe(path, recipe)
-    folder = str(recipe.get("folder", ""))
-    if folder not in ("", os.getcwd()):
-        checkpoint["elt"] = recipe | {key: found_from(folder, recipe[key]) for key in ("data", "tokenizer")}
+    check_recipe(path, checkpoint["elt"])
     for name, layout in LAYOUT.items():
         if not (is_laid_out(checkpoint.get(name), layout) or (name == "ema" and name not in checkpoint)):
             raise UserError(f"{path} was not written by `elt fit`, or is damaged: it has no {name} as they are written")

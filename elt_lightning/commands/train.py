@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
@@ -369,7 +369,7 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
         return arguments
     recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
     stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
-    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
+    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": found(recipe, "data")})))
     return ["--config", str(stored), *arguments]
 
 
