@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
+        with suppress(PermissionError):  # file systems without such rights
+            os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

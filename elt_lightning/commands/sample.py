@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
+from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import Parser, device_of, finite_from_0, number_from, numbers_from
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
@@ -36,7 +37,7 @@ def run(name: str, arguments: list[str]) -> None:
     checkpoint = read_pretrained(options.ckpt_path)
     module = build_module(checkpoint, options.weights)
     device = device_of(options.device)
-    tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(device)
+    tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), options.tokenizer_path).to(device)
     module.to(device)
     classes = options.classes or list(range(module.num_classes))
     if max(classes) >= module.num_classes:

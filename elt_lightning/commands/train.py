@@ -9,28 +9,27 @@ import re
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
-from elt_lightning.files import claim_numbered, next_numbered, written_aside
+from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
@@ -39,6 +38,7 @@ from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import cache_weight_casts
 from elt_lightning.training.preemption import Preemption
 from elt_lightning.training.progress import PlainProgress, TerminalProgress
+from elt_lightning.training.runs import LOCK, choose_run_dir, locked
 from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
 
@@ -71,9 +71,6 @@ SHORT_FLAGS = {
 SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
 """Settings that a bare flag turns on."""
 
-RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
-"""What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
-
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
@@ -94,11 +91,9 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
-            if trains_tokenizer(arguments):
-                TokenizerCommandLine.for_arguments([name, *arguments])
-                return
             arguments = with_stored_config(arguments, Path(scratch))
-            ELTCommandLine.for_arguments([name, *arguments])
+            command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
+            command.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
     except (MisconfigurationException, SafetensorError, ValueError) as error:
@@ -163,6 +158,10 @@ class RunCommandLine(LightningCLI):
     names_model_class: bool
     """Whether a config's ``model`` section names a class, or holds the settings of ``model_class`` itself."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.held:  # Lightning's constructor does everything, to the end of the command
+            super().__init__(*args, **kwargs)
+
     @classmethod
     def for_arguments(cls, arguments: list[str]) -> "RunCommandLine":
         """Parse the arguments, build everything and run the command."""
@@ -212,6 +211,7 @@ class RunCommandLine(LightningCLI):
             raise UserError("val_check_interval must be above 0; to train without validation, limit_val_batches is 0")
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
+        self.held.enter_context(locked(self.run_dir))
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
@@ -225,7 +225,9 @@ class RunCommandLine(LightningCLI):
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
         except Exception as error:
             with suppress(OSError):
-                self.run_dir.rmdir()  # the folder was made for this run, and nothing is in it
+                if os.listdir(self.run_dir) == [LOCK]:  # the folder was made for this run
+                    (self.run_dir / LOCK).unlink()
+                    self.run_dir.rmdir()
             if isinstance(error, UserError | ArgumentError | OSError | torch.OutOfMemoryError):
                 raise
             # A class refused its settings, or broke on them: which of the two, its author alone knows.
@@ -252,8 +254,13 @@ class RunCommandLine(LightningCLI):
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
-        """Give the callbacks that have no settings."""
-        return []
+        """Return the callbacks that have no settings: one puts the recipe into checkpoints."""
+        return [Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+
+    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the resolved ``model`` and ``data`` sections as plain data."""
+        resolved = self.resolved_config()
+        return resolved["model"], resolved["data"]
 
     def resolved_config(self) -> dict[str, Any]:
         """Every setting of this command after defaults, configs and flags, as plain data."""
@@ -314,19 +321,19 @@ class ELTCommandLine(RunCommandLine):
             config.verbose = False  # the sweep prints a table of its own
 
     def own_callbacks(self) -> list[Callback]:
-        """Measure speed, and put the recipe into checkpoints."""
-        return [Throughput(), Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+        """Measure speed too."""
+        return [Throughput(), *super().own_callbacks()]
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
-        resolved = self.resolved_config()
+        """Return both sections with what the data said filled in."""
+        model, data = super().recipe()
         for source, targets in FROM_DATA.items():
             value = getattr(self.datamodule, source)
             for target in targets:
-                section, last = find_section(resolved, target)
+                section, last = find_section({"model": model}, target)
                 if section is not None:
                     section[last] = list(value) if isinstance(value, tuple) else value
-        return resolved["model"], resolved["data"]
+        return model, data
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt test --ckpt_path {checkpoint}"
@@ -349,34 +356,6 @@ class TokenizerCommandLine(RunCommandLine):
         return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
 
 
-def choose_run_dir(config: Namespace, subcommand: str) -> Path:
-    """Choose the folder of a run, so that nothing that is there is overwritten.
-
-    ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
-    command on such a checkpoint works in ``RUN/<command>_<n>``, and a fresh fit in ``runs/<name of the config>_<n>``.
-
-    Raises:
-        UserError: the folder asked for already holds another run.
-    """
-    checkpoint = config.get("ckpt_path")
-    run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir)
-        # Of several processes the first decides; the others meet its config here.
-        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        taken = first and any(os.path.lexists(run_dir / result) for result in RESULTS)
-        if taken and run_dir.resolve() != run_of_checkpoint:
-            raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
-        return run_dir
-    # Of several processes the first makes the folder; the others take it over broadcasts.
-    choose = claim_numbered if rank_zero_only.rank == 0 else next_numbered  # type: ignore[attr-defined]
-    if run_of_checkpoint is None:
-        configs = [str(path) for path in config.get("config") or []]
-        return choose("runs", Path(configs[-1]).stem if configs else subcommand)
-    run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
-    return run_of_checkpoint if subcommand == "fit" else choose(run_of_checkpoint, subcommand)
-
-
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     """Let a checkpoint's own ``model`` and ``data`` sections be the lowest layer: configs and flags win over them.
 
@@ -389,17 +368,23 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     if checkpoint in (None, "null"):
         return arguments
     recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-    stored = scratch / "checkpoint.yaml"
-    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
+    stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
+    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": found(recipe, "data")})))
     return ["--config", str(stored), *arguments]
 
 
 def trains_tokenizer(arguments: list[str]) -> bool:
-    """Say whether a config names a class as its model, as those of tokenizers do."""
+    """Return whether the configs name a class as their model, as those of tokenizers do.
+
+    Raises:
+        UserError: one does and another, or the checkpoint, does not.
+    """
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    configs = [yaml.safe_load(Path(path).read_text()) for path in paths]
-    models = [config.get("model") for config in configs]
-    return any(isinstance(model, dict) and "class_path" in model for model in models)
+    models = [yaml.safe_load(Path(path).read_text()).get("model") for path in paths]
+    kinds = {bool(model.keys() & {"class_path", "init_args"}) for model in models if isinstance(model, dict)}
+    if len(kinds) > 1:
+        raise UserError("of the configs and the checkpoint one trains a tokenizer, another a model of its codes")
+    return True in kinds
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:
@@ -457,6 +442,7 @@ def without_links(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings that links fill in, which a config may not hold."""
     for target in (
         "model.seed",
+        "model.init_args.seed",
         "data.init_args.seed",
         *(target for targets in FROM_DATA.values() for target in targets),
     ):

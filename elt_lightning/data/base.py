@@ -204,6 +204,10 @@ class BatchedDataModule(LightningDataModule):
         )
         self._val_check_interval: int | float | None = None
 
+    def tokenizer_description(self) -> dict[str, Any]:
+        """Describe the tokenizer of the data, as :meth:`Tokenizer.description` does; nothing where they are pixels."""
+        return {}
+
     def prepare_training(self, trainer: Trainer) -> int:
         """Tell the trainer to accumulate micro-batches, and give the samples of one.
 

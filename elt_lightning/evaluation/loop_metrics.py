@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -21,6 +20,7 @@ from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.runs import log_picture, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +100,9 @@ class LoopMetrics(Callback):
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        if trainer.is_global_zero:
             picture = torch.cat([picture_row(pictures) for pictures in labelled_pictures(rows).values()])
-            layout = "HW" if picture.ndim == 2 else "HWC"
-            trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
+            log_picture(trainer, "val/samples", picture)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
@@ -132,7 +131,7 @@ class LoopMetrics(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the sweep, print its table and write its files."""
         module = cast(ELTModule, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
+        folder = run_folder(trainer)
         reconstruction: dict[str, float] = {}
         if self.reconstruction:
             for metric in self._metrics_on(trainer, module.device):

@@ -1,7 +1,6 @@
 """Writes samples at scale: what `elt predict` does, over any number of devices."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, cast
 
 from lightning import LightningModule, Trainer
@@ -13,6 +12,7 @@ from elt_lightning.data.base import GenerativeDataModule, Request
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.runs import run_folder
 
 
 class SampleWriter(BasePredictionWriter):
@@ -44,7 +44,7 @@ class SampleWriter(BasePredictionWriter):
             _data(trainer).request_samples(self.num_samples, self.batch_size)
             module = cast(ELTModule, pl_module)
             module.prediction_loops = self.loops or module.max_loops
-            self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 

@@ -77,6 +77,7 @@ def load_or_compute(
     path = cached_file(cache_folder, "inception_moments", identity)
     if not path.is_file():
         write_moments(path, compute_moments(source.batches(), network, source.num_images))
+        print(f"made {path}: the reference's moments", flush=True)
     return read_moments(path)
 
 

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
@@ -359,7 +360,7 @@ def draw_samples(options: argparse.Namespace) -> tuple[Figure, list[dict[str, An
     for label, path in (("ILSD", options.ilsd), ("vanilla", options.vanilla)):
         checkpoint = read_checkpoint(path)
         module = build_module(checkpoint).to(device_of(None))
-        tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(module.device)
+        tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), options.tokenizer_path).to(module.device)
         index = torch.arange(options.num, device=module.device)
         for loops in sorted({max(1, module.max_loops * quarter // 4) for quarter in range(1, 6)}):
             codes = module.sample(index % module.num_classes, loops, sample_seeds(0, index))
