@@ -42,13 +42,18 @@ def is_weight(value: Any) -> bool:
     return value.layout == torch.strided and not (value.is_meta or value.is_complex())
 
 
+def is_count(value: Any) -> bool:
+    """Say whether a value is a whole number from 0 up."""
+    return type(value) is int and value >= 0
+
+
 def is_laid_out(value: Any, layout: Any) -> bool:
-    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of all items, or of names those it lists.
+    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of items, or of names those it lists.
 
     The name ``...`` stands for all names.
     """
     if isinstance(layout, list):
-        return isinstance(value, list) and all(is_laid_out(item, layout[0]) for item in value)
+        return isinstance(value, list) and bool(value) and all(is_laid_out(item, layout[0]) for item in value)
     if isinstance(layout, dict):
         if not isinstance(value, dict):
             return False
@@ -58,13 +63,13 @@ def is_laid_out(value: Any, layout: Any) -> bool:
 
 
 LAYOUT: dict[str, Any] = {
-    "epoch": int,
-    "global_step": int,
+    "epoch": is_count,
+    "global_step": is_count,
     "pytorch-lightning_version": str,
     "state_dict": {...: is_weight},
-    "ema": {"updates": int, "weights": {...: is_weight}},
+    "ema": {"updates": is_count, "weights": {...: is_weight}},
     "optimizer_states": [{"state": {...: dict}, "param_groups": [{"params": list}]}],
-    "lr_schedulers": [{"last_epoch": int, "lr_lambdas": list}],
+    "lr_schedulers": [{"last_epoch": is_count}],
     "loops": {"fit_loop": dict},
     "callbacks": {...: dict},
 }
@@ -153,7 +158,9 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
     layout = {"model": dict, "data": {"class_path": str}, "tokenizer": dict}
     if not (is_laid_out(recipe, layout) and "version" in recipe):
         raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
-    if not isinstance(recipe["version"], int) or recipe["version"] > FORMAT_VERSION:
+    if not is_count(recipe["version"]) or recipe["version"] == 0:
+        raise UserError(f"{path} is damaged: its format has versions from 1 on, not {recipe['version']!r:.20}")
+    if recipe["version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
             f"{FORMAT_VERSION}): upgrade to read it"
