@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-
-from elt_lightning.sharding import own_part
+from torch.distributed.tensor import DTensor
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
@@ -29,3 +28,8 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str
         "not finite": [name for name in typed if not own_part(found[name]).isfinite().all()],
     }
     return ", ".join(f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items() if names)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this device's part of a sharded weight, or the weight."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 
 from elt_lightning.errors import UserError
-from elt_lightning.optim import LearningRateSchedule, with_schedule
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
@@ -29,6 +28,7 @@ from elt_lightning.tokenizers.discriminator import Discriminator
 from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
+from elt_lightning.training.optimiser import LearningRateSchedule, with_schedule
 from elt_lightning.weights import differences
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from elt_lightning.callbacks.ema import EMA
 from elt_lightning.errors import UserError
-from elt_lightning.sharding import own_part
+from elt_lightning.training.ema import EMA
+from elt_lightning.weights import own_part
 
 logger = logging.getLogger(__name__)
 

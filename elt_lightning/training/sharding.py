@@ -41,8 +41,3 @@ def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor.to(like.device)
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Return this device's part of a sharded weight, or the weight."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
