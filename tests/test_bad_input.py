@@ -176,6 +176,28 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         ],
         "another optimiser",
     ),
+    "fit on with settings that cannot change": (
+        [
+            *["fit", "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new", "--trainer.max_steps=3"],
+            "--model.optimizer.init_args.amsgrad=true",
+        ],
+        "exp_avg, exp_avg_sq, max_exp_avg_sq, step",
+    ),
+    "fit with batches accumulated": ([*FIT, "--trainer.accumulate_grad_batches=2"], "micro_batch_size"),
+    "fit with a folder of the trainer": ([*FIT, "--trainer.default_root_dir=new"], "--run_dir"),
+    "fit to few batches": ([*FIT, "--trainer.overfit_batches=1"], "overfit_batches cannot be set"),
+    "fit with Lightning's samplers": ([*FIT, "--trainer.use_distributed_sampler=true"], "use_distributed_sampler"),
+    "fit with nothing around": ([*FIT, "--trainer.barebones=true"], "`elt bench`"),
+    "fit without checkpoints": ([*FIT, "--trainer.enable_checkpointing=false"], "fast_dev_run"),
+    "fit looking for a learning rate": ([*FIT, "--trainer.callbacks=LearningRateFinder"], "init_args.lr"),
+    "fit monitoring what no validation logs": (
+        [*FIT, "--checkpoint.monitor=val/loss@L1", "--trainer.limit_val_batches=0"],
+        "without validation",
+    ),
+    "fit stopping by what no validation logs": (
+        [*FIT, "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/lss@L1"],
+        "nothing is logged as val/lss@L1, to be monitored: there are val/loss@L1, val/loss@L2",
+    ),
     "fit from an exported model": ([*FIT, "--ckpt_path=exported"], "exported model"),
     "fit with weights of no kind": ([*FIT, "--weights=best"], "best"),
     "test without a checkpoint": (["test", "--config=tokens.yaml"], "--ckpt_path"),
@@ -380,7 +402,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "metrics to monitor that nobody logs": (
         b"base: tokens.yaml\ntrainer: {val_check_interval: 2}\ncheckpoint: {monitor: val/nothing}\n",
-        "val/nothing",
+        "nothing is logged as val/nothing",
     ),
 }
 
