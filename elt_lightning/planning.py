@@ -43,7 +43,7 @@ class Precision:
     """What the trainer's ``precision`` means for memory.
 
     Attributes:
-        weights: type of weights, gradients, the optimiser's state and the average.
+        weights: type of weights, gradients and the optimiser's state; the average is float32 at least.
         autocast: type that matrix products are brought to in a mixed precision, None otherwise.
     """
 
@@ -438,6 +438,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     recomputes = bool(network.backbone.checkpoint_loops)
     backbone, parameters = module.num_parameters()
     weights = parameters * precision.weights.itemsize
+    average = parameters * torch.promote_types(precision.weights, torch.float32).itemsize
     state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
     max_loops = module.max_loops
     image = TrainingMacs(
@@ -453,7 +454,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
             gradients=weights,
             gradient_buckets=weights if settings.devices > 1 else 0,
             optimizer_state=state,
-            average=weights,
+            average=average,
             weight_copies=activations.loop.fixed * held + activations.ends.fixed,
             loops=activations.loop.per_sample * held * settings.micro_batch_size,
             states=activations.states.per_sample * settings.micro_batch_size if recompute else 0,
@@ -478,7 +479,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         activations=activations,
         memory={recompute: memory(recompute) for recompute in (False, True)},
         checkpoint_loops=recomputes,
-        checkpoint_bytes=weights + state + weights,  # raw weights, the optimiser's state, averaged weights
+        checkpoint_bytes=weights + state + average,  # raw weights, the optimiser's state, averaged weights
         training=Work(image.total, settings.steps * settings.batch_size),
         validation=Work(validation, settings.num_validations),
         test={

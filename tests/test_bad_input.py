@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from image_folders import draw, encoded, jpeg, write_class_folders, write_tar, write_tars
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from shard_files import add_member, npy, stored, token_index, write_shards
 
 from elt_lightning.cli import end_of_loader, main
@@ -175,6 +175,28 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
             *["--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args.lr=0.1"],
         ],
         "another optimiser",
+    ),
+    "fit on with settings that cannot change": (
+        [
+            *["fit", "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new", "--trainer.max_steps=3"],
+            "--model.optimizer.init_args.amsgrad=true",
+        ],
+        "exp_avg, exp_avg_sq, max_exp_avg_sq, step",
+    ),
+    "fit with batches accumulated": ([*FIT, "--trainer.accumulate_grad_batches=2"], "micro_batch_size"),
+    "fit with a folder of the trainer": ([*FIT, "--trainer.default_root_dir=new"], "--run_dir"),
+    "fit to few batches": ([*FIT, "--trainer.overfit_batches=1"], "overfit_batches cannot be set"),
+    "fit with Lightning's samplers": ([*FIT, "--trainer.use_distributed_sampler=true"], "use_distributed_sampler"),
+    "fit with nothing around": ([*FIT, "--trainer.barebones=true"], "`elt bench`"),
+    "fit without checkpoints": ([*FIT, "--trainer.enable_checkpointing=false"], "fast_dev_run"),
+    "fit looking for a learning rate": ([*FIT, "--trainer.callbacks=LearningRateFinder"], "init_args.lr"),
+    "fit monitoring what no validation logs": (
+        [*FIT, "--checkpoint.monitor=val/loss@L1", "--trainer.limit_val_batches=0"],
+        "without validation",
+    ),
+    "fit stopping by what no validation logs": (
+        [*FIT, "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/lss@L1"],
+        "nothing is logged as val/lss@L1, to be monitored: there are val/loss@L1, val/loss@L2",
     ),
     "fit from an exported model": ([*FIT, "--ckpt_path=exported"], "exported model"),
     "fit with weights of no kind": ([*FIT, "--weights=best"], "best"),
@@ -380,7 +402,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "metrics to monitor that nobody logs": (
         b"base: tokens.yaml\ntrainer: {val_check_interval: 2}\ncheckpoint: {monitor: val/nothing}\n",
-        "val/nothing",
+        "nothing is logged as val/nothing",
     ),
 }
 
@@ -834,6 +856,7 @@ def part(first: float, last: float) -> Callable[[Path], bytes]:
     return cut
 
 
+WEIGHT = "network.embedding.weight"
 CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "empty": (lambda home: b"", "not a readable checkpoint"),
     "one byte": (lambda home: b"\x80", "not a readable checkpoint"),
@@ -875,6 +898,25 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         "state_dict",
     ),
     "without a step": (lambda home: changed(home, lambda content: content.pop("global_step")), "global_step"),
+    "of a step below 0": (lambda home: changed(home, lambda content: content.update(global_step=-1)), "global_step"),
+    "with averaged weights that are no numbers": (
+        lambda home: changed(home, lambda content: content["ema"]["weights"][WEIGHT].fill_(torch.nan)),
+        "weights are damaged: 1 not finite such as network.",
+    ),
+    "with averaged weights that are whole numbers": (
+        lambda home: changed(
+            home,
+            lambda content: content["ema"].update(
+                weights={n: w.to(torch.int8) for n, w in content["ema"]["weights"].items()}
+            ),
+        ),
+        "of another type such as network.",
+    ),
+    "of version 0": (lambda home: changed(home, lambda content: content["elt"].update(version=0)), "versions from 1"),
+    "of a version below 0": (
+        lambda home: changed(home, lambda content: content["elt"].update(version=-1)),
+        "versions from 1",
+    ),
     "of a step that is a word": (
         lambda home: changed(home, lambda content: content.update(global_step="x")),
         "global_step",
@@ -952,11 +994,69 @@ STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
         "with a number for": lambda content, name=name: content.update({name: 3}),
     }.items()
 }
-WEIGHT = "network.embedding.weight"
+
+
+def with_moments(**changes: Any) -> Callable[[Path], bytes]:
+    """A checkpoint with other entries in the optimiser's state of its first weight; None for one that is left out."""
+
+    def change(content: dict[str, Any]) -> None:
+        state = content["optimizer_states"][0]["state"]
+        state[0] = {name: value for name, value in (state[0] | changes).items() if value is not None}
+
+    return with_change(change)
+
+
+def emptied(name: str) -> Callable[[Path], bytes]:
+    return with_change(lambda content: content[name].clear())
+
+
 STATES |= {
+    "with moments of another shape": (
+        with_moments(exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3)),
+        "exp_avg of weight 0 has shape (3,), not (",
+    ),
+    "with moments that are whole numbers": (
+        with_change(
+            lambda content: [
+                state.update(exp_avg=state["exp_avg"].long())
+                for state in content["optimizer_states"][0]["state"].values()
+            ]
+        ),
+        "exp_avg of weight 0 is of torch.int64",
+    ),
+    "with moments that are no numbers": (
+        with_change(lambda content: content["optimizer_states"][0]["state"][1]["exp_avg_sq"].fill_(torch.nan)),
+        "exp_avg_sq of weight 1 is not finite",
+    ),
+    "with a word for moments": (with_moments(exp_avg="much"), "exp_avg of weight 0 is a str, not a Tensor"),
+    "with a moment too few": (with_moments(exp_avg=None), "exp_avg_sq, step of a weight"),
+    "with an optimiser's step below 0": (with_moments(step=torch.tensor(-3.0)), "step of weight 0 is below 0"),
+    "with moments under other numbers": (
+        with_change(
+            lambda content: content["optimizer_states"][0].update(
+                state={f"w{number}": state for number, state in content["optimizer_states"][0]["state"].items()}
+            )
+        ),
+        "optimiser is of other weights, or is damaged",
+    ),
+    "with weights too few in the optimiser": (
+        with_change(lambda content: content["optimizer_states"][0]["param_groups"][0]["params"].pop()),
+        "optimiser is of other weights, or is damaged",
+    ),
+    "without any optimiser": (emptied("optimizer_states"), "optimizer_states"),
+    "without any schedule": (emptied("lr_schedulers"), "lr_schedulers"),
+    "with a schedule below 0": (
+        with_change(lambda content: content["lr_schedulers"][0].update(last_epoch=-2)),
+        "lr_schedulers",
+    ),
+    "with broken weights": (with_change(lambda content: content["state_dict"][WEIGHT].fill_(torch.inf)), "not finite"),
+    "with a broken average": (
+        with_change(lambda content: content["ema"]["weights"][WEIGHT].fill_(torch.nan)),
+        "average is of another network, or is damaged: 1 not finite",
+    ),
     "with an average of another shape": (
         with_change(lambda content: content["ema"]["weights"].update({WEIGHT: torch.zeros(3)})),
-        f"average is of another network: {WEIGHT}",
+        f"average is of another network, or is damaged: 1 of another shape such as {WEIGHT}",
     ),
     "with half an average": (with_change(lambda content: content["ema"]["weights"].pop(WEIGHT)), "average"),
     "with nothing known of its data": (with_change(lambda content: content.update(ImageNetDataModule={})), "tokenizer"),
@@ -993,6 +1093,16 @@ def edited(**values: object) -> Callable[[Path], None]:
     return edit
 
 
+def reweighted(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """An export with other weights."""
+
+    def write(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        save_file({name: change(weight) for name, weight in load_file(path).items()}, path)
+
+    return write
+
+
 EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "without a config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "without weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
@@ -1008,6 +1118,11 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "damaged",
     ),
     "with other weights": (lambda folder: save_file({"a": torch.ones(2)}, folder / "model.safetensors"), "weights"),
+    "with weights that are whole numbers": (
+        reweighted(lambda weight: weight.to(torch.int64)),
+        "of another type such as",
+    ),
+    "with weights that are infinite": (reweighted(lambda weight: weight / 0), "not finite such as"),
     "of a newer version": (edited(version=2), "newer"),
     "of a version that is a word": (edited(version="two"), "version"),
     "of unknown weights": (edited(weights="best"), "weights"),

@@ -211,7 +211,7 @@ def test_memory_of_weights_optimiser_and_average() -> None:
     assert memory.gradient_buckets == 0
     assert make_plan(module, settings(devices=2)).memory[False].gradient_buckets == 4 * total
     half = make_plan(module, settings(precision="bf16-true")).memory[False]
-    assert (half.weights, half.optimizer_state) == (2 * total, 4 * total)
+    assert (half.weights, half.optimizer_state, half.average) == (2 * total, 4 * total, 4 * total)
     module.make_optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)
     plan = make_plan(module, settings())
     assert plan.memory[False].optimizer_state == 0

@@ -334,7 +334,7 @@ def test_training_shows_the_same_global_batches_however_they_are_split(
     for micro_batch_size in (None, 2, 1):
         model = Recorder()
         data = data_module(layout, micro_batch_size=micro_batch_size, num_workers=num_workers)
-        trainer(tmp_path, max_steps=6).fit(model, data)
+        trainer(tmp_path, max_steps=6, accumulate_grad_batches=4 // (micro_batch_size or 4)).fit(model, data)
         pairs = [pair for batch in model.shown for pair in zip(*batch, strict=True)]
         shown.append([sorted(pairs[4 * step : 4 * step + 4]) for step in range(6)])
     assert shown[0] == shown[1] == shown[2]

@@ -39,7 +39,9 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
     layout = {"model": dict, "data": {"class_path": str}, "tokenizer": dict}
     if not (is_laid_out(recipe, layout) and "version" in recipe):
         raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
-    if not isinstance(recipe["version"], int) or recipe["version"] > FORMAT_VERSION:
+    if not is_count(recipe["version"]) or recipe["version"] == 0:
+        raise UserError(f"{path} is damaged: its format has versions from 1 on, not {recipe['version']!r:.20}")
+    if recipe["version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
             f"{FORMAT_VERSION}): upgrade to read it"
@@ -64,13 +66,18 @@ def _found_in(folder: str, settings: Any) -> Any:
     return os.path.join(folder, settings) if is_there else settings
 
 
+def is_count(value: Any) -> bool:
+    """Say whether a value is a whole number from 0 up."""
+    return type(value) is int and value >= 0
+
+
 def is_laid_out(value: Any, layout: Any) -> bool:
-    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of all items, or of names those it lists.
+    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of items, or of names those it lists.
 
     The name ``...`` stands for all names.
     """
     if isinstance(layout, list):
-        return isinstance(value, list) and all(is_laid_out(item, layout[0]) for item in value)
+        return isinstance(value, list) and bool(value) and all(is_laid_out(item, layout[0]) for item in value)
     if isinstance(layout, dict):
         if not isinstance(value, dict):
             return False

@@ -41,6 +41,7 @@ from elt_lightning.training.progress import PlainProgress, TerminalProgress
 from elt_lightning.training.runs import LOCK, choose_run_dir, locked
 from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
+from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
@@ -207,8 +208,8 @@ class RunCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
-        if config.trainer.val_check_interval == 0:
-            raise UserError("val_check_interval must be above 0; to train without validation, limit_val_batches is 0")
+        if self.subcommand == "fit":
+            check_trainer_settings(config.trainer)
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         self.held.enter_context(locked(self.run_dir))
@@ -223,6 +224,9 @@ class RunCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
+            if self.subcommand == "fit":
+                count_in_steps(self.trainer, self.datamodule.share_batch(self.trainer.world_size)[1])
+                watch_monitored(self.trainer)
         except Exception as error:
             with suppress(OSError):
                 if os.listdir(self.run_dir) == [LOCK]:  # the folder was made for this run
@@ -249,6 +253,7 @@ class RunCommandLine(LightningCLI):
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
         callbacks.append(Preemption())  # last: the work of a step belongs into the checkpoint that it saves
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
+        kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
         return trainer
@@ -278,6 +283,16 @@ class RunCommandLine(LightningCLI):
         with written_aside(path) as aside:
             aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
+
+    def before_fit(self) -> None:
+        """Say what a limit of time counts, which Lightning keeps counting over all runs of a training."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
+            timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
+            done = timer.get("time_elapsed", {}).get("train", 0)
+            print(
+                f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s of it are over", flush=True
+            )
 
     def after_fit(self) -> None:
         """Say where the model is, and what to do with it."""
@@ -350,6 +365,10 @@ class TokenizerCommandLine(RunCommandLine):
         """Train alone; what a tokenizer is worth, `elt test --reconstruction` says on what it encoded."""
         if self.subcommand != "fit":
             raise UserError(f"elt {self.subcommand} is not for tokenizers: elt fit trains one, elt encode uses it")
+        if str(self.config.fit.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
+            raise UserError(
+                "the average of a tokenizer needs weights in float32: --trainer.precision=bf16-mixed has them"
+            )
         super().before_instantiate_classes()
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102

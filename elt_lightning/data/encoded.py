@@ -76,7 +76,7 @@ class EncodedDataModule(GenerativeDataModule):
     def train_dataloader(self) -> ShardLoader:  # noqa: D102
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size = self.prepare_training(trainer)
+        micro_batch_size = self.training_micro_batch(trainer)
         if self.training_index.num_samples < self.batch_size:
             raise UserError(
                 f"{self.training_shards} holds {self.training_index.num_samples} samples, fewer than batch_size "

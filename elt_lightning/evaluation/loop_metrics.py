@@ -89,18 +89,19 @@ class LoopMetrics(Callback):
         module.held_out_loops = self._loops(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score a few samples at each loop count, and log them."""
-        if trainer.sanity_checking or self.num_validation_samples < 2:
+        """Score a few samples at each loop count, and log them; before training as few as possible."""
+        if self.num_validation_samples < 2:
             return
         module = cast(ELTModule, pl_module)
-        sweep = self._sweep(trainer, self.num_validation_samples, repeats=1)
+        num_samples = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
+        sweep = self._sweep(trainer, min(num_samples, self.num_validation_samples), repeats=1)
         rows = [
             self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)
         ]
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             picture = torch.cat([picture_row(pictures) for pictures in labelled_pictures(rows).values()])
             log_picture(trainer, "val/samples", picture)
 

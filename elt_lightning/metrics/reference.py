@@ -189,4 +189,8 @@ def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: i
     asymmetry = (moments.covariance - moments.covariance.T).abs().max()
     if asymmetry > 1e-6 * moments.covariance.abs().max():
         raise UserError(f"{path}: sigma{suffix} is not symmetric, so it is no covariance: make the file anew")
+    # Of fewer samples than features some variances are 0, and rounding puts them below: so far it is still one.
+    slack = 1e-5 * moments.covariance.diagonal().abs().max().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
+    if torch.linalg.cholesky_ex(moments.covariance + slack).info:
+        raise UserError(f"{path}: sigma{suffix} has variances below 0, so it is no covariance: make the file anew")
     return moments

@@ -1,5 +1,6 @@
 """When checkpoints are written, and how: whole or not at all."""
 
+import math
 import os
 import shutil
 from datetime import timedelta
@@ -10,6 +11,10 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from elt_lightning.errors import UserError
+from elt_lightning.training.trainer_settings import check_monitored
 
 from elt_lightning.training.runs import run_folder
 
@@ -127,6 +132,43 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeFiles()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; before training look whether what callbacks monitor is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if trainer.sanity_checking:
+            check_monitored(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save what is good by the monitored value; where there is none, the last step all the same.
+
+        Raises:
+            UserError: the monitored value was not logged.
+        """
+        if self.monitor is not None and self.monitor not in monitor_candidates:
+            self._save_last_checkpoint(trainer, monitor_candidates)
+            raise UserError(
+                f"nothing was logged as {self.monitor}, which is to be monitored: there are "
+                f"{', '.join(sorted(monitor_candidates))}; step {trainer.global_step} is saved, go on with --ckpt_path "
+                f"{self.last_model_path}"
+            )
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Correct what the trainer will take as done.
+
+        Raises:
+            UserError: the checkpoint does not say it as it is written.
+        """
+        if trainer.state.fn == "fit":
+            try:
+                correct_progress(checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"the checkpoint's count of steps and epochs is damaged: {error}") from error
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Point last.ckpt to the new file before the old one goes: killed at any moment, last.ckpt is whole."""
         super()._save_checkpoint(trainer, filepath)
@@ -146,3 +188,25 @@ class Checkpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+
+def correct_progress(fit_loop: dict[str, Any], accumulation: int) -> None:
+    """Correct a trainer's saved progress in two things.
+
+    Where a training ended by steps or time inside an epoch, Lightning 2.6.6 counts that epoch as done before it saves,
+    and then once more when it is done. And it counts micro-batches: of another size there are as many as steps say.
+
+    Args:
+        fit_loop: saved progress, changed in place.
+        accumulation: micro-batches of an optimiser step from now on.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if not batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["started"] > 0:
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] -= 1
+            count["completed"] = count["processed"]
+    steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    if math.ceil(batches["total"]["processed"] / max(1, steps["total"]["completed"])) != accumulation:
+        for kind in ("total", "current"):
+            before, now = batches[kind]["processed"], steps[kind]["completed"] * accumulation
+            batches[kind] = {name: now - (before - count) for name, count in batches[kind].items()}
