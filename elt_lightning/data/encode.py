@@ -189,7 +189,6 @@ class Encoding(ABC):
         mirrored: keep the codes of each picture's mirror image too.
         thing: what one of them is called.
         unit: of speed.
-        crop: how they are brought to their size.
         frames: of a clip; None for pictures.
         latent_scale: of the tokenizer; None for tokens.
 
@@ -204,11 +203,15 @@ class Encoding(ABC):
 
     thing: ClassVar[str]
     unit: ClassVar[str]
-    crop: ClassVar[str]
 
     def __post_init__(self) -> None:
         if (self.tokenizer.num_codes or 0) > 2**15:
             raise UserError(f"shards keep tokens in 16 bits: {self.tokenizer.num_codes} codes are too many")
+
+    @property
+    @abstractmethod
+    def crop(self) -> str:
+        """How they are brought to their size."""
 
     @property
     @abstractmethod
