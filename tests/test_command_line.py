@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_runs import SMALL, SMALL_SQUARES, train_small_squares
 
-from elt_lightning.cli import main
-from elt_lightning.commands.train import ELTCommandLine
+from elt_lightning.cli import main, with_underscores
+from elt_lightning.commands.train import ELTCommandLine, with_bases
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART, DIGITS = REPOSITORY / "configs" / "quickstart.yaml", REPOSITORY / "configs" / "digits.yaml"
