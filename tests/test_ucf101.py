@@ -70,9 +70,7 @@ def test_all_takes_every_video(layout: tuple[Path, Path]) -> None:
         assert len({number_of(video) for video in list_videos(*layout, "all", held_out)}) == 12
 
 
-def test_lists_and_names_may_come_from_windows(
-    own_layout: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lists_and_names_may_come_from_windows(own_layout: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     root, lists = own_layout
     before = {held_out: list_videos(root, lists, 1, held_out) for held_out in (False, True)}
     for path in lists.iterdir():
