@@ -108,10 +108,11 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def with_underscores(argument: str) -> str:
-    """Accept dashes in the names of flags: --ckpt-path becomes --ckpt_path; values are left alone."""
+    """Accept dashes in the names of flags: --ckpt-path becomes --ckpt_path. Of values a shell leaves --x=~/y alone."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
+    value = os.path.expanduser(value) if value.startswith("~/") else value
     return "--" + name[2:].replace("-", "_") + equals + value
 
 

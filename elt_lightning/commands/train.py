@@ -425,7 +425,10 @@ def with_bases(arguments: list[str], scratch: Path) -> list[str]:
 
 
 def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """List the files that make up a config, the lowest layer first; where it names a base, a copy without that line."""
+    """List the files that make up a config, the lowest layer first.
+
+    Where it names a base or has paths below ``~``, a copy without that line, and with whole paths.
+    """
     if path in seen:
         raise UserError(f"the config {path} is its own base")
     named = f"the config {path}{f', the base of {seen[-1]},' if seen else ''}"
@@ -439,12 +442,22 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
     if config.get("ckpt_path") is not None:
         raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
-    if "base" not in config:
+    written = with_home(config)
+    if "base" not in config and written == config:
         return [path]
-    base = path.parent / str(config.pop("base"))
+    base = written.pop("base", None)
     copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # its name becomes the run's
-    copy.write_text(yaml.safe_dump(config))
-    return [*config_and_bases(base, scratch, (*seen, path)), copy]
+    copy.write_text(yaml.safe_dump(written))
+    return [*(config_and_bases(path.parent / str(base), scratch, (*seen, path)) if base is not None else ()), copy]
+
+
+def with_home(tree: Any) -> Any:
+    """Write the home folder in place of ``~`` at the beginning of settings, which a shell does in flags alone."""
+    if isinstance(tree, dict):
+        return {name: with_home(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_home(value) for value in tree]
+    return os.path.expanduser(tree) if isinstance(tree, str) and tree.startswith("~/") else tree
 
 
 def is_larger(tree: Any, limit: int) -> bool:

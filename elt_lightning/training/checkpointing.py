@@ -14,9 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.trainer_settings import check_monitored
-
 from elt_lightning.training.runs import run_folder
+from elt_lightning.training.trainer_settings import check_monitored
 
 UNFINISHED = ".unfinished.ckpt"
 """The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
