@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import pydoc
-import re
 import sys
 import tempfile
 import warnings
@@ -34,6 +33,7 @@ from elt_lightning.callbacks.recipe import Recipe
 from elt_lightning.callbacks.sample_writer import SampleWriter
 from elt_lightning.callbacks.throughput import Throughput
 from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
+from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import claim_numbered, next_numbered, written_aside
@@ -176,9 +176,7 @@ class RunCommandLine(LightningCLI):
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "elt"}
-            | {
-                name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")
-            },
+            | {arguments[0]: {"exit_on_error": False, "allow_abbrev": False}},
             trainer_defaults={
                 "max_epochs": -1,
                 "use_distributed_sampler": False,
@@ -188,9 +186,20 @@ class RunCommandLine(LightningCLI):
             args=arguments,
         )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.command: str = kwargs["args"][0]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the one command that was called: a parser for each of the others would cost as much again."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what :func:`run` prepared; Lightning's own version warns when ``sys.argv`` is not what it is given."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(explain(str(error), known=self._parser(self.command).get_defaults().keys())) from error
         seed = self.config[self.config.subcommand].seed_everything
         if type(seed) is not int or not 0 <= seed < 2**31:
             raise UserError(f"seed_everything must be a whole number in [0, 2^31), not {seed}")
@@ -480,19 +489,3 @@ def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | 
         if not callable(kind) or last not in inspect.signature(kind).parameters:
             return None, last
     return section, last
-
-
-def explain(message: str) -> str:
-    """Pick the telling part of the parser's message, which lists every type that it tried."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    place = re.match(r'Parser key "([^"]+)"', lines[0])
-    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
-    unknown = re.search(
-        r"Expected a dot import path string: *(\S+)|No module named (\S+)|has no attribute (\S+)", message
-    )
-    if unknown:
-        name = next(part for part in unknown.groups() if part).strip("'.")
-        reasons = [f"there is no class {name!r}: a class_path is written package.module.Class"]
-    if not reasons:
-        return " ".join(lines)
-    return f"{place.group(1)}: {reasons[0]}" if place else reasons[0]
