@@ -57,7 +57,9 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         message: of jsonargparse, or of a class that refused its settings.
         known: the names of all settings outside classes, for example "trainer.max_steps".
     """
-    unknown = re.search(r"unrecognized arguments: (?:.* )?--([\w.]+)|does not accept option '(?:\w+:)?([^']+)'", message)
+    unknown = re.search(
+        r"unrecognized arguments: (?:.* )?--([\w.]+)|does not accept option '(?:\w+:)?([^']+)'", message
+    )
     if unknown:
         key = next(part for part in unknown.groups() if part)
         return f"there is no setting {key}: {alternatives(key, list(known))}"
@@ -65,12 +67,12 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     if required:
         return f"required, and given by nothing: {required.group(1).replace('fit.', '')}"
     reasons, values = read_tree(message)
-    if not reasons:
+    if not reasons or len(reasons) == len(message.splitlines()):  # no tree
         return " ".join(message.split())
     place = max((place for place, _ in reasons), key=lambda place: place.depth)  # the first of the deepest
     here = list(dict.fromkeys(reason for other, reason in reasons if other == place))
     told = reason_of(place, here, values.get(place.key))
-    return f"{place.key}: {told}" if place.key else " ".join(message.split())
+    return f"{place.key}: {told}" if place.key else told
 
 
 def read_tree(message: str) -> tuple[list[tuple[Place, str]], dict[str, str]]:
@@ -156,7 +158,7 @@ def reason_of(place: Place, reasons: list[str], value: str | None) -> str:
     # A number, a word or nothing may stand in many places where a class may too: there the number was meant.
     if words and not {"a whole number", "a number"} & set(types):
         return words[0]
-    return f"expected {' or '.join(dict.fromkeys(types))}, not {value}"
+    return f"expected {' or '.join(dict.fromkeys(types))}" + (f", not {value}" if value is not None else "")
 
 
 def type_in_words(text: str) -> str:

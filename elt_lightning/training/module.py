@@ -227,7 +227,7 @@ class ELTModule(LightningModule):
         try:
             optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
         except (ValueError, TypeError) as error:  # its settings meet it here for the first time
-            raise UserError(f"the optimiser refuses its settings: {error}") from error
+            raise UserError(f"model.optimizer refuses its settings: {error}") from error
         optimizer.register_load_state_dict_pre_hook(refuse_state_of_another)
         total_steps = self.total_steps
         schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
