@@ -226,7 +226,7 @@ def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     if "x_embedder.proj.weight" not in state:
         raise ValueError(
-            f"x_embedder.proj.weight of facebookresearch/DiT is missing: there are {', '.join(state)[:200]}"
+            f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}"
         )
     patch = state["x_embedder.proj.weight"].shape[2:]
     renamed = {}
