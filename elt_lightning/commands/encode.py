@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elt_lightning.commands.arguments import Parser, device_of, number_from
+from elt_lightning.commands.arguments import SEEDS, Parser, device_of, number_from
 from elt_lightning.data.crops import CROPS, Crops, default_workers
 from elt_lightning.data.encode import Encoding, ShardFolder
 from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import ImageSource, open_source
 from elt_lightning.data.shards import INDEX, ShardIndex
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, printable
 from elt_lightning.tokenizers.base import ImageTokenizer
 
 TOKENIZERS = {
@@ -116,7 +116,9 @@ def add_shared_arguments(
     parser.add_argument(
         "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
     )
-    parser.add_argument("--seed", type=number_from(0), default=0, help="of the order of a folder's files (default 0)")
+    parser.add_argument(
+        "--seed", type=number_from(0, SEEDS), default=0, help="of the order of a folder's files (default 0)"
+    )
 
 
 def encode_images(options: argparse.Namespace) -> None:
@@ -181,7 +183,11 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     with progress(total, encoding) as show:
         for crops in batches:
             for name, reason in crops.unreadable:
-                print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
+                print(
+                    f"unreadable, skipped: {printable(name)} ({printable(' '.join(reason.split()))})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             done += crops.num_tried
             num_unreadable += len(crops.unreadable)
             show(done)

@@ -15,9 +15,9 @@ from rich.console import Console
 from elt_lightning.commands.arguments import Parser, number_from
 from elt_lightning.commands.plan_data import Data, look_at_data
 from elt_lightning.commands.plan_report import show
+from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
     ELTCommandLine,
-    explain,
     long_flags,
     quieten_libraries,
     with_bases,

@@ -1,11 +1,12 @@
 """`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
 
 import argparse
+import importlib
 import inspect
 import logging
 import os
+import pkgutil
 import pydoc
-import re
 import sys
 import tempfile
 import warnings
@@ -23,8 +24,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from elt_lightning import data, networks, objectives, samplers
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
+from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
@@ -53,6 +56,11 @@ FROM_DATA = {
     ),
 }
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
+
+SEEDS = ("model.seed", "data.init_args.seed", "model.init_args.seed")
+LINKED = dict.fromkeys(SEEDS, "seed_everything")
+LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in targets}
+"""{setting: what decides it}: given otherwise it would have no effect."""
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
@@ -112,6 +120,13 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"the device ran out of memory: lower {what} ({str(error).splitlines()[0]})") from error
 
 
+def import_classes() -> None:
+    """Import all that a config may name, so that the name of a class is enough, without its module."""
+    for package in (data, networks, objectives, samplers):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
 def quieten_libraries() -> None:
     """Leave out what the libraries print that tells a user of this program nothing."""
     for message in (
@@ -130,10 +145,17 @@ def quieten_libraries() -> None:
 
 
 def long_flags(name: str, arguments: list[str]) -> list[str]:
-    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2]."""
+    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2].
+
+    Raises:
+        UserError: a flag of what links decide, which would have no effect.
+    """
     written: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
+        target = flag.removeprefix("--")
+        if target in LINKED:
+            raise UserError(f"{target} is decided by {LINKED[target]}: leave it out")
         flag = SHORT_FLAGS[name].get(flag, flag)
         if written and written[-1] in LISTS:
             written[-1] += f"={bracketed(argument)}"
@@ -176,9 +198,7 @@ class RunCommandLine(LightningCLI):
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "elt"}
-            | {
-                name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")
-            },
+            | {arguments[0]: {"exit_on_error": False, "allow_abbrev": False}},
             trainer_defaults={
                 "max_epochs": -1,
                 "use_distributed_sampler": False,
@@ -188,9 +208,28 @@ class RunCommandLine(LightningCLI):
             args=arguments,
         )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        import_classes()
+        self.command: str = kwargs["args"][0]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the one command that was called: a parser for each of the others would cost as much again."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what :func:`run` prepared; Lightning's own version warns when ``sys.argv`` is not what it is given."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(explain(str(error), known=self._parser(self.command).get_defaults().keys())) from error
+        config = self.config[self.command]
+        for name, default in vars(self._parser(self.command).get_defaults()).items():
+            if isinstance(default, Namespace) and not isinstance(config[name], Namespace):
+                raise UserError(f"{name}: expected a section of settings, not {config[name]}")
+        for target, source in LINKED.items():
+            if source == "the data" and config.get(target) is not None:
+                raise UserError(f"{target} is decided by {source}: leave it out")
         seed = self.config[self.config.subcommand].seed_everything
         if type(seed) is not int or not 0 <= seed < 2**31:
             raise UserError(f"seed_everything must be a whole number in [0, 2^31), not {seed}")
@@ -442,6 +481,12 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
     if config.get("ckpt_path") is not None:
         raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
+    for target in SEEDS:
+        value: Any = config
+        for key in target.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, config.get("seed_everything", 0)):
+            raise UserError(f"{target} is decided by seed_everything: leave it out")
     written = with_home(config)
     if "base" not in config and written == config:
         return [path]
@@ -472,12 +517,7 @@ def is_larger(tree: Any, limit: int) -> bool:
 
 def without_links(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings that links fill in, which a config may not hold."""
-    for target in (
-        "model.seed",
-        "model.init_args.seed",
-        "data.init_args.seed",
-        *(target for targets in FROM_DATA.values() for target in targets),
-    ):
+    for target in LINKED:
         section, last = find_section(config, target)
         if section is not None:
             section.pop(last, None)
@@ -498,19 +538,3 @@ def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | 
         if not callable(kind) or last not in inspect.signature(kind).parameters:
             return None, last
     return section, last
-
-
-def explain(message: str) -> str:
-    """Pick the telling part of the parser's message, which lists every type that it tried."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    place = re.match(r'Parser key "([^"]+)"', lines[0])
-    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
-    unknown = re.search(
-        r"Expected a dot import path string: *(\S+)|No module named (\S+)|has no attribute (\S+)", message
-    )
-    if unknown:
-        name = next(part for part in unknown.groups() if part).strip("'.")
-        reasons = [f"there is no class {name!r}: a class_path is written package.module.Class"]
-    if not reasons:
-        return " ".join(lines)
-    return f"{place.group(1)}: {reasons[0]}" if place else reasons[0]

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from elt_lightning.networks.blocks import PostNormBlock
 from elt_lightning.networks.embeddings import MaskedTokenEmbedding, initialise_truncated_normal
 from elt_lightning.networks.looped import LoopedStack
-from elt_lightning.networks.scales import layer_shape
+from elt_lightning.networks.scales import check_possible, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 
@@ -67,6 +67,7 @@ class LoopedMaskedTransformer(nn.Module):
                 f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
             )
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        check_possible(num_layers, width, mlp_width)
         self.input_shape = tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
