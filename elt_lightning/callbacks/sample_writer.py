@@ -86,8 +86,8 @@ class SampleWriter(Callback):
         if self.format == "npz":
             self.archive.finish()
         path = self.folder / ("samples.npz" if self.format == "npz" else "samples")
-        fewer = f" of the {self.num_samples} asked for" if written < self.num_samples else ""
-        print(f"{written}{fewer} {'samples' if self.format == 'npz' else 'pictures'} in {path}")
+        fewer = f", of {self.num_samples} asked for," if written < self.num_samples else ""
+        print(f"{written} {'samples' if self.format == 'npz' else 'pictures'}{fewer} in {path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
