@@ -27,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from elt_lightning.data.crops import Picture
 from elt_lightning.data.encode import ShardWriter
 from elt_lightning.errors import UserError
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.blocks import SelfAttention
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.objectives.base import Corrupted
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.training.module import ELTModule
 
 FLOPS_PER_MAC = 2
 BACKWARD = 2

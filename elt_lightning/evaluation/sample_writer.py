@@ -8,11 +8,11 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from elt_lightning.archives import SampleArchive, picture_array
-from elt_lightning.callbacks.progress import meter
 from elt_lightning.data.base import GenerativeDataModule, Request
+from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
-from elt_lightning.module import ELTModule
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.progress import meter
 
 
 class SampleWriter(Callback):
@@ -22,7 +22,7 @@ class SampleWriter(Callback):
         num_samples: how many.
         loops: loop count; by default the one of training.
         batch_size: samples drawn at once on one device.
-        format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.archives.SampleArchive`; "png" for
+        format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.evaluation.archives.SampleArchive`; "png" for
             ``samples/<number>_class_<label>.png``.
     """
 

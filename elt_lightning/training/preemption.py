@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from elt_lightning.sharding import release_weights
+from elt_lightning.training.sharding import release_weights
 
 ENDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 """The signals that end a command, and what they are called. The exit status is 128 + the signal's number."""
