@@ -22,11 +22,12 @@ from elt_lightning.tokenizers.base import Tokenizer
 
 @dataclass
 class Row:
-    """What was measured at one loop count and guidance scale.
+    """What was measured at one loop count and one setting of the sampler.
 
     Attributes:
         loops: loop count.
         guidance: guidance scale.
+        carry_state: whether each sampling step began from the loop's state of the step before.
         metrics: {name: one value per repeat}.
         samples_per_second: drawing alone, over all devices, without decoding and scoring.
         pictures: (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every
@@ -37,6 +38,7 @@ class Row:
 
     loops: int
     guidance: float
+    carry_state: bool = False
     metrics: dict[str, list[float]] = field(default_factory=dict)
     samples_per_second: float = 0.0
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -91,7 +93,7 @@ class Sweep:
 
         Args:
             module: in eval mode, on its device.
-            sampler: with the guidance to measure.
+            sampler: with the guidance to measure, and its state carried or not.
             tokenizer: turns codes into pixels, on the module's device.
             metrics: reset and filled here, on the module's device.
             loops: loop count.
@@ -100,7 +102,7 @@ class Sweep:
             progress: called with the number of samples drawn since the last call, over all ranks.
             archive: takes the pictures of the first repeat.
         """
-        row = Row(loops, sampler.guidance.scale)
+        row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
         seconds = 0.0
         for repeat in range(self.repeats):
             for metric in metrics:

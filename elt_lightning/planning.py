@@ -29,7 +29,6 @@ from elt_lightning.data.encode import ShardWriter
 from elt_lightning.errors import UserError
 from elt_lightning.module import ELTModule
 from elt_lightning.networks.blocks import SelfAttention
-from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.objectives.base import Corrupted
 from elt_lightning.processes.conditioning import Condition
 
@@ -154,7 +153,7 @@ class Rehearsal:
 
     def exit_macs(self) -> int:
         """Multiply–accumulates of one more exit of a pass, for one sample."""
-        return self._counted_macs(2, exits=(1,)) - self._counted_macs(2)
+        return self.network.macs(2, exits=(1,)) - self.network.macs(2)
 
     def _kept(self, loops: int, exits: Sequence[int] = (), with_loss: bool = False, recompute: bool = False) -> Kept:
         two, three = (self._kept_bytes(count, loops, exits, with_loss, recompute) for count in (2, 3))
@@ -162,7 +161,7 @@ class Rehearsal:
 
     def _kept_bytes(self, num_samples: int, loops: int, exits: Sequence[int], with_loss: bool, recompute: bool) -> int:
         network, autocast = self.network, self.precision.autocast
-        backbone: LoopedStack = network.backbone  # type: ignore[assignment]
+        backbone = network.backbone
         backbone.checkpoint_loops = recompute
         weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
         kept: dict[int, torch.UntypedStorage] = {}
@@ -182,7 +181,7 @@ class Rehearsal:
                 stack.callback(backbone.layers[0].register_forward_pre_hook(keep_state).remove)
             stack.enter_context(torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True))
             stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-            predictions = network(corrupted.inputs, condition, loops, exits)
+            predictions, _ = network(corrupted.inputs, condition, loops, exits)
             if with_loss:
                 self.module.distillation.loss(predictions, corrupted, self.module.objective, progress=0.5)
             return sum(storage.nbytes() for storage in kept.values())
@@ -197,9 +196,8 @@ class Rehearsal:
 
     def _batch(self, num_samples: int) -> tuple[Corrupted, Condition]:
         """Make a batch as training meets it: tokens where the objective knows of codes, latents otherwise."""
-        shape: tuple[int, ...] = self.network.sample_shape  # type: ignore[assignment]
         has_tokens = hasattr(self.module.objective, "num_codes")
-        x = torch.zeros(num_samples, *shape, dtype=torch.int64 if has_tokens else torch.float32)
+        x = torch.zeros(num_samples, *self.network.sample_shape, dtype=torch.int64 if has_tokens else torch.float32)
         corrupted = self.module.objective.corrupt(x, torch.arange(num_samples), step=0)
         return corrupted, Condition(torch.zeros(num_samples, dtype=torch.int64), corrupted.time)
 
@@ -333,7 +331,7 @@ class Settings:
         num_validations: how often training stops to validate.
         num_validation_samples: drawn at each loop count in each validation.
         num_held_out: samples whose losses are measured in each validation.
-        num_test_samples: drawn at each loop count and guidance scale by `elt test`, repeats included.
+        num_test_samples: drawn at each loop count and guidance scale by `elt test`, all repeats, from zero and carried.
         loops: loop counts that are measured.
         guidance: guidance scales of `elt test`; None for the sampler's own.
         num_checkpoints: how many are kept.
@@ -434,8 +432,8 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     precision = Precision.named(settings.precision)
     rehearsal = Rehearsal(module, precision)
     activations, exit_macs = rehearsal.activations(), rehearsal.exit_macs()
-    network: Any = module.network
-    recomputes = bool(network.backbone.checkpoint_loops)
+    network = module.network
+    recomputes = network.backbone.checkpoint_loops
     backbone, parameters = module.num_parameters()
     weights = parameters * precision.weights.itemsize
     state = round(weights * optimizer_bytes_per_byte(module, precision.weights))

@@ -115,7 +115,7 @@ class Step:
             corrupted = self.objective.corrupt(self.x, self.seeds, step)
             exits = self.distillation.student_exits(0, step)
             condition = Condition(labels, corrupted.time)
-            predictions = self.network(corrupted.inputs, condition, self.distillation.max_loops, exits)
+            predictions, _ = self.network(corrupted.inputs, condition, self.distillation.max_loops, exits)
             loss, _ = self.distillation.loss(predictions, corrupted, self.objective, progress=0.5)
         optimizer.zero_grad()
         loss.backward()

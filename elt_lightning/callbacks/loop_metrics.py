@@ -21,6 +21,7 @@ from elt_lightning.memorisation import write_nearest
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.module import ELTModule
 from elt_lightning.reports import Report, labelled_pictures, picture_row, write_reconstruction
+from elt_lightning.samplers.base import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class LoopMetrics(Callback):
     Args:
         loops: loop counts to measure; by default 1 … L_max.
         guidance: guidance scales to sweep in test; by default the sampler's own. Validation uses the sampler's own.
+        carry_state: in test, whether the sampler carries the loop's state from step to step: false, true, or both; by
+            default as the sampler does.
         num_samples: samples per repeat in test.
         num_validation_samples: samples in each validation; 0 measures nothing there.
         batch_size: samples drawn at once on one device.
@@ -53,6 +56,7 @@ class LoopMetrics(Callback):
         self,
         loops: list[int] | None = None,
         guidance: list[float] | None = None,
+        carry_state: list[bool] | None = None,
         num_samples: int = 1000,
         num_validation_samples: int = 200,
         batch_size: int = 250,
@@ -68,11 +72,13 @@ class LoopMetrics(Callback):
             raise ValueError(f"loops must be numbers from 1 up, not {loops}")
         if guidance is not None and not (guidance and all(0 <= scale < math.inf for scale in guidance)):
             raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
+        if carry_state is not None and not carry_state:
+            raise ValueError("carry_state must be true, false, or both")
         if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
             raise ValueError(
                 "need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1"
             )
-        self.loops, self.guidance = loops, guidance
+        self.loops, self.guidance, self.carry_state = loops, guidance, carry_state
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
         if save_samples is not None and not save_samples.endswith(".npz"):
@@ -83,9 +89,15 @@ class LoopMetrics(Callback):
         self.report: Report | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let held-out losses be measured at the same loop counts."""
+        """Let held-out losses be measured at the same loop counts.
+
+        Raises:
+            ValueError: in test, a state is to be carried that the network does not have.
+        """
         module = cast(ELTModule, pl_module)
         module.held_out_loops = self._loops(module)
+        if stage == "test":
+            self._samplers(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a few samples at each loop count, and log them."""
@@ -93,9 +105,7 @@ class LoopMetrics(Callback):
             return
         module = cast(ELTModule, pl_module)
         sweep = self._sweep(trainer, self.num_validation_samples, repeats=1)
-        rows = [
-            self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)
-        ]
+        rows = [self._measure(trainer, module, sweep, loops, module.sampler) for loops in self._loops(module)]
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
@@ -156,10 +166,9 @@ class LoopMetrics(Callback):
                 write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
 
     def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
-        """Measure every loop count at every guidance scale, with a progress bar."""
+        """Measure every loop count with every setting of the sampler, with a progress bar."""
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
-        scales = self.guidance or [module.sampler.guidance.scale]
-        settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
+        settings = [(loops, sampler) for loops in self._loops(module) for sampler in self._samplers(module)]
         console = Console(stderr=True)
         columns = (
             TextColumn("sampling at {task.description}"),
@@ -170,11 +179,12 @@ class LoopMetrics(Callback):
         with Progress(*columns, console=console, disable=not (console.is_terminal and trainer.is_global_zero)) as bar:
             task = bar.add_task("", total=len(settings) * self.repeats * self.num_samples)
             rows = []
-            for loops, scale in settings:
-                bar.update(task, description=f"loops {loops}, guidance {scale:g}")
-                archive = self._archive(trainer, folder, loops, scale if len(scales) > 1 else None)
+            for loops, sampler in settings:
+                carried = ", state carried" if sampler.carry_state else ""
+                bar.update(task, description=f"loops {loops}, guidance {sampler.guidance.scale:g}{carried}")
+                archive = self._archive(trainer, folder, loops, sampler)
                 rows.append(
-                    self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n), archive)
+                    self._measure(trainer, module, sweep, loops, sampler, lambda n: bar.advance(task, n), archive)
                 )
                 if archive is not None:
                     trainer.strategy.barrier()
@@ -183,11 +193,24 @@ class LoopMetrics(Callback):
                         print(archive.path)
         return rows
 
-    def _archive(self, trainer: Trainer, folder: Path, loops: int, scale: float | None) -> SampleArchive | None:
+    def _samplers(self, module: ELTModule) -> list[Sampler]:
+        """List the settings of the sampler to measure: every guidance scale, from zero and carried."""
+        samplers = [module.sampler.with_guidance_scale(scale) for scale in self.guidance or ()] or [module.sampler]
+        return [
+            sampler.with_carry_state(carry_state).suited_to(module.network.has_recall)
+            for sampler in samplers
+            for carry_state in self.carry_state or [module.sampler.carry_state]
+        ]
+
+    def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive | None:
         if self.save_samples is None:
             return None
         asked = folder / self.save_samples
-        name = f"{asked.stem}_L{loops}" + (f"_guidance{scale:g}" if scale is not None else "")
+        name = f"{asked.stem}_L{loops}"
+        if len(self.guidance or ()) > 1:
+            name += f"_guidance{sampler.guidance.scale:g}"
+        if len(self.carry_state or ()) > 1:
+            name += "_carried" if sampler.carry_state else "_from_zero"
         return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
     def _loops(self, module: ELTModule) -> list[int]:
@@ -203,14 +226,13 @@ class LoopMetrics(Callback):
         module: ELTModule,
         sweep: Sweep,
         loops: int,
-        scale: float,
+        sampler: Sampler,
         progress: Any = lambda n: None,
         archive: SampleArchive | None = None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()
 
-        sampler = module.sampler.with_guidance_scale(scale)
         tokenizer = _data(trainer).tokenizer.to(module.device)
         metrics = self._metrics_on(trainer, module.device)
         request = _data(trainer).request
@@ -225,7 +247,7 @@ class LoopMetrics(Callback):
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
         data = _data(trainer)
         params_backbone, params_total = module.num_parameters()
-        backbone: Any = module.network.backbone
+        backbone = module.network.backbone
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         networks = [metric.feature_network for metric in self._metrics or [] if metric.feature_network]
         return Report(
@@ -239,6 +261,7 @@ class LoopMetrics(Callback):
             train_mode=module.distillation.mode,
             train_steps=read_checkpoint(str(trainer.ckpt_path), prefixes=())["global_step"],
             sampling_steps=module.sampler.steps,
+            recall=module.network.has_recall,
             weights="ema" if any(callback.is_judged for callback in averaging) else "raw",
             params_backbone=params_backbone,
             params_total=params_total,
