@@ -29,11 +29,11 @@ from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
 from elt_lightning.data.decoding import num_frames, read_clip
 from elt_lightning.data.ucf101 import list_videos
-from elt_lightning.module import ELTModule
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.planning import Precision, Rehearsal, optimizer_bytes_per_byte
 from elt_lightning.reproduce.published import TABLE_3, TABLE_8
 from elt_lightning.tokenizers.vq_training import VQTraining
+from elt_lightning.training.module import ELTModule
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--turn_seconds=0.001", "--device=cpu"]

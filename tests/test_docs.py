@@ -54,7 +54,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
-MODULE_PATH = re.compile(r"`((?:elt_lightning/|configs/|tests/|notebooks/|docs/)[\w./]+\.(?:py|yaml|md|ipynb|json))`")
+MODULE_PATH = re.compile(
+    r"`((?:elt_lightning/|configs/|experiments/|tests/|notebooks/|docs/)[\w./]+\.(?:py|yaml|md|ipynb|json))`"
+)
 DOTTED = re.compile(r"`(elt_lightning(?:\.\w+)+)`")
 LINKED_SYMBOL = re.compile(r"\[`(\w+(?:\.\w+)*)`\]\((\.\./)?(elt_lightning/[\w/]+\.py)\)")
 

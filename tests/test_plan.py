@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import count_validations, num_steps, read
 from elt_lightning.errors import UserError
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -26,6 +25,7 @@ from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IMAGENET = CONFIGS / "imagenet256"

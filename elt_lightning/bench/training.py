@@ -13,10 +13,10 @@ from elt_lightning.bench.memory import peak_above_start
 from elt_lightning.bench.shapes import Network, Shape, num_bytes, twin
 from elt_lightning.bench.timing import SideBySide, Work, matmuls, peak_flops
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.optim import parameter_groups, prefer_fused
 from elt_lightning.planning import BACKWARD, FLOPS_PER_MAC, Precision
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
 Way = Literal["ilsd", "vanilla", "unlooped"]
 

@@ -26,8 +26,8 @@ from elt_lightning.commands.train import (
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.module import ELTModule
 from elt_lightning.planning import Settings, make_plan
+from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
 """Columns of what is printed where there is no terminal."""
