@@ -120,10 +120,18 @@ class Report:
         table = Table(
             title=f"{self.num_samples} samples{', parts of each given' if self.parts_given else ''}, "
             f"{self.sampling_steps} steps, trained at {self.train_loops} loops{', with recall' if self.recall else ''}",
-            caption=f"{self.primary_metric}: {direction} is better"
-            + ("; * best of its loop count" if swept else ""),
+            caption=f"{self.primary_metric}: {direction} is better" + ("; * best of its loop count" if swept else ""),
         )
-        for heading in ("loops", "depth", "params", "guidance", *(["state"] if self.recall else []), *names, "GMACs/sample", "samples/s"):
+        for heading in (
+            "loops",
+            "depth",
+            "params",
+            "guidance",
+            *(["state"] if self.recall else []),
+            *names,
+            "GMACs/sample",
+            "samples/s",
+        ):
             table.add_column(heading, justify="right")
         best = self.best_per_loop()
         for row in self.rows:

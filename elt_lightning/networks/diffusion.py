@@ -149,9 +149,7 @@ class LoopedDiT(LoopedNetwork):
         embedded = self.condition(condition)
         modulation = self.head.modulation(embedded)
         states, state = self.backbone(h, embedded, loops, exits, state)
-        predictions = {
-            loop: unpatchify(self.head(h, modulation), self.grid, self.patch) for loop, h in states.items()
-        }
+        predictions = {loop: unpatchify(self.head(h, modulation), self.grid, self.patch) for loop, h in states.items()}
         return Pass(predictions, state)
 
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:  # noqa: D102
