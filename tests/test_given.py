@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from predictions import stateless
 from PIL import Image
+from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.cli import main

@@ -113,7 +113,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": network.backbone.layers[0].attention.output.in_features,  # type: ignore[union-attr]
+            "width": network.width,
             "num_layers": shape.num_layers,
             "model": contender.model,
             "loops": contender.loops,

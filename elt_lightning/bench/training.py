@@ -173,7 +173,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": step.network.backbone.layers[0].attention.output.in_features,  # type: ignore[union-attr]
+            "width": step.network.width,
             "num_layers": settings.num_layers,
             "loops": loops,
             **contender._asdict(),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -197,10 +198,11 @@ class LoopMetrics(Callback):
     def _samplers(self, module: ELTModule) -> list[Sampler]:
         """List the settings of the sampler to measure: every guidance scale, from zero and carried."""
         samplers = [module.sampler.with_guidance_scale(scale) for scale in self.guidance or ()] or [module.sampler]
+        carried: Sequence[bool | None] = self.carry_state or [module.sampler.carry_state]
         return [
             sampler.with_carry_state(carry_state).suited_to(module.network.has_recall)
             for sampler in samplers
-            for carry_state in self.carry_state or [module.sampler.carry_state]
+            for carry_state in carried
         ]
 
     def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive | None:

@@ -31,11 +31,13 @@ class LoopedNetwork(nn.Module, ABC):
         input_shape: of one sample as the data have it: the token grid ([frames], height, width), or (channels,
             [frames], height, width).
         sample_shape: of one sample as the network takes it: (T,) tokens, or that of latents.
+        width: D of the loop's state.
     """
 
     backbone: LoopedStack
     input_shape: tuple[int, ...]
     sample_shape: tuple[int, ...]
+    width: int
     __call__: Callable[..., Pass]
 
     @abstractmethod
@@ -50,7 +52,7 @@ class LoopedNetwork(nn.Module, ABC):
         """Predict at each exit of one pass.
 
         Args:
-            x: (B, \\*sample_shape) tokens or noisy latents.
+            x: (B, …, as ``sample_shape`` says) tokens or noisy latents.
             condition: labels, and for diffusion the time.
             loops: L ≥ 1.
             exits: further loop counts in [1, loops]. What they predict equals a fresh pass of so many loops.

@@ -85,7 +85,8 @@ class LoopedDiT(LoopedNetwork):
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
         channels, *size = input_shape
-        self.input_shape = self.sample_shape = tuple(input_shape)
+        self.width, self.input_shape = width, tuple(input_shape)
+        self.sample_shape = self.input_shape
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(

@@ -72,7 +72,7 @@ class LoopedMaskedTransformer(LoopedNetwork):
                 f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
             )
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
-        self.input_shape = tuple(input_shape)
+        self.width, self.input_shape = width, tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
         self.backbone = LoopedStack(

@@ -62,7 +62,6 @@ def count(network: LoopedNetwork, loops: int, passes: int = 1) -> Count:
     """
     backbone = network.backbone
     num_tokens = tokens_of(network)
-    width = backbone.layers[0].attention.output.in_features
     depth = backbone.effective_depth(loops)
     return Count(
         params_backbone=_parameters(backbone),
@@ -70,7 +69,7 @@ def count(network: LoopedNetwork, loops: int, passes: int = 1) -> Count:
         effective_depth=depth,
         forward_macs=network.macs(loops),
         layer_macs=backbone.macs(num_tokens, loops),
-        attention_macs=depth * 2 * num_tokens**2 * width,
+        attention_macs=depth * 2 * num_tokens**2 * network.width,
         passes=passes,
     )
 
