@@ -329,7 +329,7 @@ def curves(summary: dict[str, Any], arm: Arm) -> list[tuple[str, list[dict[str, 
 
 def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> None:
     """Draw one metric: a line for each looped arm, a level for each unlooped one."""
-    for arm, label, rows in ((arm, *curve) for arm in arms for curve in curves(summary, arm)):
+    for arm, label, rows in [(arm, *curve) for arm in arms for curve in curves(summary, arm)]:
         values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
         means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
         if arm.max_loops == 1:
