@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-video test ablation ablation-diffusion ablation-sudoku ablation-terms ablation-video claims imagenet ucf101 clean
+.PHONY: help quickstart quickstart-video test recall recall-diffusion recall-sudoku recall-video ablation ablation-diffusion ablation-sudoku ablation-terms ablation-video claims imagenet ucf101 clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-20s%s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond tra
 
 ablation-sudoku: $(BIN)/elt ## ILSD, vanilla looping, students without a teacher, the unlooped model on puzzles of sudoku, 3 seeds (about an hour on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_sudoku.yaml
+
+recall recall-diffusion recall-sudoku recall-video: $(BIN)/elt ## recall and carried states beside the paper's recipe, to 32 loops, 3 seeds (hours on 2 cores; resumes)
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/$(subst -,_,$@).yaml
 
 ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped model on clips of moving digits, 3 seeds (under an hour on one core; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_video.yaml

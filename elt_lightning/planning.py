@@ -22,13 +22,11 @@ from torch import Tensor, nn
 # What torch.export traces with: private by name, and the one way to follow real storages without their memory.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elt_lightning.data.crops import Picture
 from elt_lightning.data.encode import ShardWriter
 from elt_lightning.errors import UserError
 from elt_lightning.networks.blocks import SelfAttention
-from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.objectives.base import Corrupted
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.training.module import ELTModule
@@ -101,7 +99,7 @@ class Activations:
     Attributes:
         loop: one application of the shared layers.
         ends: all else: embedding, the heads of teacher and students, the losses.
-        states: with ``checkpoint_loops``, what each loop began with.
+        states: with ``checkpoint_loops``, what each loop began with, and what is recalled.
     """
 
     loop: Kept
@@ -152,17 +150,13 @@ class Rehearsal:
         students = self.module.distillation.student_exits(self.module.seed, 0)
         return self._kept(self.module.max_loops, students, with_loss=True)
 
-    def exit_macs(self) -> int:
-        """Multiply–accumulates of one more exit of a pass, for one sample."""
-        return self._counted_macs(2, exits=(1,)) - self._counted_macs(2)
-
     def _kept(self, loops: int, exits: Sequence[int] = (), with_loss: bool = False, recompute: bool = False) -> Kept:
         two, three = (self._kept_bytes(count, loops, exits, with_loss, recompute) for count in (2, 3))
         return Kept(per_sample=three - two, fixed=two - 2 * (three - two))
 
     def _kept_bytes(self, num_samples: int, loops: int, exits: Sequence[int], with_loss: bool, recompute: bool) -> int:
         network, autocast = self.network, self.precision.autocast
-        backbone: LoopedStack = network.backbone  # type: ignore[assignment]
+        backbone = network.backbone
         backbone.checkpoint_loops = recompute
         weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
         kept: dict[int, torch.UntypedStorage] = {}
@@ -172,34 +166,28 @@ class Rehearsal:
                 kept[_address(tensor)] = tensor.untyped_storage()
             return tensor
 
-        def keep_state(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keep(inputs[0])
+        def keep_loop(layers: nn.Module, inputs: tuple[Any, ...]) -> None:
+            h, _, recalled = inputs
+            keep(h)
+            if recalled is not None:
+                keep(recalled.drive)
 
         with ExitStack() as stack:
             stack.enter_context(self._without_contents)
             corrupted, condition = self._batch(num_samples)
-            if recompute:  # the state that a loop begins with is kept by the function that recomputes it
-                stack.callback(backbone.layers[0].register_forward_pre_hook(keep_state).remove)
+            if recompute:  # what a loop begins with is kept by the function that recomputes it
+                stack.callback(backbone.layers.register_forward_pre_hook(keep_loop).remove)
             stack.enter_context(torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True))
             stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-            predictions = network(corrupted.inputs, condition, loops, exits)
+            predictions, _ = network(corrupted.inputs, condition, loops, exits)
             if with_loss:
                 self.module.distillation.loss(predictions, corrupted, self.module.objective, progress=0.5)
             return sum(storage.nbytes() for storage in kept.values())
 
-    def _counted_macs(self, loops: int, exits: Sequence[int] = ()) -> int:
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-        with self._without_contents, torch.no_grad():
-            corrupted, condition = self._batch(1)
-            with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-                self.network(corrupted.inputs, condition, loops, exits)
-        return counter.get_total_flops() // FLOPS_PER_MAC
-
     def _batch(self, num_samples: int) -> tuple[Corrupted, Condition]:
         """Make a batch as training meets it: tokens where the objective knows of codes, latents otherwise."""
-        shape: tuple[int, ...] = self.network.sample_shape  # type: ignore[assignment]
         has_tokens = hasattr(self.module.objective, "num_codes")
-        x = torch.zeros(num_samples, *shape, dtype=torch.int64 if has_tokens else torch.float32)
+        x = torch.zeros(num_samples, *self.network.sample_shape, dtype=torch.int64 if has_tokens else torch.float32)
         corrupted = self.module.objective.corrupt(x, torch.arange(num_samples), step=0)
         return corrupted, Condition(torch.zeros(num_samples, dtype=torch.int64), corrupted.time)
 
@@ -210,12 +198,6 @@ def _dropout_on_a_gpu(rate: float, module: nn.Module, inputs: tuple[Tensor, ...]
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _attention_flops(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 @dataclass(frozen=True)
@@ -232,7 +214,7 @@ class Memory:
         average: the averaged weights, which lie on the same device.
         weight_copies: in autocast's type.
         loops: activations of the loops, or of the one that is being recomputed.
-        states: with ``checkpoint_loops``, what each loop began with.
+        states: with ``checkpoint_loops``, what each loop began with, and what is recalled.
         ends: embedding, heads and losses.
     """
 
@@ -333,7 +315,7 @@ class Settings:
         num_validations: how often training stops to validate.
         num_validation_samples: drawn at each loop count in each validation.
         num_held_out: samples whose losses are measured in each validation.
-        num_test_samples: drawn at each loop count and guidance scale by `elt test`, repeats included.
+        num_test_samples: drawn at each loop count and guidance scale by `elt test`, all repeats, from zero and carried.
         loops: loop counts that are measured.
         guidance: guidance scales of `elt test`; None for the sampler's own.
         num_checkpoints: how many are kept.
@@ -433,17 +415,16 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     """
     precision = Precision.named(settings.precision)
     rehearsal = Rehearsal(module, precision)
-    activations, exit_macs = rehearsal.activations(), rehearsal.exit_macs()
-    network: Any = module.network
-    recomputes = bool(network.backbone.checkpoint_loops)
+    activations, network = rehearsal.activations(), module.network
+    recomputes = network.backbone.checkpoint_loops
     backbone, parameters = module.num_parameters()
     weights = parameters * precision.weights.itemsize
     average = parameters * torch.promote_types(precision.weights, torch.float32).itemsize
     state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
-    max_loops = module.max_loops
+    max_loops, students = module.max_loops, module.distillation.student_exits(module.seed, 0)
     image = TrainingMacs(
         forward=network.macs(max_loops),
-        students=exit_macs * len(module.distillation.student_exits(module.seed, 0)),
+        students=network.macs(max_loops, students) - network.macs(max_loops),
         recomputed=(network.macs(2) - network.macs(1)) * max_loops if recomputes else 0,
     )
 
@@ -462,7 +443,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         )
 
     sample = {loops: module.macs_per_sample(loops) for loops in settings.loops}
-    held_out_macs = network.macs(max(settings.loops)) + exit_macs * (len(settings.loops) - 1)
+    held_out_macs = network.macs(max(settings.loops), settings.loops)
     validation = settings.num_validation_samples * sum(sample.values()) + settings.num_held_out * held_out_macs
     samplers = [module.sampler.with_guidance_scale(scale) for scale in settings.guidance or ()] or [module.sampler]
     return Plan(

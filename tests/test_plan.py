@@ -106,7 +106,7 @@ def small_diffusion(block: str = "film") -> ELTModule:
 def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | None) -> int:
     """Run the whole loss of a training step on real tensors: bytes that autograd keeps, weights left out."""
     network, objective = module.network.train(), module.objective
-    shape = (num_samples, *network.sample_shape)  # type: ignore[misc]
+    shape = (num_samples, *network.sample_shape)
     x = torch.randint(50, shape) if isinstance(objective, MaskedObjective) else torch.randn(shape)
     corrupted = objective.corrupt(x, torch.arange(num_samples), 7)
     condition = Condition(torch.randint(10, (num_samples,)), corrupted.time)
@@ -121,7 +121,9 @@ def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | Non
         torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True),
         saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        loss, _ = module.distillation.loss(network(corrupted.inputs, condition, 3, (2,)), corrupted, objective, 0.3)
+        loss, _ = module.distillation.loss(
+            network(corrupted.inputs, condition, 3, (2,)).predictions, corrupted, objective, 0.3
+        )
     kept = sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
     loss.backward()
     return kept
@@ -144,7 +146,7 @@ def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTM
 def test_autocast_keeps_one_copy_of_the_shared_weights_for_all_loops() -> None:
     module = small_masked()
     activations = Rehearsal(module, Precision.named("bf16-mixed")).activations()
-    matrices = [layer.weight for layer in module.network.backbone.modules() if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
+    matrices = [layer.weight for layer in module.network.backbone.modules() if isinstance(layer, nn.Linear)]
     assert activations.loop.fixed == 0
     assert activations.ends.fixed >= sum(2 * matrix.numel() for matrix in matrices)
 
@@ -176,9 +178,9 @@ def test_macs_and_those_of_an_exit_are_those_that_torch_counts(make: Callable[[]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(x, Condition(torch.zeros(1, dtype=torch.int64), torch.zeros(1)), 3, exits)
         counts.append(counter.get_total_flops() // 2)
-    missing = network.macs(3) - counts[0]  # type: ignore[operator]
+    missing = network.macs(3) - counts[0]
     assert missing in (0, attention)  # torch may leave out the CPU's fused attention
-    assert Rehearsal(module, Precision.named("32-true")).exit_macs() == counts[1] - counts[0]
+    assert network.macs(3, (1,)) - network.macs(3) == counts[1] - counts[0]
 
 
 def settings(**changes: object) -> Settings:
@@ -250,7 +252,7 @@ def test_hours_of_training_validation_and_test_by_hand() -> None:
     assert plan.test[3].gpu_hours(395.6e12) == pytest.approx(50_000 * 2 * samples[2] / 395.6e12 / 3600)
     assert plan.validation.macs == 3 * sum(samples) + 7 * (3 * loop + 3 * head)
 
-    module.network.backbone.checkpoint_loops = True  # type: ignore[union-attr]
+    module.network.backbone.checkpoint_loops = True
     assert make_plan(module, planned).image_macs.total == image + 3 * loop
     two_scales = make_plan(module, settings(guidance=[1.0, 2.0], loops=[2]))
     assert two_scales.test[2].macs == (24 + 48) * (2 * loop + head)

@@ -11,6 +11,7 @@ from torch import Tensor
 from elt_lightning.bench.memory import peak_above_start
 from elt_lightning.bench.shapes import Network, Shape, num_bytes, twin
 from elt_lightning.bench.timing import SideBySide, Work, matmuls, peak_flops
+from elt_lightning.networks.base import Pass
 from elt_lightning.planning import FLOPS_PER_MAC, Precision
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
@@ -112,7 +113,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": network.backbone.layers[0].attention.output.in_features,  # type: ignore[union-attr]
+            "width": network.width,
             "num_layers": shape.num_layers,
             "model": contender.model,
             "loops": contender.loops,
@@ -154,8 +155,11 @@ class Calls:
             self.x = torch.randn(batch_size, *network.sample_shape, device=device)
             self.condition = Condition(labels, torch.full((batch_size,), 0.5, device=device))
 
-    def _predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
-        return self.objective.denoised(self.network(x, condition, loops)[loops], x, condition)
+    def _predict(
+        self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
+    ) -> Pass:
+        predictions, state = self.network(x, condition, loops, exits, state)
+        return Pass({r: self.objective.denoised(p, x, condition) for r, p in predictions.items()}, state)
 
     @torch.no_grad()
     def sample(self) -> Tensor:
@@ -168,4 +172,4 @@ class Calls:
     def one_pass(self) -> Tensor:
         """Call the network once."""
         with self.settings.context():
-            return self.network(self.x, self.condition, self.loops)[self.loops]
+            return self.network(self.x, self.condition, self.loops).predictions[self.loops]

@@ -115,7 +115,7 @@ class Step:
             corrupted = self.objective.corrupt(self.x, self.seeds, step)
             exits = self.distillation.student_exits(0, step)
             condition = Condition(labels, corrupted.time)
-            predictions = self.network(corrupted.inputs, condition, self.distillation.max_loops, exits)
+            predictions, _ = self.network(corrupted.inputs, condition, self.distillation.max_loops, exits)
             loss, _ = self.distillation.loss(predictions, corrupted, self.objective, progress=0.5)
         optimizer.zero_grad()
         loss.backward()
@@ -173,7 +173,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": step.network.backbone.layers[0].attention.output.in_features,  # type: ignore[union-attr]
+            "width": step.network.width,
             "num_layers": settings.num_layers,
             "loops": loops,
             **contender._asdict(),

@@ -63,7 +63,7 @@ def read_given(
         if not (0 <= top < bottom <= grid[-2] and 0 <= left < right <= grid[-1]):
             raise UserError(f"--hole: {hole} is no rectangle in a grid of {grid[-2]} rows and {grid[-1]} columns")
         unknown[..., top:bottom, left:right] = True
-    codes = torch.zeros(1, *module.network.sample_shape, device=module.device)  # type: ignore[misc]
+    codes = torch.zeros(1, *module.network.sample_shape, device=module.device)
     shape = tokenizer.decode(codes if num_codes is None else codes.long()).shape[1:]
     pixels = hide(read_pixels(path, shape, stride).to(module.device) / 255, unknown, frames)
     known = tokenizer.encode(pixels[None])

@@ -183,7 +183,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
         num_held_out=data.num_held_out,
-        num_test_samples=measured["num_samples"] * measured["repeats"],
+        num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
         loops=sorted(set(measured["loops"] or range(1, module.max_loops + 1))),
         guidance=measured["guidance"],
         num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),

@@ -50,6 +50,11 @@ def run(name: str, arguments: list[str]) -> None:
     if options.guidance is not None:
         sampler = sampler.with_guidance_scale(options.guidance)
     index = torch.arange(options.num, device=device)
+    if options.carry_state is not None:
+        try:
+            sampler = sampler.with_carry_state(options.carry_state == "true").suited_to(module.network.has_recall)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     labels = torch.tensor(classes, device=device)[index % len(classes)]
     rows, known = {}, None
     if options.given is not None:
@@ -107,6 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--loops", type=numbers_from(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training"
     )
     parser.add_argument("--guidance", type=finite_from_0, help="guidance scale; by default the model's")
+    parser.add_argument(
+        "--carry_state",
+        choices=("true", "false"),
+        help="begin each step's loop where the last one stopped; by default where the model has recall",
+    )
     parser.add_argument("--steps", type=number_from(1, 10**6), help="sampling steps; by default the model's")
     parser.add_argument("--seed", type=number_from(0, SEEDS), default=0, help="decides every sample (default 0)")
     parser.add_argument(

@@ -68,8 +68,11 @@ TEST_FLAGS = EVALUATION_FLAGS | {
     "--save_samples": "--loop_metrics.save_samples",
     "--reconstruction": "--loop_metrics.reconstruction",
     "--nearest": "--loop_metrics.nearest",
+    "--carry_state": "--loop_metrics.carry_state",
 }
-PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")}
+PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
+    "--carry_state": "--model.sampler.init_args.carry_state"
+}
 SHORT_FLAGS = {
     "fit": {"--weights": "--ema.weights"},
     "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
@@ -92,7 +95,7 @@ LIMITS = {
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
-LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance")
+LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carry_state")
 """Settings that may be given as 1,2,4."""
 
 

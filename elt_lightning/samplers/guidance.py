@@ -1,17 +1,10 @@
-"""Classifier-free guidance (Ho and Salimans 2022): uncond + s_k·(cond − uncond), both branches in one batch."""
+"""Classifier-free guidance (Ho and Salimans 2022): uncond + s_k·(cond − uncond)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-
-from elt_lightning.processes.conditioning import Condition
-
-Predict = Callable[[Tensor, Condition, int], Tensor]
-"""``predict(x, condition, loops)``: logits (B, T, V) for tokens x (B, T), or x̂ for noisy latents."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +49,6 @@ class Guidance:
         """Return how many times the network sees each sample at step k of K; at s_k = 0 its null class is all."""
         return 2 if self.acts(step, num_steps) and self.scale_at(step, num_steps) != 0 else 1
 
-    def predict(
-        self, predict: Predict, x: Tensor, condition: Condition, null_class: int, loops: int, step: int, num_steps: int
-    ) -> Tensor:
-        """Return the guided prediction for x (B, …) at step k of K; where guidance does not act, the plain one."""
-        if not self.acts(step, num_steps):
-            return predict(x, condition, loops)
-        unconditional = condition.with_labels(torch.full_like(condition.labels, null_class))
-        if self.branches(step, num_steps) == 1:
-            return predict(x, unconditional, loops)
-        both = predict(torch.cat([x, x]), condition.joined(unconditional), loops)
-        conditional, null = both.chunk(2)
+    def combine(self, conditional: Tensor, null: Tensor, step: int, num_steps: int) -> Tensor:
+        """Return the guided prediction (B, …) of step k of K, given both branches'."""
         return null + self.scale_at(step, num_steps) * (conditional - null)
