@@ -1,207 +1,101 @@
-"""What a training will need, worked out before it starts: multiply–accumulates, memory, disk and GPU-hours.
+"""What a training will need, worked out before it starts: multiply–accumulates (MACs), memory and GPU-hours.
 
-Nothing here needs data, weights or a GPU. Networks are counted where they were built on the ``meta`` device, and
-rehearsed on tensors that have shapes, types and storages but no contents. Bytes are exact for what they name; hours
-rest on an assumed speed.
+Nothing here needs data, weights or a GPU. Bytes are exact for what they name; hours rest on an assumed speed.
 """
 
 import copy
-import io
-import math
-import tarfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 # What torch.export traces with: private by name, and the one way to follow real storages without their memory.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from elt_lightning.data.crops import Picture
-from elt_lightning.data.encode import ShardWriter
+from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
 from elt_lightning.module import ELTModule
 from elt_lightning.networks.blocks import SelfAttention
-from elt_lightning.networks.looped import LoopedStack
-from elt_lightning.objectives.base import Corrupted
-from elt_lightning.processes.conditioning import Condition
-
-FLOPS_PER_MAC = 2
-BACKWARD = 2
-"""Forward passes that a backward pass costs: each product has two gradients, of its input and of its weight."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What the trainer's ``precision`` means for memory.
-
-    Attributes:
-        weights: type of weights, gradients, the optimiser's state and the average.
-        autocast: type that matrix products are brought to in a mixed precision, None otherwise.
-    """
-
-    weights: torch.dtype
-    autocast: torch.dtype | None = None
-
-    @staticmethod
-    def named(name: str | int | None) -> "Precision":
-        """Look up one of Lightning's names, for example "bf16-mixed".
-
-        Raises:
-            UserError: a precision that is not known here.
-        """
-        if str(name) not in PRECISIONS:
-            known = ", ".join(known for known in PRECISIONS if "-" in known)
-            raise UserError(f"elt plan knows the precisions {known}, not {name}")
-        return PRECISIONS[str(name)]
-
-
-PRECISIONS = {
-    "32-true": Precision(torch.float32),
-    "64-true": Precision(torch.float64),
-    "bf16-true": Precision(torch.bfloat16),
-    "16-true": Precision(torch.float16),
-    "bf16-mixed": Precision(torch.float32, torch.bfloat16),
-    "16-mixed": Precision(torch.float32, torch.float16),
-}
-PRECISIONS |= {short: PRECISIONS[f"{short}-true"] for short in ("32", "64")}
-PRECISIONS |= {short: PRECISIONS[f"{short}-mixed"] for short in ("bf16", "16")} | {"None": PRECISIONS["32-true"]}
+from elt_lightning.precision import PRECISIONS, Types
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass keeps for the backward pass.
+    """Bytes that the forward pass of a training step keeps for the backward pass, weights themselves left out.
 
     Attributes:
-        per_sample: for each sample of the pass: activations.
-        fixed: however many samples there are: copies of weights in autocast's type, one of each with its cache.
+        per_sample: activations of each sample of a pass.
+        recomputing: the same with ``checkpoint_loops``: what loops begin with, and one loop that is computed again.
+        copies: weights in autocast's type, one copy of each, however many samples there are.
     """
 
     per_sample: int
-    fixed: int
-
-    def __sub__(self, other: "Kept") -> "Kept":
-        return Kept(self.per_sample - other.per_sample, self.fixed - other.fixed)
-
-    def __mul__(self, times: int) -> "Kept":
-        return Kept(self.per_sample * times, self.fixed * times)
+    recomputing: int
+    copies: int
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What a training step keeps for its backward pass, weights themselves left out.
+def rehearse(module: ELTModule, types: Types) -> Kept:
+    """Compute a training step's loss on the CPU, on tensors without contents, and count what autograd keeps of it.
 
-    Attributes:
-        loop: one application of the shared layers.
-        ends: all else: embedding, the heads of teacher and students, the losses.
-        states: with ``checkpoint_loops``, what each loop began with.
-    """
-
-    loop: Kept
-    ends: Kept
-    states: Kept
-
-
-class Rehearsal:
-    """Runs a module's network and training loss on the CPU, on tensors without contents.
-
-    Dispatch, storages and what autograd keeps are those of a real run; memory and arithmetic are not spent. Where a CPU
-    keeps something else than a GPU, it is brought to what a GPU does: fused attention keeps no attention matrix, with
-    dropout neither; dropout keeps a mask of bytes; autocast computes layer norms in float32.
+    Dispatch and storages are those of a real run; memory and arithmetic are not spent. Where a CPU keeps something else
+    than a GPU, it is brought to what a GPU does: fused attention keeps no attention matrix, with dropout neither;
+    dropout keeps a mask of bytes; autocast computes layer norms in float32.
 
     Args:
-        module: on the ``meta`` device, or a small one; it is not changed. Its network has a :class:`LoopedStack` called
-            ``backbone``.
-        precision: of the training.
+        module: best on the ``meta`` device; it is not changed.
+        types: of the training's precision.
     """
+    module, exits = copy.deepcopy(module), module.distillation.student_exits(module.seed, 0)
+    module.distillation.student_exits = lambda *_: exits  # type: ignore[method-assign]  # it asks for a number
+    network: Any = module.network.to(device="meta", dtype=types.weights).train()
+    for part in network.modules():
+        if isinstance(part, SelfAttention):
+            part.dropout = 0.0
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            part.register_forward_hook(partial(_dropout_on_a_gpu, part.p))
+            part.p = 0.0
+        if isinstance(part, nn.LayerNorm) and types.autocast is not None:
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    without_contents = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all: another would copy the weights
+    with without_contents:
+        network.to_empty(device="cpu")
+    weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+    states: list[Tensor] = []
+    network.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
 
-    def __init__(self, module: ELTModule, precision: Precision) -> None:
-        self.module, self.precision = module, precision
-        self.network = copy.deepcopy(module.network).to(device="meta", dtype=precision.weights)
-        for part in self.network.modules():
-            if isinstance(part, SelfAttention):
-                part.dropout = 0.0
-            if isinstance(part, nn.Dropout) and part.p > 0:
-                part.register_forward_hook(partial(_dropout_on_a_gpu, part.p))
-                part.p = 0.0
-            if isinstance(part, nn.LayerNorm) and precision.autocast is not None:
-                part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        self.network.train()
-        # One mode for all runs: another one would copy the weights.
-        self._without_contents = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._without_contents:
-            self.network.to_empty(device="cpu")
-
-    def activations(self) -> Activations:
-        """Count what a training step keeps, at L_max with the students of a step."""
-        loops, students = self.module.max_loops, self.module.distillation.student_exits(self.module.seed, 0)
-        loop = self._kept(2) - self._kept(1)
-        ends = self._kept(loops, students, with_loss=True) - loop * loops
-        recomputed = self._kept(loops, students, with_loss=True, recompute=True)
-        return Activations(loop=loop, ends=ends, states=recomputed - ends)
-
-    def step(self) -> Kept:
-        """Count what a training step keeps in all, at L_max with the students of a step."""
-        students = self.module.distillation.student_exits(self.module.seed, 0)
-        return self._kept(self.module.max_loops, students, with_loss=True)
-
-    def exit_macs(self) -> int:
-        """Multiply–accumulates of one more exit of a pass, for one sample."""
-        return self._counted_macs(2, exits=(1,)) - self._counted_macs(2)
-
-    def _kept(self, loops: int, exits: Sequence[int] = (), with_loss: bool = False, recompute: bool = False) -> Kept:
-        two, three = (self._kept_bytes(count, loops, exits, with_loss, recompute) for count in (2, 3))
-        return Kept(per_sample=three - two, fixed=two - 2 * (three - two))
-
-    def _kept_bytes(self, num_samples: int, loops: int, exits: Sequence[int], with_loss: bool, recompute: bool) -> int:
-        network, autocast = self.network, self.precision.autocast
-        backbone: LoopedStack = network.backbone  # type: ignore[assignment]
-        backbone.checkpoint_loops = recompute
-        weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
-        kept: dict[int, torch.UntypedStorage] = {}
+    def kept_bytes(num_samples: int, recompute: bool) -> int:
 
         def keep(tensor: Tensor) -> Tensor:
             if _address(tensor) not in weights:
                 kept[_address(tensor)] = tensor.untyped_storage()
             return tensor
 
-        def keep_state(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            keep(inputs[0])
-
+        kept.clear()
+        states.clear()
+        network.backbone.checkpoint_loops = recompute
+        dtype = torch.float32 if module.num_codes is None else torch.int64
         with ExitStack() as stack:
-            stack.enter_context(self._without_contents)
-            corrupted, condition = self._batch(num_samples)
-            if recompute:  # the state that a loop begins with is kept by the function that recomputes it
-                stack.callback(backbone.layers[0].register_forward_pre_hook(keep_state).remove)
-            stack.enter_context(torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True))
+            stack.enter_context(without_contents)
+            index = torch.arange(num_samples)
+            batch = Batch(torch.zeros(num_samples, *network.sample_shape, dtype=dtype), torch.zeros_like(index), index)
+            stack.enter_context(types.context("cpu"))
             stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
-            predictions = network(corrupted.inputs, condition, loops, exits)
-            if with_loss:
-                self.module.distillation.loss(predictions, corrupted, self.module.objective, progress=0.5)
+            module.loss(batch, step=0, progress=0.5)
+            for state in states if recompute else ():  # which the function that recomputes a loop keeps, unseen
+                keep(state)
             return sum(storage.nbytes() for storage in kept.values())
 
-    def _counted_macs(self, loops: int, exits: Sequence[int] = ()) -> int:
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-        with self._without_contents, torch.no_grad():
-            corrupted, condition = self._batch(1)
-            with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-                self.network(corrupted.inputs, condition, loops, exits)
-        return counter.get_total_flops() // FLOPS_PER_MAC
-
-    def _batch(self, num_samples: int) -> tuple[Corrupted, Condition]:
-        """Make a batch as training meets it: tokens where the objective knows of codes, latents otherwise."""
-        shape: tuple[int, ...] = self.network.sample_shape  # type: ignore[assignment]
-        has_tokens = hasattr(self.module.objective, "num_codes")
-        x = torch.zeros(num_samples, *shape, dtype=torch.int64 if has_tokens else torch.float32)
-        corrupted = self.module.objective.corrupt(x, torch.arange(num_samples), step=0)
-        return corrupted, Condition(torch.zeros(num_samples, dtype=torch.int64), corrupted.time)
+    two, three = kept_bytes(2, recompute=False), kept_bytes(3, recompute=False)
+    per_sample = three - two
+    without_loops = kept_bytes(3, recompute=True) - kept_bytes(2, recompute=True)
+    loop = (per_sample - without_loops) // module.max_loops + states[0].nbytes // 2  # its beginning, of two samples
+    return Kept(per_sample, without_loops + loop, two - 2 * per_sample)
 
 
 def _dropout_on_a_gpu(rate: float, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
@@ -210,113 +104,6 @@ def _dropout_on_a_gpu(rate: float, module: nn.Module, inputs: tuple[Tensor, ...]
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _attention_flops(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
-) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the end of a forward pass of training, where most is held.
-
-    What single operations need for a moment, the CUDA context and gaps between allocations come on top.
-
-    Attributes:
-        weights: of the network.
-        gradients: of all of them, as they are from the second pass on.
-        gradient_buckets: what gradients are exchanged in by several devices.
-        optimizer_state: for example AdamW's two moments.
-        average: the averaged weights, which lie on the same device.
-        weight_copies: in autocast's type.
-        loops: activations of the loops, or of the one that is being recomputed.
-        states: with ``checkpoint_loops``, what each loop began with.
-        ends: embedding, heads and losses.
-    """
-
-    weights: int
-    gradients: int
-    gradient_buckets: int
-    optimizer_state: int
-    average: int
-    weight_copies: int
-    loops: int
-    states: int
-    ends: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
-class Work:
-    """Something computed many times over.
-
-    Attributes:
-        macs: multiply–accumulates of one time.
-        count: how many times.
-    """
-
-    macs: int
-    count: int
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations, two for each multiply–accumulate."""
-        return FLOPS_PER_MAC * self.macs * self.count
-
-    def gpu_hours(self, flops_per_second: float) -> float:
-        """Hours on one GPU at that speed."""
-        return self.flops / flops_per_second / 3600
-
-
-@dataclass(frozen=True)
-class TrainingMacs:
-    """Multiply–accumulates of one training image.
-
-    Attributes:
-        forward: a pass with L_max loops.
-        students: the further heads of a step's students.
-        recomputed: with ``checkpoint_loops``, the loops that are computed again; 0 without.
-    """
-
-    forward: int
-    students: int
-    recomputed: int
-
-    @property
-    def total(self) -> int:
-        """Forward, backward (twice as much), and what is recomputed."""
-        return (1 + BACKWARD) * (self.forward + self.students) + self.recomputed
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What `elt encode` keeps of one picture.
-
-    Attributes:
-        shape: (tokens,), or (channels, rows, columns), of moments with twice the latents' channels.
-        is_tokens: tokens, or latents; both take two bytes a number.
-    """
-
-    shape: tuple[int, ...]
-    is_tokens: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the numbers alone, without a mirror image."""
-        return 2 * math.prod(self.shape)
-
-    def bytes_in_shard(self, copies: int) -> int:
-        """Bytes of a picture's two members in a tar, written as `elt encode` writes them."""
-        codes = np.zeros((copies, *self.shape), np.int16 if self.is_tokens else np.float16)
-        with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            ShardWriter(tar).add(Picture("n01440764/n01440764_10026.JPEG", path=""), codes)
-            return tar.offset
 
 
 @dataclass(frozen=True)
@@ -329,7 +116,6 @@ class Settings:
         micro_batch_size: samples of one pass on one device.
         batch_size: samples of an optimiser step.
         steps: optimiser steps.
-        steps_said: where their number comes from, in words.
         num_validations: how often training stops to validate.
         num_validation_samples: drawn at each loop count in each validation.
         num_held_out: samples whose losses are measured in each validation.
@@ -339,6 +125,7 @@ class Settings:
         num_checkpoints: how many are kept.
         tflops: assumed peak of a device, 10¹² floating-point operations per second.
         utilisation: assumed share of it in (0, 1].
+        device_memory: GiB of a device.
     """
 
     precision: str | int | None
@@ -346,7 +133,6 @@ class Settings:
     micro_batch_size: int
     batch_size: int
     steps: int
-    steps_said: str
     num_validations: int
     num_validation_samples: int
     num_held_out: int
@@ -356,69 +142,54 @@ class Settings:
     num_checkpoints: int
     tflops: float
     utilisation: float
-
-    @property
-    def flops_per_second(self) -> float:
-        """Speed that is reckoned with."""
-        return self.tflops * 1e12 * self.utilisation
+    device_memory: float
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a training needs.
 
+    What single operations need for a moment, the CUDA context and gaps between allocations come on top of ``memory``.
+
     Attributes:
         settings: it was worked out for.
         parameters_backbone: of the shared backbone, which the paper's tables report.
         parameters: of the whole network.
-        max_loops: L_max.
-        sampling_steps: of the sampler.
-        guidance_scale: its scale.
-        passes_per_sample: both branches of guidance counted.
-        forward_macs: {loops: multiply–accumulates of one pass of one sample}.
+        forward_macs: {loops: of one pass of one sample}.
         sample_macs: {loops: of drawing one sample}.
-        image_macs: of one training image.
-        activations: what a step keeps.
-        memory: {``checkpoint_loops``: bytes on one device}.
-        checkpoint_loops: how the config has it.
-        checkpoint_bytes: of one checkpoint file.
-        training: images of all steps.
-        validation: validations.
-        test: {loops: samples of `elt test`}.
+        image_macs: of one training image: forward, backward (twice as much), loops that are computed again.
+        resident: {what: bytes on a device whatever the batch}.
+        kept: what a step keeps of a sample.
+        memory: bytes on one device at the end of a pass's forward half, where most is held.
+        memory_recomputing: the same with ``checkpoint_loops``.
+        largest_batch: samples of a pass that ``device_memory`` holds, 0 for none.
+        largest_batch_recomputing: the same with ``checkpoint_loops``.
+        checkpoint_bytes: of one checkpoint: raw weights, the optimiser's state, averaged weights.
+        training_hours: GPU-hours of all steps.
+        validation_hours: GPU-hours of all validations.
+        test_hours: {loops: GPU-hours of `elt test`}.
     """
 
     settings: Settings
     parameters_backbone: int
     parameters: int
-    max_loops: int
-    sampling_steps: int
-    guidance_scale: float
-    passes_per_sample: int
     forward_macs: dict[int, int]
     sample_macs: dict[int, int]
-    image_macs: TrainingMacs
-    activations: Activations
-    memory: dict[bool, Memory]
-    checkpoint_loops: bool
+    image_macs: int
+    resident: dict[str, int]
+    kept: Kept
+    memory: int
+    memory_recomputing: int
+    largest_batch: int
+    largest_batch_recomputing: int
     checkpoint_bytes: int
-    training: Work
-    validation: Work
-    test: dict[int, Work]
+    training_hours: float
+    validation_hours: float
+    test_hours: dict[int, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Give everything as plain data, with totals and GPU-hours."""
-        speed = self.settings.flops_per_second
-        content = asdict(self)
-        for name in ("training", "validation"):
-            content[name]["gpu_hours"] = getattr(self, name).gpu_hours(speed)
-        for loops, work in self.test.items():
-            content["test"][loops]["gpu_hours"] = work.gpu_hours(speed)
-        content["image_macs"]["total"] = self.image_macs.total
-        content["memory"] = {
-            "checkpointed" if recompute else "all_kept": asdict(memory) | {"total": memory.total}
-            for recompute, memory in self.memory.items()
-        }
-        return content
+        """Return everything as plain data."""
+        return asdict(self)
 
 
 def make_plan(module: ELTModule, settings: Settings) -> Plan:
@@ -431,59 +202,55 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     Raises:
         UserError: the precision is not known here.
     """
-    precision = Precision.named(settings.precision)
-    rehearsal = Rehearsal(module, precision)
-    activations, exit_macs = rehearsal.activations(), rehearsal.exit_macs()
+    types = PRECISIONS.get(str(settings.precision))
+    if types is None:
+        known = ", ".join(name for name in PRECISIONS if "-" in name)
+        raise UserError(f"elt plan knows the precisions {known}, not {settings.precision}")
     network: Any = module.network
-    recomputes = bool(network.backbone.checkpoint_loops)
     backbone, parameters = module.num_parameters()
-    weights = parameters * precision.weights.itemsize
-    state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
-    max_loops = module.max_loops
-    image = TrainingMacs(
-        forward=network.macs(max_loops),
-        students=exit_macs * len(module.distillation.student_exits(module.seed, 0)),
-        recomputed=(network.macs(2) - network.macs(1)) * max_loops if recomputes else 0,
-    )
+    weights = parameters * types.weights.itemsize
+    state = round(weights * optimizer_bytes_per_byte(module, types.weights))
+    kept = rehearse(module, types)
+    resident = {
+        "weights": weights,
+        "gradients": weights,
+        "gradients again, to exchange them (DDP)": weights if settings.devices > 1 else 0,
+        "the optimiser's state": state,
+        "averaged weights": weights,
+        f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
+    }
+    fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
 
-    def memory(recompute: bool) -> Memory:
-        held = 1 if recompute else max_loops
-        return Memory(
-            weights=weights,
-            gradients=weights,
-            gradient_buckets=weights if settings.devices > 1 else 0,
-            optimizer_state=state,
-            average=weights,
-            weight_copies=activations.loop.fixed * held + activations.ends.fixed,
-            loops=activations.loop.per_sample * held * settings.micro_batch_size,
-            states=activations.states.per_sample * settings.micro_batch_size if recompute else 0,
-            ends=activations.ends.per_sample * settings.micro_batch_size,
-        )
-
-    sample = {loops: module.macs_per_sample(loops) for loops in settings.loops}
-    held_out_macs = network.macs(max(settings.loops)) + exit_macs * (len(settings.loops) - 1)
-    validation = settings.num_validation_samples * sum(sample.values()) + settings.num_held_out * held_out_macs
+    loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
+    again = (network.macs(2) - network.macs(1)) * loops if network.backbone.checkpoint_loops else 0
+    image = 3 * network.macs(loops, exits) + again
+    sample = {count: module.macs_per_sample(count) for count in settings.loops}
+    held_out = settings.num_held_out * network.macs(max(settings.loops), settings.loops)
+    validation = settings.num_validation_samples * sum(sample.values()) + held_out
     samplers = [module.sampler.with_guidance_scale(scale) for scale in settings.guidance or ()] or [module.sampler]
+
+    def hours(macs: int) -> float:
+        return 2 * macs / (settings.tflops * 1e12 * settings.utilisation) / 3600
+
     return Plan(
         settings=settings,
         parameters_backbone=backbone,
         parameters=parameters,
-        max_loops=max_loops,
-        sampling_steps=module.sampler.steps,
-        guidance_scale=module.sampler.guidance.scale,
-        passes_per_sample=len(module.sampler.network_calls(max_loops)),
-        forward_macs={loops: network.macs(loops) for loops in settings.loops},
+        forward_macs={count: network.macs(count) for count in settings.loops},
         sample_macs=sample,
         image_macs=image,
-        activations=activations,
-        memory={recompute: memory(recompute) for recompute in (False, True)},
-        checkpoint_loops=recomputes,
-        checkpoint_bytes=weights + state + weights,  # raw weights, the optimiser's state, averaged weights
-        training=Work(image.total, settings.steps * settings.batch_size),
-        validation=Work(validation, settings.num_validations),
-        test={
-            loops: Work(sum(module.macs_per_sample(loops, sampler) for sampler in samplers), settings.num_test_samples)
-            for loops in settings.loops
+        resident=resident,
+        kept=kept,
+        memory=fixed + settings.micro_batch_size * kept.per_sample,
+        memory_recomputing=fixed + settings.micro_batch_size * kept.recomputing,
+        largest_batch=max(0, available - fixed) // kept.per_sample,
+        largest_batch_recomputing=max(0, available - fixed) // kept.recomputing,
+        checkpoint_bytes=2 * weights + state,
+        training_hours=hours(image * settings.steps * settings.batch_size),
+        validation_hours=hours(validation * settings.num_validations),
+        test_hours={
+            count: hours(settings.num_test_samples * sum(module.macs_per_sample(count, each) for each in samplers))
+            for count in settings.loops
         },
     )
 
