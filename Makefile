@@ -32,7 +32,7 @@ ablation: $(BIN)/elt ## ILSD against vanilla looping, unlooped models, other los
 	$(BIN)/python -m elt_lightning.reproduce.ablation
 
 ablation-diffusion: $(BIN)/elt ## the same for diffusion: ILSD, vanilla looping, the unlooped DiT (about an hour on 2 cores; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_diffusion.yaml
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_diffusion.yaml
 
 claims: $(BIN)/elt ## docs/results/README.md: the paper's claims, what was measured, verdicts, at once; RUN=1 first runs the ablations that are missing (their minutes)
 ifdef RUN
@@ -41,13 +41,13 @@ endif
 	$(BIN)/python -m elt_lightning.reproduce.claims
 
 ablation-terms: $(BIN)/elt ## terms of the loss, one layer, loops far beyond training, convergence, little data, 3 seeds (about an hour on 2 cores; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_terms.yaml
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_terms.yaml
 
 ablation-sudoku: $(BIN)/elt ## ILSD, vanilla looping, students without a teacher, the unlooped model on puzzles of sudoku, 3 seeds (about an hour on 2 cores; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_sudoku.yaml
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_sudoku.yaml
 
 ablation-video: $(BIN)/elt ## ILSD against vanilla looping and the unlooped model on clips of moving digits, 3 seeds (under an hour on one core; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.ablation --config configs/ablation_video.yaml
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_video.yaml
 
 # What `make imagenet` works on; SMOKE=1 draws small pictures, writes random networks in the published formats and trains
 # a few steps of small models instead, to see every command run.

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from small_runs import train_small_squares
 
-from elt_lightning.data.latin_squares import LatinSquaresDataModule
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,11 @@ _CONTEXT.set_forkserver_preload(
         "elt_lightning.commands.encode",
         "elt_lightning.commands.encode_ucf101",
         "elt_lightning.commands.train",
-        "elt_lightning.data.digits",
+        "elt_lightning.data.toy.digits",
         "elt_lightning.data.imagenet",
         "elt_lightning.networks.diffusion",
         "elt_lightning.networks.masked",
-        "elt_lightning.reports",
+        "elt_lightning.evaluation.report",
     ]
 )
 

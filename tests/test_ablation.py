@@ -37,7 +37,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "elt", elt)
     config: dict[str, Any] = {
-        "base": str(ROOT / "configs" / "digits.yaml"),
+        "config": str(ROOT / "configs" / "digits.yaml"),
         "seeds": [0, 1],
         "metrics": ["recognised", "fd_digits"],
         "settings": settings_of(SMALL)
@@ -98,7 +98,7 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
 def test_what_other_settings_measured_is_not_taken(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path("own_digits.yaml")
     base.write_text((ROOT / "configs" / "digits.yaml").read_text())
-    run_ablation(monkeypatch, seeds=[0], base=str(base))
+    run_ablation(monkeypatch, seeds=[0], config=str(base))
     commands.clear()
     base.write_text("# Comments change nothing.\n" + base.read_text())
     run_ablation(monkeypatch)
@@ -127,3 +127,23 @@ def test_an_error_leaves_the_summary_of_the_whole_seeds(commands: list[str], mon
     with pytest.raises(UserError, match="no"):
         run_ablation(monkeypatch)
     assert json.loads(Path("results/ablation.json").read_text())["config"]["seeds"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"base": "configs/digits.yaml"}, "may not have base"),
+        ({"seeds": None}, "lacks seeds"),
+        ({"arms": {"ilsd": {"layers": 2}}}, "unexpected keyword argument 'layers'"),
+    ],
+)
+def test_what_an_experiment_may_not_say_is_named(
+    change: dict[str, Any], line: str, commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path("ablation_small.yaml")
+    changed = yaml.safe_load(path.read_text()) | change
+    path.write_text(yaml.safe_dump({name: value for name, value in changed.items() if value is not None}))
+    monkeypatch.setattr(sys, "argv", ["ablation", "--config", str(path), "--output", "results"])
+    with pytest.raises(UserError, match=line):
+        ablation.main()
+    assert commands == []

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elt_lightning.archives import SampleArchive
+from elt_lightning.evaluation.archives import SampleArchive
 
 
 @pytest.mark.parametrize(

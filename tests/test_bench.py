@@ -27,14 +27,14 @@ from elt_lightning.bench.shapes import SHAPES, twin
 from elt_lightning.bench.timing import SideBySide
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
+from elt_lightning.commands.planning import optimizer_bytes_per_byte, rehearse
 from elt_lightning.data.decoding import num_frames, read_clip
 from elt_lightning.data.ucf101 import list_videos
-from elt_lightning.module import ELTModule
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.planning import optimizer_bytes_per_byte, rehearse
-from elt_lightning.precision import PRECISIONS, Types
 from elt_lightning.reproduce.published import TABLE_3, TABLE_8
 from elt_lightning.tokenizers.vq_training import VQTraining
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--turn_seconds=0.001", "--device=cpu"]

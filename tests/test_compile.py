@@ -9,7 +9,8 @@ from small_runs import train_small_squares
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.masked import LoopedMaskedTransformer

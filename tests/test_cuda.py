@@ -11,20 +11,20 @@ from torch._dynamo.utils import counters
 
 from elt_lightning.cli import main
 from elt_lightning.data.base import Batch
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.optim import prefer_fused
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import Stream, normal, random_bits, sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.optimiser import prefer_fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from elt_lightning.data.base import HeldOutOrder, TensorBatches, TrainingOrder
-from elt_lightning.data.digits import DigitsDataModule
+from elt_lightning.data.toy.digits import DigitsDataModule
 
 
 def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, epoch: int = 0) -> list[list[list[int]]]:

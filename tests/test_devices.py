@@ -19,7 +19,7 @@ from shard_files import token_index, write_shards
 from small_runs import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from elt_lightning.checkpoints import read_checkpoint
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.data.shards import ShardIndex
 

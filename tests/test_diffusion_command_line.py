@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 from small_runs import SMALL, train_small_squares
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.loading import load_tokenizer

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from elt_lightning.callbacks.ema import EMA, averaged_weights
 from elt_lightning.errors import UserError
+from elt_lightning.training.ema import EMA, averaged_weights
 
 
 class Line(LightningModule):

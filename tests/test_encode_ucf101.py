@@ -18,8 +18,8 @@ from elt_lightning.data import encode
 from elt_lightning.data.clips import fixed_start, resize_and_crop
 from elt_lightning.data.decoding import read_clip
 from elt_lightning.data.encoded import check_same_codes
-from elt_lightning.data.moving_digits import MovingDigits
 from elt_lightning.data.shards import ShardIndex
+from elt_lightning.data.toy.moving_digits import MovingDigits
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import Tokenizer

@@ -1,4 +1,4 @@
-"""Models to publish: `elt export`, `ELTModule.from_pretrained`, and sampling from what they write and read."""
+"""Models to publish: `elt export`, `from_pretrained`, and sampling from what they write and read."""
 
 import json
 import shutil
@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from small_runs import train_small_squares
 from torch import nn
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning import from_pretrained
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.training.module import ELTModule
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -57,7 +59,7 @@ def test_an_exported_model_is_the_one_of_the_checkpoint(weights: Any, checkpoint
     folder = export(checkpoint, tmp_path / "model", "--weights", weights)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     original = build_module(read_checkpoint(checkpoint), weights)
-    loaded = ELTModule.from_pretrained(folder)
+    loaded = from_pretrained(folder)
     assert not loaded.training
     assert loaded.state_dict().keys() == original.state_dict().keys()
     for name, weight in loaded.state_dict().items():
@@ -73,7 +75,7 @@ def test_the_config_says_how_to_build_the_model_and_nothing_of_where_the_data_la
     assert (config["version"], config["weights"], config["step"]) == (1, "ema", 6)
     assert (config["model"], config["tokenizer"]) == (recipe["model"], recipe["tokenizer"])
     assert config["data"] == {
-        "class_path": "elt_lightning.data.latin_squares.LatinSquaresDataModule",
+        "class_path": "elt_lightning.data.toy.latin_squares.LatinSquaresDataModule",
         "num_classes": 5,
         "input_shape": [5, 5],
         "num_codes": recipe["model"]["network"]["init_args"]["num_codes"],
@@ -133,7 +135,7 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
     torch.save(content, tmp_path / "tied.ckpt")
     folder = export(tmp_path / "tied.ckpt", tmp_path / "tied")
     written = load_file(folder / "model.safetensors")
-    network: Any = ELTModule.from_pretrained(folder).network
+    network: Any = from_pretrained(folder).network
     assert network.also_head_dense.weight is network.head_dense.weight
     average = content["ema"]["weights"]["network.head_dense.weight"]
     for weight in (network.head_dense.weight, *(written[f"network.{n}head_dense.weight"] for n in ("", "also_"))):
@@ -141,7 +143,7 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
 
 
 def test_from_pretrained_takes_checkpoints_too(checkpoint: Path) -> None:
-    assert torch.equal(draw(ELTModule.from_pretrained(checkpoint)), draw(build_module(read_checkpoint(checkpoint))))
+    assert torch.equal(draw(from_pretrained(checkpoint)), draw(build_module(read_checkpoint(checkpoint))))
 
 
 def test_a_name_on_hugging_face_is_fetched(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +155,9 @@ def test_a_name_on_hugging_face_is_fetched(checkpoint: Path, tmp_path: Path, mon
         return str(shutil.copytree(folder, tmp_path / "cache"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    module = ELTModule.from_pretrained("someone/elt-squares", revision="v1")
+    module = from_pretrained("someone/elt-squares", revision="v1")
     assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors"])]
-    assert torch.equal(draw(module), draw(ELTModule.from_pretrained(folder)))
+    assert torch.equal(draw(module), draw(from_pretrained(folder)))
 
 
 def offline(*_: object, **__: object) -> None:
@@ -172,17 +174,17 @@ def test_what_hugging_face_does_not_give_is_said_in_one_line(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     with pytest.raises(UserError, match=f"someone/nothing.*{telling}$"):
-        ELTModule.from_pretrained("someone/nothing")
+        from_pretrained("someone/nothing")
 
 
 def test_without_huggingface_hub_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
-        ELTModule.from_pretrained("someone/nothing")
+        from_pretrained("someone/nothing")
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/last.ckpt", "a/b/c", "/nowhere/at-all", ""])
 def test_what_can_be_no_name_is_not_looked_for_on_hugging_face(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"there is no checkpoint|was not written by"):
-        ELTModule.from_pretrained(source)
+        from_pretrained(source)

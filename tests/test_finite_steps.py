@@ -12,11 +12,11 @@ from small_runs import SMALL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from elt_lightning.callbacks.checkpoint import Checkpoint
-from elt_lightning.callbacks.ema import EMA
-from elt_lightning.callbacks.finite_steps import FiniteSteps
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
+from elt_lightning.training.checkpointing import Checkpoint
+from elt_lightning.training.ema import EMA
+from elt_lightning.training.finite_steps import FiniteSteps
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 STEPS = 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.optim import parameter_groups, prefer_fused
+from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
 
 def network() -> LoopedMaskedTransformer:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from shard_files import write_shards
 from test_bad_input import INDEX, SECONDS, TOKENS, at_most
 
-from elt_lightning.checkpoints import build_module, read_checkpoint, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.commands import export
 from elt_lightning.data.shards import ShardIndex

@@ -12,8 +12,7 @@ from elt_lightning.cli import main
 from elt_lightning.commands.given import Hole, hide, read_given
 from elt_lightning.data.decoding import read_clip, write_clip
 from elt_lightning.errors import UserError
-from elt_lightning.known import GREY, known_pixels
-from elt_lightning.module import ELTModule
+from elt_lightning.evaluation.known import GREY, known_pixels
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
@@ -21,6 +20,7 @@ from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.video_vq import VideoVQ, write_tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
+from elt_lightning.training.module import ELTModule
 
 V, GRID, SHAPE = 16, (4, 4, 4), (8, 16, 16)
 

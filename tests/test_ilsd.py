@@ -8,7 +8,6 @@ from scipy import stats
 from torch import Tensor
 
 from elt_lightning.data.base import Batch
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.blocks import Block
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Corrupted
@@ -17,6 +16,7 @@ from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 V, T, B = 7, 6, 5
 MODES = ("ilsd", "vanilla", "ground_truth", "distillation", "deep_supervision")

@@ -7,14 +7,14 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from elt_lightning.data.handwriting import Handwriting, load_handwriting
-from elt_lightning.data.latin_squares import (
+from elt_lightning.data.toy.latin_squares import (
     LatinSquaresDataModule,
     draw_latin_squares,
     reduced_latin_squares,
 )
 from elt_lightning.metrics.digits import DigitNetwork
 from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.metrics.handwriting import Handwriting, load_handwriting
 from elt_lightning.metrics.latin_squares import LatinSquareScores, valid_lines
 from elt_lightning.tokenizers.patch_vq import cut_patches
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from elt_lightning.cli import main
+from elt_lightning.data.toy.moving_digit_tokens import MovingDigitsTokensDataModule, read_all
 from elt_lightning.data.ucf101 import list_videos
-from elt_lightning.data.video_tokens import MovingDigitsTokensDataModule, read_all
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from small_runs import SMALL_SQUARES
 from torch import Tensor
 
 from elt_lightning.cli import main
-from elt_lightning.data.latin_squares import LatinSquaresDataModule
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 from elt_lightning.metrics.nearest import nearest_items
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.base import Batch
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
@@ -21,6 +20,7 @@ from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 NOWHERE = torch.device("meta")
 CODES, CLASSES, BATCH, STEPS = 11, 5, 3, 4

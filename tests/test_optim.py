@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.optim import LearningRateSchedule, parameter_groups
+from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups
 
 
 def network() -> LoopedMaskedTransformer:

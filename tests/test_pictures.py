@@ -10,8 +10,8 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.pictures import GAP, clip_strip, nearest_figure, write_gif, write_mp4
 from elt_lightning.metrics.nearest import nearest_items
-from elt_lightning.pictures import GAP, clip_strip, nearest_figure, write_gif, write_mp4
 
 
 def ramps(count: int, channels: int = 3, frames: int = 5, height: int = 40, width: int = 50) -> Tensor:

@@ -14,21 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import bytes_in_shard, count_validations, num_steps, read
+from elt_lightning.commands.planning import Settings, make_plan, rehearse
 from elt_lightning.data.base import Batch
 from elt_lightning.data.published import imagenet_moments
 from elt_lightning.errors import UserError
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.planning import Settings, make_plan, rehearse
-from elt_lightning.precision import PRECISIONS, Types
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IMAGENET = CONFIGS / "imagenet256"
@@ -289,10 +289,8 @@ def test_disk_is_what_shards_take(tmp_path: Path) -> None:
 
 
 def test_imagenet_is_assumed_where_there_are_no_shards(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model.network.init_args.num_layers=4", "--devices=8", "--json=plan.json"]
-    assert (
-        main(["plan", "--config", str(IMAGENET / "elt_8n4l.yaml"), *flags, "--tflops=500", "--device-memory=80"]) == 0
-    )
+    flags = ["--model.network.init_args.num_layers=4", "--devices=8", "--json=plan.json", "--device-memory=80"]
+    assert main(["plan", "--config", str(IMAGENET / "elt_8n4l.yaml"), *flags, "--tflops=500"]) == 0
     printed = capsys.readouterr().out
     for part in (
         "ImageNet-1k",

@@ -9,8 +9,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.precision import CachedMixedPrecision, cache_weight_casts
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.training.precision import CachedMixedPrecision, cache_weight_casts
 
 
 def network() -> LoopedMaskedTransformer:

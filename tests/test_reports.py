@@ -14,18 +14,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elt_lightning.data.base import Request
-from elt_lightning.evaluation import Row, Sweep
+from elt_lightning.evaluation.report import Report, loops_figure, picture_row
+from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.reports import Report, loops_figure, picture_row
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.pixels import PixelTokenizer
+from elt_lightning.training.module import ELTModule
 
 SCORES = {
     (1, 1.0): [0.25, 0.5, 0.75],

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from elt_lightning.cli import main
 from elt_lightning.data.base import Request
-from elt_lightning.data.sudoku import SudokuDataModule, draw_sudokus, sudokus_from_first_row
-from elt_lightning.evaluation import Sweep
+from elt_lightning.data.toy.sudoku import SudokuDataModule, draw_sudokus, sudokus_from_first_row
+from elt_lightning.evaluation.sweep import Sweep
 from elt_lightning.metrics.latin_squares import LatinSquareScores, valid_lines
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 Grid = tuple[tuple[int, ...], ...]
 

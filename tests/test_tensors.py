@@ -10,10 +10,10 @@ from torch import Tensor
 
 from elt_lightning.cli import main
 from elt_lightning.data.base import Batch
-from elt_lightning.data.digits import DigitImagesDataModule, DigitsDataModule
-from elt_lightning.data.latin_square_images import LatinSquareImagesDataModule
-from elt_lightning.data.latin_squares import LatinSquaresDataModule
 from elt_lightning.data.tensors import TensorDataModule, TensorFiles
+from elt_lightning.data.toy.digits import DigitImagesDataModule, DigitsDataModule
+from elt_lightning.data.toy.latin_square_images import LatinSquareImagesDataModule
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.continuous import PixelScaling

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -12,6 +11,7 @@ from elt_lightning.reproduce.update_norms import update_norms
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 STEPS, LOOPS, SAMPLES = 3, 4, 5
 

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from elt_lightning.commands.encode import build_tokenizer
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
-from elt_lightning.optim import LearningRateSchedule
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import ImageTokenizer
 from elt_lightning.tokenizers.discriminator import Discriminator, halve
@@ -27,6 +26,7 @@ from elt_lightning.tokenizers.perceptual import STAGES, PerceptualLoss
 from elt_lightning.tokenizers.video_vq import ImageVQ, VideoVQ, read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
 from elt_lightning.tokenizers.vq_training import VQTraining, draw_vectors, side_by_side
+from elt_lightning.training.optimiser import LearningRateSchedule
 
 CLIP, PICTURE = (4, 16, 16), (16, 16)
 TINY: dict[str, Any] = {

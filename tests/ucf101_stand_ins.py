@@ -8,7 +8,7 @@ from pathlib import Path
 
 from video_networks import SmallC3D, SmallI3D, write_network
 
-from elt_lightning.data.moving_digits import MovingDigits
+from elt_lightning.data.toy.moving_digits import MovingDigits
 
 
 def write_stand_ins(folder: Path) -> None:

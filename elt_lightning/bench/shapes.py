@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from elt_lightning.data.base import Batch
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
@@ -20,6 +19,7 @@ from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDPMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 Family = Literal["masked", "diffusion"]
 Network = LoopedMaskedTransformer | LoopedDiT
@@ -118,4 +118,5 @@ def num_parameters(network: nn.Module) -> int:
 
 def width(network: Network) -> int:
     """Return the width of the layers."""
-    return network.backbone.layers[0].attention.output.in_features  # type: ignore[no-any-return, union-attr]
+    attention: Any = network.backbone.layers[0].attention
+    return attention.output.in_features

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elt_lightning.precision import PRECISIONS, Types
+from elt_lightning.training.precision import PRECISIONS, Types
 
 Work = Callable[[], object]
 

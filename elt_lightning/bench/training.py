@@ -13,7 +13,7 @@ from elt_lightning.bench.data_need import flops_per_training_image
 from elt_lightning.bench.memory import peak_above_start
 from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin, width
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.optim import parameter_groups, prefer_fused
+from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
 
 class Contender(NamedTuple):

@@ -8,11 +8,13 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from elt_lightning.checkpoints import CONFIG, FORMAT_VERSION, WEIGHTS, build_module, read_checkpoint
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.recipe import FORMAT_VERSION
+from elt_lightning.checkpoints.store import CONFIG, WEIGHTS, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.module import ELTModule
+from elt_lightning.training.module import ELTModule
 
 
 def run(name: str, arguments: list[str]) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from elt_lightning.data.clips import ClipShape
 from elt_lightning.data.crops import adm_centre_crop, decode_picture
 from elt_lightning.errors import UserError
-from elt_lightning.known import grey_out
-from elt_lightning.module import ELTModule
+from elt_lightning.evaluation.known import grey_out
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import times
+from elt_lightning.training.module import ELTModule
 
 Hole = tuple[int, int, int, int]
 """Top, left, bottom and right of a rectangle, in cells of the grid of tokens or latents, the last two not included."""

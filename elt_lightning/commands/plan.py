@@ -7,6 +7,7 @@ import math
 import pydoc
 import tarfile
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
+from elt_lightning.commands.planning import Plan, Settings, make_plan
 from elt_lightning.commands.train import (
     ELTCommandLine,
     explain,
@@ -39,8 +41,7 @@ from elt_lightning.data.tensors import TensorDataModule
 from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.module import ELTModule
-from elt_lightning.planning import Plan, Settings, make_plan
+from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
 """Columns of what is printed where there is no terminal."""
@@ -91,11 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
 class PlanCommandLine(ELTCommandLine):
     """Reads and checks the settings of `elt fit`, and builds nothing."""
 
-    def _do_nothing(self, *_: Any) -> None:
+    def _do_nothing(self, *_: Any, **__: Any) -> None:
         """Settle no run folder, build neither data nor model nor trainer, write no config, train nothing."""
 
     before_instantiate_classes = instantiate_classes = after_instantiate_classes = _do_nothing
-    _set_seed = _run_subcommand = _do_nothing
+    _set_seed = _run_subcommand = _do_nothing  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,18 @@ def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
         UserError: other data are missing, or settings are wrong.
     """
     section, assumed = config["data"], None
+    describe: Callable[[int], ShardIndex]
+    counts: tuple[int | None, int]
     try:
         module = build(GenerativeDataModule, section)
     except UserError as error:
         kind: Any = pydoc.locate(section["class_path"])
         has_tokens = find_section(config, "model.network.init_args.num_codes")[0] is not None
         if issubclass(kind, ImageNetDataModule):
-            name, describe, sizes = "ImageNet-1k", imagenet_tokens if has_tokens else imagenet_moments, (1281167, 50000)
+            name, sizes = "ImageNet-1k", (1_281_167, 50_000)
+            describe = imagenet_tokens if has_tokens else imagenet_moments
         elif issubclass(kind, UCF101TokensDataModule):
-            name, describe, sizes = "UCF-101, split 1", ucf101_tokens, (9537, 3783)
+            name, sizes, describe = "UCF-101, split 1", (9537, 3783), ucf101_tokens
         else:
             raise
         assumed = f"{name}, because {error}"
@@ -311,68 +315,78 @@ def num_checkpoints(checkpoint: dict[str, Any], steps: int, num_validations: int
 
 def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
     """Write what a plan says as lines, by title, each figure with the arithmetic that leads to it."""
-    settings, sampler, kept = plan.settings, module.sampler, plan.kept
-    shape = "×".join(map(str, data.module.input_shape))
-    codes = data.module.num_codes
+    settings, sampler, datamodule = plan.settings, module.sampler, data.module
+    shape, codes = "×".join(map(str, datamodule.input_shape)), datamodule.num_codes
     what = f"latents {shape}" if codes is None else f"{shape} tokens of {codes:,} codes"
     count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
     held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
     passes = settings.batch_size // settings.devices // settings.micro_batch_size
-    calls = len(sampler.network_calls(module.max_loops))
     recomputes = bool(module.network.backbone.checkpoint_loops)  # type: ignore[union-attr]
-    memory = {
-        "all kept": (recomputes, plan.memory, kept.per_sample, plan.largest_batch),
-        "checkpoint_loops": (not recomputes, plan.memory_recomputing, kept.recomputing, plan.largest_batch_recomputing),
-    }
+
+    def memory(name: str, is_config: bool, total: int, per_sample: int, largest: int) -> str:
+        return (
+            f"{name}{' (this config)' * is_config}: {in_gib(total)}, of which {settings.micro_batch_size:,} samples × "
+            f"{per_sample / 2**20:,.2f} MiB; {settings.device_memory:g} GiB hold {largest:,} samples of a pass"
+        )
+
     disk = {name: in_units(amount, "B") for name, amount in data.disk().items()}
-    encoded = "{training_codes} of codes; {training_shards} in shards, {training_shards_mirrored} with --mirrored; "
-    checkpoints, images = settings.num_checkpoints, settings.steps * settings.batch_size
-    speed = f"({settings.tflops:g} TFLOP/s × {settings.utilisation:g})"
-    test = plan.test_hours
+    encoded = (
+        "{training_codes} of codes; {training_shards} in shards, {training_shards_mirrored} with --mirrored; held-out "
+        "shards {held_out_shards}"
+    )
+    kept, images, test = settings.num_checkpoints, settings.steps * settings.batch_size, plan.test_hours
+    scales = f" at each guidance of {settings.guidance}" if settings.guidance else ""
     return {
         "data": [
             *([f"assumed, as {data.assumed}"] if data.assumed else []),
-            f"{count} training samples{held_out}; {data.module.num_classes:,} classes; {what}",
+            f"{count} training samples{held_out}; {datamodule.num_classes:,} classes; {what}",
         ],
         "parameters": [
             f"{in_units(plan.parameters_backbone)} in the shared backbone, {in_units(plan.parameters)} in all"
         ],
         "MACs": [
-            f"L = {loops}: a pass {in_units(macs)}, drawing a sample {in_units(plan.sample_macs[loops])}"
-            for loops, macs in plan.forward_macs.items()
-        ]
-        + [f"a sample takes {calls:,} passes: {sampler.steps:,} steps, guidance {sampler.guidance.scale:g}"],
+            *(
+                f"L = {loops}: a pass {in_units(macs)}, drawing a sample {in_units(plan.sample_macs[loops])}"
+                for loops, macs in plan.forward_macs.items()
+            ),
+            f"a sample takes {len(sampler.network_calls(module.max_loops)):,} passes: {sampler.steps:,} steps, "
+            f"guidance {sampler.guidance.scale:g}",
+        ],
         "steps": [
             f"{settings.steps:,} optimiser steps of {settings.batch_size:,} = {settings.devices:,} × {passes:,} × "
             f"{settings.micro_batch_size:,} samples (devices × passes of each × samples of a pass)"
         ],
         "memory": [
-            f"{name}{'' if other else ' (this config)'}: {in_gib(total)} of a device, of which {in_gib(total - held)} "
-            f"activations, {held_of:,.1f} MiB a sample; {settings.device_memory:g} GiB hold {largest:,} samples of a pass"
-            for name, (other, total, per_sample, largest) in memory.items()
-            for held, held_of in [(total - settings.micro_batch_size * per_sample, per_sample / 2**20)]
-        ]
-        + [
-            "whatever the batch: " + ", ".join(f"{name} {in_gib(of)}" for name, of in plan.resident.items() if of),
+            memory("all kept", not recomputes, plan.memory, plan.kept.per_sample, plan.largest_batch),
+            memory(
+                "checkpoint_loops",
+                recomputes,
+                plan.memory_recomputing,
+                plan.kept.recomputing,
+                plan.largest_batch_recomputing,
+            ),
+            "whatever the batch: "
+            + ", ".join(f"{name} {in_gib(size)}" for name, size in plan.resident.items() if size),
             "on top come what an operation needs for a moment, the CUDA context, gaps: see train/peak_memory_gib",
         ],
         "disk": [
-            *([encoded.format(**disk) + f"held-out shards {disk['held_out_shards']}"] if disk else []),
-            f"a checkpoint takes {in_units(plan.checkpoint_bytes, 'B')}; {checkpoints:,} kept, and room to write the "
-            f"next: {in_units((checkpoints + 1) * plan.checkpoint_bytes, 'B')}",
+            *([encoded.format(**disk)] if disk else []),
+            f"a checkpoint {in_units(plan.checkpoint_bytes, 'B')}; {kept:,} kept, and room to write the next: "
+            f"{in_units((kept + 1) * plan.checkpoint_bytes, 'B')}",
         ],
         "training": [
-            f"an image takes {in_units(plan.image_macs, 'MAC')}: three passes at L = {module.max_loops}, as backward takes "
-            f"twice forward, heads of students{' and loops computed again' if recomputes else ''}",
+            f"an image {in_units(plan.image_macs, 'MAC')}: forward at L = {module.max_loops} with the students' heads, "
+            f"backward twice that{', and every loop computed again' * recomputes}",
             f"× 2 operations × {images:,} images = {in_units(2 * plan.image_macs * images, 'FLOP')}",
-            f"/ {speed} = {in_hours(plan.training_hours)}, {in_hours(plan.training_hours / settings.devices, 'hours')} "
-            f"on {settings.devices:,} devices; peak and utilisation are assumptions",
+            f"/ ({settings.tflops:g} TFLOP/s × {settings.utilisation:g}) = {in_hours(plan.training_hours)}: peak and "
+            f"utilisation are assumptions; on {settings.devices:,} devices "
+            f"{in_hours(plan.training_hours / settings.devices, 'hours')}",
             f"beside it {settings.num_validations:,} validations: {in_hours(plan.validation_hours)}",
         ],
         "elt test": [
-            f"{settings.num_test_samples:,} samples{f' at each guidance of {settings.guidance}' * bool(settings.guidance)} "
-            f"at L = {', '.join(map(str, test))}: {' + '.join(f'{hours:.3g}' for hours in test.values())} = "
-            f"{in_hours(sum(test.values()))}, without the tokenizer and the metrics' networks",
+            f"{settings.num_test_samples:,} samples{scales} at L = {', '.join(map(str, test))}: "
+            f"{' + '.join(f'{hours:.3g}' for hours in test.values())} = {in_hours(sum(test.values()))}, without the "
+            "tokenizer and the metrics' networks"
         ],
     }
 

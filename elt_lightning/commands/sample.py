@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints import build_module, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.commands.arguments import Parser, device_of, finite_from_0, number_from, numbers_from
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.pictures import write_gif, write_mp4
+from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
-from elt_lightning.pictures import write_gif, write_mp4
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.reports import loops_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")

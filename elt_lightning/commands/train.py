@@ -24,23 +24,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from elt_lightning.callbacks.checkpoint import Checkpoint
-from elt_lightning.callbacks.ema import EMA
-from elt_lightning.callbacks.finite_steps import FiniteSteps
-from elt_lightning.callbacks.loop_metrics import LoopMetrics
-from elt_lightning.callbacks.preemption import Preemption
-from elt_lightning.callbacks.progress import PlainProgress, TerminalProgress
-from elt_lightning.callbacks.recipe import Recipe
-from elt_lightning.callbacks.sample_writer import SampleWriter
-from elt_lightning.callbacks.throughput import Throughput
-from elt_lightning.checkpoints import FORMAT_VERSION, read_checkpoint
+from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.loop_metrics import LoopMetrics
+from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import claim_numbered, next_numbered, written_aside
-from elt_lightning.module import ELTModule
-from elt_lightning.precision import cache_weight_casts
-from elt_lightning.strategies import check_strategy, supported_strategy
 from elt_lightning.tokenizers.vq_training import VQTraining
+from elt_lightning.training.checkpointing import Checkpoint
+from elt_lightning.training.ema import EMA
+from elt_lightning.training.finite_steps import FiniteSteps
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import cache_weight_casts
+from elt_lightning.training.preemption import Preemption
+from elt_lightning.training.progress import PlainProgress, TerminalProgress
+from elt_lightning.training.strategies import check_strategy, supported_strategy
+from elt_lightning.training.throughput import Throughput
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
@@ -315,7 +315,7 @@ class ELTCommandLine(RunCommandLine):
 
     def own_callbacks(self) -> list[Callback]:
         """Measure speed, and put the recipe into checkpoints."""
-        return [Throughput(), Recipe(FORMAT_VERSION, *self.recipe())]
+        return [Throughput(), Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""

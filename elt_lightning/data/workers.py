@@ -106,7 +106,7 @@ def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: Trac
 def obey_parent_alone(worker: int) -> None:
     """Let a loader process of a training go on when a scheduler sends SIGTERM to all processes of a job.
 
-    The main process then finishes its step and saves (:class:`~elt_lightning.callbacks.preemption.Preemption`), for
+    The main process then finishes its step and saves (:class:`~elt_lightning.training.preemption.Preemption`), for
     which it may wait for a batch. SIGTERM from the main process itself ends a loader process as ever, and so does the
     main process's end, which PyTorch looks for. Where the system does not say who sent a signal (macOS), nothing is
     changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.

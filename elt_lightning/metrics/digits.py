@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elt_lightning.data.handwriting import SIDE, Handwriting
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.handwriting import SIDE, Handwriting
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from elt_lightning.data.handwriting import SIDE
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork
+from elt_lightning.metrics.handwriting import SIDE
 from elt_lightning.tokenizers.patch_vq import cut_patches
 
 

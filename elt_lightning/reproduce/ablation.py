@@ -1,10 +1,13 @@
 """`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
-`make ablation-diffusion` does the same with another config, whose name is also that of the folders of runs and results.
+`make ablation-NAME` does the same with another file of ``experiments/``, whose name is also that of the folders of
+runs and results. It says which config every arm trains (``config``), with which ``settings`` and ``seeds``, the
+``arms``, which ``metrics`` to show, and under ``prepare`` the module, with its flags, that makes data which are not
+there, where there is a run to do.
+
 Every run is an `elt fit` and an `elt test` in processes of their own. What it measured is a file of its own below the
 results, ``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted,
-and may go on in another clone. The summary is of the seeds that every arm has. What a config says under ``prepare``, a
-module and its flags, makes the data that it lacks, where there is a run to do.
+and may go on in another clone. The summary is of the seeds that every arm has.
 """
 
 import argparse
@@ -82,7 +85,7 @@ class Arm:
 def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=Path("configs/ablation.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("experiments/ablation.yaml"))
     parser.add_argument("--runs", type=Path, help="where the runs lie; by default runs/<config>")
     parser.add_argument("--output", type=Path, help="folder of the results; by default docs/results/<config>")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, one thread each")
@@ -92,11 +95,10 @@ def main() -> None:
     options = parser.parse_args()
     title = options.config.stem
     runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
-    config = yaml.safe_load(options.config.read_text())
+    config = read_experiment(options.config)
     overrides = dict(options.override)
     config["settings"] |= overrides
-    arms = [Arm(name, **settings) for name, settings in config["arms"].items()]
-    arms = [replace(arm, settings=arm.settings | overrides) for arm in arms]
+    arms = [replace(arm, settings=arm.settings | overrides) for arm in arms_of(config)]
     # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
     longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
     pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
@@ -111,6 +113,32 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             write_results(title, config, arms, output)
     print("\n".join(str(output / f"ablation.{ending}") for ending in ("png", "md", "json")))
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Read a file of ``experiments/``.
+
+    Raises:
+        UserError: it lacks a section, or has one that nothing reads.
+    """
+    config = yaml.safe_load(path.read_text())
+    needed, sections = {"config", "seeds", "settings", "arms"}, set(config) if isinstance(config, dict) else set()
+    for problem, names in (("lacks", needed - sections), ("may not have", sections - needed - {"metrics", "prepare"})):
+        if names:
+            raise UserError(f"{path}, an experiment of `make ablation`, {problem} {', '.join(sorted(map(str, names)))}")
+    return dict(config)
+
+
+def arms_of(config: dict[str, Any]) -> list[Arm]:
+    """Return the arms of an experiment.
+
+    Raises:
+        UserError: one has a setting that arms do not have, or lacks one.
+    """
+    try:
+        return [Arm(name, **settings) for name, settings in config["arms"].items()]
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"an arm of the experiment is not as it should be: {error}") from error
 
 
 def prepare(program: str) -> None:
@@ -139,10 +167,10 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     """
     folder, record = runs / f"{arm.name}_seed{seed}", record_path(output, arm, seed)
     settings = [f"--{name}={value}" for name, value in config["settings"].items()]
-    flags = ["--config", config["base"], "--seed_everything", str(seed), *settings, *arm.flags()]
+    flags = ["--config", config["config"], "--seed_everything", str(seed), *settings, *arm.flags()]
     loops = ",".join(map(str, arm.loops()))
     command = [*flags, "--loops", loops]
-    base = settings_in(Path(config["base"]))
+    base = settings_in(Path(config["config"]))
     if record.is_file():
         done = read_record(record)
         if (done["command"], done["base_sha256"]) != (command, base):

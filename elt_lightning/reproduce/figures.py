@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
+from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.reports import loops_figure
 from elt_lightning.reproduce.curves import read_curves
 from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABLE_1, TABLE_2
 from elt_lightning.reproduce.sweeps import difference, read_sweep, rows_of

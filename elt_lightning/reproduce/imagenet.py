@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from elt_lightning.checkpoints import read_checkpoint
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import run_command, status_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import next_numbered

@@ -13,13 +13,14 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from elt_lightning.checkpoints import build_module, read_checkpoint
+from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import next_numbered, written_aside
-from elt_lightning.module import ELTModule
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.training.module import ELTModule
 
 
 def main() -> None:

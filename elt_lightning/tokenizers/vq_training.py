@@ -22,7 +22,6 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
-from elt_lightning.optim import LearningRateSchedule
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
@@ -31,6 +30,7 @@ from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
 from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
+from elt_lightning.training.optimiser import LearningRateSchedule
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 """Settings in which a 2-D tokenizer that is inflated may differ: the weights' shapes do not depend on them."""

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from elt_lightning.callbacks.ema import EMA
 from elt_lightning.errors import UserError
+from elt_lightning.training.ema import EMA
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from elt_lightning.errors import UserError
-from elt_lightning.sharded_checkpoints import read_folder, write_folder
-from elt_lightning.sharding import as_sharded
+from elt_lightning.training.sharded_checkpoints import read_folder, write_folder
+from elt_lightning.training.sharding import as_sharded
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -27,7 +27,7 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: devices that share a copy; by default those of a node. Their product is the number of
             devices, and each of them trains on samples of its own.
         save_distributed_checkpoint: write folders, each device its own part; otherwise files, gathered on the first
-            device. See :mod:`elt_lightning.sharded_checkpoints`.
+            device. See :mod:`elt_lightning.training.sharded_checkpoints`.
         settings: Lightning's others.
     """
 

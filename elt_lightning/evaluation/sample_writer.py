@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
-from elt_lightning.archives import SampleArchive, picture_array
 from elt_lightning.data.base import GenerativeDataModule, Request
+from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
-from elt_lightning.module import ELTModule
+from elt_lightning.training.module import ELTModule
 
 
 class SampleWriter(BasePredictionWriter):
@@ -22,7 +22,7 @@ class SampleWriter(BasePredictionWriter):
         num_samples: how many.
         loops: loop count; by default the one of training.
         batch_size: samples drawn at once on one device.
-        format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.archives.SampleArchive`; "png" for
+        format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.evaluation.archives.SampleArchive`; "png" for
             ``samples/<number>_class_<label>.png``.
     """
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.base import IndexedDataModule, Request, TensorBatches
-from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.metrics.latin_squares import LatinSquareScores
 from elt_lightning.processes.masking import ranks
 from elt_lightning.processes.noise import Stream, sample_seeds, uniform

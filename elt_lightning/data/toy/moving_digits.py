@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elt_lightning.data.decoding import write_clip
-from elt_lightning.data.handwriting import load_handwriting
 from elt_lightning.data.ucf101 import UCF101DataModule
 from elt_lightning.errors import UserError
+from elt_lightning.metrics.handwriting import load_handwriting
 
 VIDEOS, LISTS, SETTINGS = "UCF-101", "ucfTrainTestlist", "moving_digits.json"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from elt_lightning.data.handwriting import SIDE, Handwriting, load_handwriting
-from elt_lightning.data.latin_squares import LatinSquaresDataModule
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
+from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.tokenizers.base import Tokenizer, to_bytes
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.patch_vq import with_lines

@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
-from elt_lightning.module import ELTModule
 from elt_lightning.networks.blocks import SelfAttention
-from elt_lightning.precision import PRECISIONS, Types
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
 
 
 @dataclass(frozen=True)

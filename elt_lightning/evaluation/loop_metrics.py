@@ -12,15 +12,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elt_lightning.archives import SampleArchive
-from elt_lightning.callbacks.ema import EMA
-from elt_lightning.checkpoints import read_checkpoint
+from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
-from elt_lightning.evaluation import Row, Sweep
-from elt_lightning.memorisation import write_nearest
+from elt_lightning.evaluation.archives import SampleArchive
+from elt_lightning.evaluation.memorisation import write_nearest
+from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
+from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
-from elt_lightning.module import ELTModule
-from elt_lightning.reports import Report, labelled_pictures, picture_row, write_reconstruction
+from elt_lightning.training.ema import EMA
+from elt_lightning.training.module import ELTModule
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class LoopMetrics(Callback):
         seed: of the first repeat.
         num_pictures: samples shown for each loop count.
         save_samples: in test, also write the samples of each loop count: ``samples.npz`` makes ``samples_L4.npz``, …,
-            each a :class:`~elt_lightning.archives.SampleArchive`. A relative path is one in the run's folder.
+            each a :class:`~elt_lightning.evaluation.archives.SampleArchive`. A relative path is one in the run's
+            folder.
         reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
             of these codes can reach. Without a checkpoint that is all that is done.
         nearest: in test, also show samples beside the nearest training samples, all of which are decoded for it.

@@ -15,9 +15,9 @@ from matplotlib.patches import Rectangle
 from rich.table import Table
 from torch import Tensor
 
-from elt_lightning.evaluation import Row
+from elt_lightning.evaluation.pictures import clip_strip, write_gif
+from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import written_aside
-from elt_lightning.pictures import clip_strip, write_gif
 
 matplotlib.use("Agg")
 

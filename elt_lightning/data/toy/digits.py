@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from elt_lightning.data.base import IndexedDataModule, TensorBatches
-from elt_lightning.data.handwriting import LEVELS, SIDE, load_handwriting
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, RecognisedShare, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.metrics.handwriting import LEVELS, SIDE, load_handwriting
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.pixels import PixelTokenizer

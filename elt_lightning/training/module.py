@@ -1,7 +1,6 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,16 @@ from elt_lightning.errors import UserError
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.optim import LearningRateSchedule, parameter_groups, prefer_fused, refuse_state_of_another
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
-from elt_lightning.sharding import gather_weights, release_weights, shard
+from elt_lightning.training.optimiser import (
+    LearningRateSchedule,
+    parameter_groups,
+    prefer_fused,
+    refuse_state_of_another,
+)
+from elt_lightning.training.sharding import gather_weights, release_weights, shard
 
 HELD_OUT_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -71,22 +75,6 @@ class ELTModule(LightningModule):
         self.prediction_loops: Loops = distillation.max_loops
         self.held_out_loops: Sequence[int] = range(1, distillation.max_loops + 1)
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "ELTModule":
-        """Build the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
-
-        Args:
-            source: an exported folder; its name ``owner/name`` on Hugging Face; or a checkpoint, whose averaged weights
-                are taken.
-            revision: branch, tag or commit on Hugging Face; None for the newest.
-
-        Raises:
-            UserError: there is no such model, it is damaged, or it comes from a newer version.
-        """
-        from elt_lightning.checkpoints import load_pretrained  # knows this module, and callbacks, which it must not
-
-        return load_pretrained(source, revision)
 
     def setup(self, stage: str) -> None:
         """Compile the loop's body, if it is asked for; models that are built without a trainer are left alone."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elt_lightning.archives import SampleArchive, picture_array
 from elt_lightning.data.base import Request
-from elt_lightning.known import known_pixels
+from elt_lightning.evaluation.archives import SampleArchive, picture_array
+from elt_lightning.evaluation.known import known_pixels
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.module import ELTModule
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.training.module import ELTModule
 
 
 @dataclass

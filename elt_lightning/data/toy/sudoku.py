@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from elt_lightning.data.latin_squares import LatinSquaresDataModule
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 
 Grid = tuple[tuple[int, ...], ...]
 
@@ -13,9 +13,9 @@ Grid = tuple[tuple[int, ...], ...]
 class SudokuDataModule(LatinSquaresDataModule):
     """Sudokus of handwritten digits as n² tokens, one per cell, n the number of cells in a box.
 
-    Everything but the squares is as in :class:`~elt_lightning.data.latin_squares.LatinSquaresDataModule`. The smallest
-    number of given cells that can make a puzzle with one solution is 4 for 4×4 and 8 for 6×6 (Wikipedia, "Mathematics
-    of Sudoku", which also has the numbers of sudokus that the tests compare with).
+    Everything but the squares is as in :class:`~elt_lightning.data.toy.latin_squares.LatinSquaresDataModule`. The
+    smallest number of given cells that can make a puzzle with one solution is 4 for 4×4 and 8 for 6×6 (Wikipedia,
+    "Mathematics of Sudoku", which also has the numbers of sudokus that the tests compare with).
 
     Args:
         root: folder of the cached files; it may be that of Latin squares.

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.sharding import as_sharded, release_weights
+from elt_lightning.training.sharding import as_sharded, release_weights
 
 
 class EMA(Callback):

@@ -1,1 +1,0 @@
-"""Lightning callbacks: averaged weights, metrics per loop count, throughput, progress without a terminal."""

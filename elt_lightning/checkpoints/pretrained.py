@@ -1,0 +1,127 @@
+"""Building models from checkpoints, exported folders, and such folders on Hugging Face."""
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elt_lightning.checkpoints.recipe import check_recipe
+from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
+from elt_lightning.errors import UserError
+from elt_lightning.files import parse_json
+from elt_lightning.training.ema import averaged_weights
+from elt_lightning.training.module import ELTModule
+
+set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
+
+
+def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModule:
+    """Return the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
+
+    Args:
+        source: an exported folder; its name ``owner/name`` on Hugging Face; or a checkpoint, whose averaged weights
+            are taken.
+        revision: branch, tag or commit on Hugging Face; None for the newest.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it comes from a newer version.
+    """
+    checkpoint = read_pretrained(source, revision)
+    return build_module(checkpoint, checkpoint.get("exported", "ema"))
+
+
+def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint, the folder of an exported model, or such a folder on Hugging Face, onto the CPU.
+
+    Args:
+        source: a path, or ``owner/name`` on Hugging Face, which needs the package huggingface_hub.
+        revision: branch, tag or commit there; None for the newest.
+
+    Returns:
+        what :func:`read_checkpoint` gives. Of an exported model it has ``elt``, ``state_dict``, and ``exported``, which
+        says which weights these are.
+
+    Raises:
+        UserError: there is nothing of that name, or it cannot be read.
+    """
+    path, name = Path(source), str(source)
+    if path.is_dir() and not (path / META).is_file():
+        return read_exported(path)
+    if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return read_checkpoint(path)
+    return read_exported(fetch(name, revision))
+
+
+def read_exported(folder: Path) -> dict[str, Any]:
+    """Read an exported model; see :func:`read_pretrained`.
+
+    Raises:
+        UserError: a file is missing or damaged, or comes from a newer version.
+    """
+    try:
+        recipe = parse_json((folder / CONFIG).read_bytes())
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
+    check_recipe(folder / CONFIG, recipe)
+    if recipe.get("weights") not in get_args(Weights):
+        raise UserError(f"{folder / CONFIG} does not say which weights lie beside it, ema or raw: export it again")
+    return {"elt": recipe, "state_dict": weights, "exported": recipe["weights"]}
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """Fetch an exported model from Hugging Face, or find it in the cache there is of it; give its folder.
+
+    Raises:
+        UserError: huggingface_hub is not installed, there is no such model, or no network.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no {name}; to look on Hugging Face, pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error
+
+
+def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModule:
+    """Build the model that a checkpoint describes, with its averaged or raw weights, in eval mode on the CPU.
+
+    Raises:
+        UserError: the model cannot be built, has other weights than the checkpoint, or these are not in it.
+    """
+    state = chosen_weights(checkpoint, weights)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ELTModule, "model")
+    try:
+        module: ELTModule = parser.instantiate(parser.parse_object({"model": checkpoint["elt"]["model"]})).model
+    except UserError:
+        raise
+    except Exception as error:  # whatever a class makes of settings that do not suit it
+        raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
+    module.on_load_checkpoint({"state_dict": state})
+    module.load_state_dict(state)
+    if "ema" in checkpoint and weights == "ema":
+        # Tied weights have several names, and their average has one of them: now it is under all.
+        module.load_state_dict(checkpoint["ema"]["weights"], strict=False)
+    return module.eval()
+
+
+def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
+    """Give the averaged or the raw weights of a checkpoint.
+
+    Raises:
+        UserError: it does not hold these.
+    """
+    exported = checkpoint.get("exported")
+    if exported not in (None, weights):
+        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
+    if weights == "raw" or exported:
+        return checkpoint["state_dict"]
+    return averaged_weights(checkpoint)

@@ -1,0 +1,60 @@
+"""The recipe in a checkpoint: how to build the model, the data module and the tokenizer again, as plain data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from elt_lightning.errors import UserError
+
+FORMAT_VERSION = 1
+"""Of checkpoints and exported models."""
+
+
+class Recipe(Callback):
+    """Store ``checkpoint["elt"]``, which :mod:`elt_lightning.checkpoints.store` reads.
+
+    Args:
+        model: resolved ``model`` section of the config, with what was linked from the data filled in.
+        data: resolved ``data`` section.
+        tokenizer: returns the description of the data's tokenizer.
+    """
+
+    def __init__(self, model: dict[str, Any], data: dict[str, Any], tokenizer: Callable[[], dict[str, Any]]) -> None:
+        self.recipe = {"version": FORMAT_VERSION, "model": model, "data": data}
+        self.tokenizer = tokenizer
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: D102
+        checkpoint["elt"] = self.recipe | {"tokenizer": self.tokenizer()}
+
+
+def check_recipe(path: str | Path, recipe: Any) -> None:
+    """Check that what a file says of its model is complete, and that this version can read it.
+
+    Raises:
+        UserError: it is not.
+    """
+    layout = {"model": dict, "data": {"class_path": str}, "tokenizer": dict}
+    if not (is_laid_out(recipe, layout) and "version" in recipe):
+        raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
+    if not isinstance(recipe["version"], int) or recipe["version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
+            f"{FORMAT_VERSION}): upgrade to read it"
+        )
+
+
+def is_laid_out(value: Any, layout: Any) -> bool:
+    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of all items, or of names those it lists.
+
+    The name ``...`` stands for all names.
+    """
+    if isinstance(layout, list):
+        return isinstance(value, list) and all(is_laid_out(item, layout[0]) for item in value)
+    if isinstance(layout, dict):
+        if not isinstance(value, dict):
+            return False
+        layout = dict.fromkeys(value, layout[...]) if ... in layout else layout
+        return all(name in value and is_laid_out(value[name], inner) for name, inner in layout.items())
+    return isinstance(value, layout) if isinstance(layout, type) else bool(layout(value))

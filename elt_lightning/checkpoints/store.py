@@ -1,0 +1,80 @@
+"""Checkpoints that say how to build what they hold.
+
+Beside Lightning's own entries, a checkpoint of this project has ``elt``: the format's version, the resolved ``model``
+and ``data`` sections of the config, and the tokenizer's description; and ``ema``, the averaged weights. All of it is
+plain data: checkpoints are read with ``weights_only=True``, which runs no code from the file.
+
+An exported model is a folder with one set of weights in ``model.safetensors`` and a ``config.json`` with version, the
+``model`` section, the tokenizer's description, and what the model has to know of its data.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from elt_lightning.checkpoints.recipe import check_recipe, is_laid_out
+from elt_lightning.errors import UserError
+from elt_lightning.training.sharded_checkpoints import META, read_folder
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+"""The files of an exported model."""
+
+Weights = Literal["ema", "raw"]
+"""Which weights: the averaged ones, or those that the optimiser moved."""
+
+
+def is_weight(value: Any) -> bool:
+    """Say whether a value is a plain tensor; None stands where one of a sharded checkpoint was not read."""
+    if not isinstance(value, Tensor):
+        return value is None
+    return value.layout == torch.strided and not (value.is_meta or value.is_complex())
+
+
+LAYOUT: dict[str, Any] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "state_dict": {...: is_weight},
+    "ema": {"updates": int, "weights": {...: is_weight}},
+    "optimizer_states": [{"state": {...: dict}, "param_groups": [{"params": list}]}],
+    "lr_schedulers": [{"last_epoch": int, "lr_lambdas": list}],
+    "loops": {"fit_loop": dict},
+    "callbacks": {...: dict},
+}
+"""What a checkpoint holds beside its recipe; one may lack the average."""
+
+
+def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/", "ema/")) -> dict[str, Any]:
+    """Read a checkpoint of this project onto the CPU.
+
+    Args:
+        path: of a file, whose tensors are read when they are used; or of a sharded checkpoint, a folder.
+        prefixes: of a sharded one, which tensors are read.
+
+    Raises:
+        UserError: the file is missing, is no checkpoint, is not one of ours, or comes from a newer version.
+    """
+    if (Path(path) / CONFIG).is_file():
+        raise UserError(f"{path} is an exported model, not a checkpoint: `elt sample` and from_pretrained read it")
+    is_sharded = (Path(path) / META).is_file()
+    if not (is_sharded or Path(path).is_file()):
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = (
+            read_folder(Path(path), prefixes=prefixes)
+            if is_sharded
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of damaged bytes the unpickler makes whatever it can
+        raise UserError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
+    if not (isinstance(checkpoint, dict) and {"elt", "state_dict"} <= checkpoint.keys()):
+        raise UserError(f"{path} was not written by `elt fit`")
+    check_recipe(path, checkpoint["elt"])
+    for name, layout in LAYOUT.items():
+        if not (is_laid_out(checkpoint.get(name), layout) or (name == "ema" and name not in checkpoint)):
+            raise UserError(f"{path} was not written by `elt fit`, or is damaged: it has no {name} as they are written")
+    return checkpoint

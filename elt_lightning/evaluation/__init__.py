@@ -1,0 +1,1 @@
+"""The sweep over loop counts: samples, scores, tables and pictures."""

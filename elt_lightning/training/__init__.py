@@ -1,0 +1,1 @@
+"""The LightningModule, its optimiser, precision and strategies, and the callbacks of a run."""
