@@ -96,7 +96,7 @@ class PlanCommandLine(ELTCommandLine):
         """Settle no run folder, build neither data nor model nor trainer, write no config, train nothing."""
 
     before_instantiate_classes = instantiate_classes = after_instantiate_classes = _do_nothing
-    _set_seed = _run_subcommand = _do_nothing  # type: ignore[assignment]
+    _set_seed = _run_subcommand = _do_nothing
 
 
 @dataclass(frozen=True)

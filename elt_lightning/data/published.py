@@ -20,13 +20,8 @@ def imagenet_moments(num_images: int) -> ShardIndex:
 
 def ucf101_tokens(num_clips: int) -> ShardIndex:
     """Describe MAGVIT's tokens of UCF-101's clips, 16 frames of 128×128."""
-    grid: dict[str, Any] = {
-        "input_shape": (4, 16, 16),
-        "stored_shape": (1024,),
-        "num_codes": 1024,
-        "latent_scale": None,
-    }
-    return _index(num_clips, num_classes=101, size=128, frames=16, copies=1, **grid)
+    shapes: dict[str, Any] = {"input_shape": (4, 16, 16), "stored_shape": (1024,), "num_codes": 1024}
+    return _index(num_clips, num_classes=101, size=128, frames=16, copies=1, latent_scale=None, **shapes)
 
 
 def _index(num_samples: int, num_classes: int = 1000, size: int = 256, **codes: Any) -> ShardIndex:
