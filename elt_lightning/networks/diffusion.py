@@ -154,13 +154,13 @@ class LoopedDiT(LoopedNetwork):
         predictions = {loop: unpatchify(self.head(h, modulation), self.grid, self.patch) for loop, h in states.items()}
         return Pass(predictions, state)
 
-    def macs(self, loops: int, exits: Sequence[int] = ()) -> int:  # noqa: D102
-        num_tokens = math.prod(self.grid)
-        modulated = [part for part in self.modules() if isinstance(part, ModulatedBlock | OutputHead)]
-        once = self.condition.macs() + sum(part.modulation_macs() for part in modulated)
-        embedding = num_tokens * self.embedding.in_features * self.embedding.out_features
-        heads = len({*exits, loops}) * self.head.macs(num_tokens)
-        return once + embedding + self.backbone.macs(num_tokens, loops, exits) + heads
+    def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
+        """Return the multiply–accumulates of one forward pass of one sample, attention products included."""
+        num_tokens, num_exits = math.prod(self.grid), len({*exits, loops})
+        once = [block.modulation_macs() for block in self.backbone.modules() if isinstance(block, ModulatedBlock)]
+        embed = num_tokens * self.embedding.in_features * self.embedding.out_features
+        loop = self.backbone.macs(num_tokens, loops, num_exits)
+        return self.condition.macs() + sum(once) + embed + loop + self.head.macs(num_exits * num_tokens)
 
 
 class OutputHead(nn.Module):
@@ -198,12 +198,9 @@ class OutputHead(nn.Module):
         return self.linear(h)
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates of one exit of one sample; what is done once per pass is in :meth:`modulation_macs`."""
-        return num_tokens * self.linear.in_features * self.linear.out_features
-
-    def modulation_macs(self) -> int:
-        """Multiply–accumulates of :meth:`modulation` for one sample."""
-        return 0 if self.modulate is None else self.modulate.in_features * self.modulate.out_features
+        """Return the multiply–accumulates for one sample, the modulation included; tokens of all exits count."""
+        modulate = 0 if self.modulate is None else self.modulate.in_features * self.modulate.out_features
+        return num_tokens * self.linear.in_features * self.linear.out_features + modulate
 
 
 _DIT_NAMES = (

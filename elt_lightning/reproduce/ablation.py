@@ -329,25 +329,26 @@ def curves(summary: dict[str, Any], arm: Arm) -> list[tuple[str, list[dict[str, 
 
 def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> None:
     """Draw one metric: a line for each looped arm, a level for each unlooped one."""
-    for arm, label, rows in [(each, *curve) for each in arms for curve in curves(summary, each)]:
-        values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
-        means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
-        if arm.max_loops == 1:
-            axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
-            axes.annotate(
-                label,
-                (0.99, means[0]),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color="gray",
-            )
-        else:
-            (line,) = axes.plot(loops, means, marker="o", label=label)
-            for seed in zip(*values, strict=True):
-                axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
-            axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
+    for arm in arms:
+        for label, rows in curves(summary, arm):
+            values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
+            means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
+            if arm.max_loops == 1:
+                axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
+                axes.annotate(
+                    label,
+                    (0.99, means[0]),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    fontsize=7,
+                    color="gray",
+                )
+            else:
+                (line,) = axes.plot(loops, means, marker="o", label=label)
+                for seed in zip(*values, strict=True):
+                    axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
+                axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
     axes.set_xlabel("loops at inference (dashed: the loop count of training)")
     axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it would hide points
