@@ -163,7 +163,9 @@ class Report:
             for row in self.as_dict()["rows"]:
                 scores = [row["metrics"][name][part] for name in names for part in ("mean", "std")]
                 costs = [row[k] for k in ("params_backbone", "params_total", "macs_per_sample", "samples_per_second")]
-                writer.writerow([row["loops"], row["effective_depth"], row["guidance"], *scores, *costs])
+                values = [row["loops"], row["effective_depth"], row["guidance"], *scores, *costs]
+                # Seven digits are what float32 holds; the JSON has all.
+                writer.writerow([f"{value:.7g}" if isinstance(value, float) else value for value in values])
 
     def pareto_figure(self, rows: Sequence[Row]) -> Figure:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""
