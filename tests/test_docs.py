@@ -255,10 +255,10 @@ def tables_in(page: Path) -> list[list[dict[str, str]]]:
     return tables
 
 
-def test_ablations_in_the_readme_are_those_of_the_results() -> None:
+def test_tables_of_the_experiments_are_those_of_the_results() -> None:
     """Each row is one of an ablation, to the letter, but that it may leave out larger loop counts."""
     results = [row for path in (ROOT / "docs" / "results").glob("ablation*/ablation.md") for row in tables_in(path)]
-    copied = [table for table in tables_in(ROOT / "README.md") if "backbone parameters" in table[0]]
+    copied = [table for table in tables_in(ROOT / "docs" / "experiments.md") if "backbone parameters" in table[0]]
     assert len(copied) == 4
     for table in copied:
         metric = next(iter(table[0]))
@@ -278,8 +278,9 @@ MEASURED_COLUMNS = {
 }
 
 
-def test_quickstarts_in_the_readme_are_those_of_the_results() -> None:
-    copied = [table for table in tables_in(ROOT / "README.md") if "layers passed through" in table[0]]
+def test_tables_of_the_quickstarts_are_those_of_the_results() -> None:
+    pages = (ROOT / "README.md", ROOT / "docs" / "experiments.md")
+    copied = [table for page in pages for table in tables_in(page) if "layers passed through" in table[0]]
     for name, table in zip(QUICKSTARTS, copied, strict=True):
         report = json.loads((ROOT / "docs" / "results" / name / "loops.json").read_text())
         for row, measured in zip(table, report["rows"], strict=True):
