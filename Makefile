@@ -15,11 +15,11 @@ $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); there
 
 TABLES := table1 table2 table3 table4 table8
 FIGURES := fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
-ABLATIONS := $(patsubst experiments/ablation_%.yaml,ablation-%,$(wildcard experiments/ablation_*.yaml))
+EXPERIMENTS := $(subst _,-,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart quickstart-video test test-all claims imagenet ucf101 tables figures clean \
-	ablation $(ABLATIONS) $(TABLES) $(FIGURES)
+	$(EXPERIMENTS) $(TABLES) $(FIGURES)
 
 help: ## show this list
 	@grep -hE '^[a-z][^:=]*:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -46,13 +46,11 @@ test: $(BIN)/elt ## lint, check types, run the fast tests
 test-all: test ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
 
-ablation: $(BIN)/elt ## ILSD against others, 3 seeds (an hour); ablation-diffusion, -sudoku, -terms, -video
-	$(BIN)/python -m elt_lightning.reproduce.ablation
+ablation: ## ILSD against others, 3 seeds (an hour); also ablation-diffusion and every other file of experiments/
+$(EXPERIMENTS): $(BIN)/elt
+	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/$(subst -,_,$@).yaml
 
-$(ABLATIONS): ablation-%: $(BIN)/elt
-	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/ablation_$*.yaml
-
-claims: $(BIN)/elt $(if $(RUN),ablation $(ABLATIONS)) ## the paper's claims, what was measured, verdicts; RUN=1 runs what is missing
+claims: $(BIN)/elt $(if $(RUN),$(filter ablation%,$(EXPERIMENTS))) ## the paper's claims, what was measured, verdicts; RUN=1 runs what is missing
 	$(BIN)/python -m elt_lightning.reproduce.claims
 
 imagenet: $(BIN)/elt ## rows of Tables 1 and 2, from pictures on: IMAGENET= VQGAN= VAE= MODELS=

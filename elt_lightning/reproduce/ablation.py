@@ -1,6 +1,6 @@
 """`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
-`make ablation-NAME` does the same with another file of ``experiments/``, whose name is also that of the folders of
+`make NAME` does the same with another file of ``experiments/``, whose name is also that of the folders of
 runs and results. It says which config every arm trains (``config``), with which ``settings`` and ``seeds``, the
 ``arms``, which ``metrics`` to show, and under ``prepare`` the module, with its flags, that makes data which are not
 there, where there is a run to do.
