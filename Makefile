@@ -46,7 +46,7 @@ test: $(BIN)/elt ## lint, check types, run the fast tests
 test-all: test ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
 
-ablation: ## ILSD against others, 3 seeds (an hour); also ablation-diffusion and every other file of experiments/
+ablation: ## ILSD against others, 3 seeds (an hour); so every file of experiments/: ablation-video, …
 $(EXPERIMENTS): $(BIN)/elt
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/$(subst -,_,$@).yaml
 
