@@ -156,7 +156,9 @@ class Report:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]))
             writer.writeheader()
-            writer.writerows(lines)
+            # Seven digits are what float32 holds; the JSON has all.
+            for line in lines:
+                writer.writerow({k: f"{value:.7g}" if isinstance(value, float) else value for k, value in line.items()})
 
     def pareto_figure(self, rows: Sequence[Row]) -> Figure:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""
