@@ -27,13 +27,14 @@ from elt_lightning.bench.shapes import SHAPES, twin
 from elt_lightning.bench.timing import SideBySide
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
+from elt_lightning.commands.planning import optimizer_bytes_per_byte, rehearse
 from elt_lightning.data.decoding import num_frames, read_clip
 from elt_lightning.data.ucf101 import list_videos
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.planning import Precision, Rehearsal, optimizer_bytes_per_byte
 from elt_lightning.reproduce.published import TABLE_3, TABLE_8
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--turn_seconds=0.001", "--device=cpu"]
@@ -205,12 +206,12 @@ class TrainingMemory:
     per_sample: int
 
     @classmethod
-    def of(cls, module: ELTModule, precision: Precision) -> "TrainingMemory":
+    def of(cls, module: ELTModule, precision: Types) -> "TrainingMemory":
         """Count the bytes of a model, best on the ``meta`` device, in a precision."""
         weights = sum(weight.numel() for weight in module.network.parameters()) * precision.weights.itemsize
         state = round(weights * optimizer_bytes_per_byte(module, precision.weights))
-        kept = Rehearsal(module, precision).step()
-        return cls(2 * weights + state + kept.fixed, kept.per_sample)
+        kept = rehearse(module, precision)
+        return cls(2 * weights + state + kept.copies, kept.per_sample)
 
     def at(self, batch_size: int) -> int:
         """Bytes of a pass of that many samples."""
@@ -231,7 +232,7 @@ def batch_of_saving(looped: TrainingMemory, unlooped: TrainingMemory, share: flo
 def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
     """At the paper's size: weights, gradients, two moments; the student's head is ILSD's, and left out here."""
     looped, unlooped = (
-        TrainingMemory.of(module, Precision.named("32-true"))
+        TrainingMemory.of(module, PRECISIONS["32-true"])
         for module in (module_of("elt_l_8n3l", distillation=ILSD(3, mode="vanilla")), module_of("maskgit_l"))
     )
     missing = 16 * (12 * 1024**2 + 13 * 1024)  # layers of scale L
@@ -240,7 +241,7 @@ def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
 
 
 def test_the_papers_saving_is_met_at_a_batch() -> None:
-    precision = Precision.named("bf16-mixed")
+    precision = PRECISIONS["bf16-mixed"]
     looped, unlooped = (TrainingMemory.of(module_of(name), precision) for name in (TABLE_8.model, TABLE_8.baseline))
     batch = int(batch_of_saving(looped, unlooped, 0.34))
     assert batch == 47

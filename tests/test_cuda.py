@@ -10,18 +10,20 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from elt_lightning.cli import main
+from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.processes.conditioning import Condition, drop_labels
+from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import Stream, normal, random_bits, sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 from elt_lightning.training.optimiser import prefer_fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -148,17 +150,14 @@ def test_training_steps_do_not_wait_for_the_device(
     network = build(make).train()
     objective: Objective = MaskedObjective(CODES) if make is masked else DiffusionObjective()
     optimizer = prefer_fused(torch.optim.AdamW(network.parameters(), lr=1e-3))
-    distillation, index = ILSD(4), torch.arange(BATCH, device="cuda")
+    sampler = MaskGITSampler(CODES, CLASSES) if make is masked else DDPMSampler(CLASSES)
+    module = ELTModule(network, objective, ILSD(4), sampler, CLASSES)
+    index = torch.arange(BATCH, device="cuda")
     x = torch.randint(0, CODES, (BATCH, 64), device="cuda") if make is masked else torch.randn(BATCH, 4, 16, 16).cuda()
-    seeds = sample_seeds(0, index)
 
     def step(number: int) -> Tensor:
         with torch.autocast("cuda", precision, enabled=precision is not None):
-            labels = drop_labels(index % CLASSES, seeds, number, 0.1, CLASSES)
-            corrupted = objective.corrupt(x, seeds, number)
-            exits = distillation.student_exits(0, number)
-            predictions = network(corrupted.inputs, Condition(labels, corrupted.time), 4, exits)
-            loss, _ = distillation.loss(predictions, corrupted, objective, 0.5)
+            loss, _ = module.loss(Batch(x, index % CLASSES, index), number, progress=0.5)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -21,10 +21,9 @@ ARROWS = {
     "data.toy": "data metrics processes tokenizers",
     "checkpoints": "training",
     "evaluation": "checkpoints data metrics processes samplers tokenizers training",
-    "planning": LOW,
-    "bench": f"planning {LOW}",
-    "commands": f"bench planning {LOW}",
-    "reproduce": f"bench cli commands planning {LOW}",
+    "bench": LOW,
+    "commands": f"bench {LOW}",
+    "reproduce": f"bench cli commands {LOW}",
     "cli": "",  # it finds the commands by name, when they are called
     "files": "",
     "errors": "",

@@ -12,9 +12,9 @@ from av.video.frame import PictureType
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from elt_lightning.data.toy import moving_digits
 from elt_lightning.data.clip_batches import ClipBatch
 from elt_lightning.data.decoding import num_frames, read_clip
+from elt_lightning.data.toy import moving_digits
 from elt_lightning.data.toy.moving_digits import FRAMES, MOTIONS, MovingDigits, MovingDigitsDataModule
 from elt_lightning.data.ucf101 import list_videos, read_classes
 from elt_lightning.errors import UserError

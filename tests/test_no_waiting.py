@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
@@ -13,12 +14,13 @@ from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.flow_matching import FlowMatchingObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.processes.conditioning import Condition, drop_labels
+from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 NOWHERE = torch.device("meta")
 CODES, CLASSES, BATCH, STEPS = 11, 5, 3, 4
@@ -79,15 +81,14 @@ def test_what_would_wait_is_found(ask: Callable[[Tensor], Tensor]) -> None:
 def test_training_steps(family: str, mode: str) -> None:
     network = masked() if family == "masked" else dit("film")
     objectives = {"masked": MaskedObjective(CODES), "diffusion": DiffusionObjective(), "flow": FlowMatchingObjective()}
-    objective, distillation = objectives[family], ILSD(3, mode=mode)  # type: ignore[arg-type]
+    sampler = SAMPLERS["maskgit" if family == "masked" else "ddpm"](Guidance())
+    if isinstance(sampler, DDPMSampler):
+        sampler.schedule = objectives[family].schedule  # type: ignore[attr-defined]
+    module = ELTModule(network, objectives[family], ILSD(3, mode=mode), sampler, CLASSES)  # type: ignore[arg-type]
     index = torch.arange(BATCH, device=NOWHERE)
-    seeds = sample_seeds(0, index)
     kind = torch.int64 if family == "masked" else torch.float32
     x = torch.zeros(BATCH, *network.sample_shape, dtype=kind, device=NOWHERE)
-    corrupted = objective.corrupt(x, seeds, 7)
-    labels = drop_labels(index, seeds, 7, 0.1, CLASSES)
-    predictions = network(corrupted.inputs, Condition(labels, corrupted.time), 3, distillation.student_exits(0, 7))
-    loss, _ = distillation.loss(predictions, corrupted, objective, 0.5)
+    loss, _ = module.loss(Batch(x, index, index), step=7, progress=0.5)
     loss.backward()
     assert all(weight.grad is not None for name, weight in network.named_parameters() if "condition" not in name)
 

@@ -13,19 +13,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from elt_lightning.cli import main
-from elt_lightning.commands.plan import count_validations, num_steps, read
+from elt_lightning.commands.plan import bytes_in_shard, count_validations, num_steps, read
+from elt_lightning.commands.planning import Settings, make_plan, rehearse
+from elt_lightning.data.base import Batch
+from elt_lightning.data.published import imagenet_moments
 from elt_lightning.errors import UserError
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.planning import Codes, Precision, Rehearsal, Settings, make_plan
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 IMAGENET = CONFIGS / "imagenet256"
@@ -83,11 +86,11 @@ def test_table_2_counts_the_network(name: str, layers: int, published: float, to
     assert total == pytest.approx(published, rel=tolerance)
 
 
-def small_masked(**settings: float) -> ELTModule:
+def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
     return ELTModule(
         network=LoopedMaskedTransformer(50, (4, 4), 10, num_layers=2, width=32, heads=4, **settings),  # type: ignore[arg-type]
         objective=MaskedObjective(50),
-        distillation=ILSD(3),
+        distillation=ILSD(max_loops),
         sampler=MaskGITSampler(50, 10, steps=5, guidance=Guidance(scale=2.0)),
         num_classes=10,
     )
@@ -103,13 +106,12 @@ def small_diffusion(block: str = "film") -> ELTModule:
     )
 
 
-def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | None) -> int:
+def really_kept(module: ELTModule, num_samples: int, types: Types) -> int:
     """Run the whole loss of a training step on real tensors: bytes that autograd keeps, weights left out."""
-    network, objective = module.network.train(), module.objective
+    network = module.network.train()
     shape = (num_samples, *network.sample_shape)  # type: ignore[misc]
-    x = torch.randint(50, shape) if isinstance(objective, MaskedObjective) else torch.randn(shape)
-    corrupted = objective.corrupt(x, torch.arange(num_samples), 7)
-    condition = Condition(torch.randint(10, (num_samples,)), corrupted.time)
+    x = torch.randint(50, shape) if module.num_codes else torch.randn(shape)
+    batch = Batch(x, torch.randint(10, (num_samples,)), torch.arange(num_samples))
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     found: dict[int, Tensor] = {}
 
@@ -117,11 +119,8 @@ def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | Non
         found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with (
-        torch.autocast("cpu", autocast, autocast is not None, cache_enabled=True),
-        saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        loss, _ = module.distillation.loss(network(corrupted.inputs, condition, 3, (2,)), corrupted, objective, 0.3)
+    with types.context("cpu"), saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = module.loss(batch, step=7, progress=0.3)
     kept = sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
     loss.backward()
     return kept
@@ -130,55 +129,51 @@ def really_kept(module: ELTModule, num_samples: int, autocast: torch.dtype | Non
 @pytest.mark.parametrize("make", [small_masked, small_diffusion, lambda: small_diffusion("adaln_zero")])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTModule], precision: str) -> None:
-    module, types = make(), Precision.named(precision)
-    activations = Rehearsal(module, types).activations()
-    planned = sum(part.per_sample * 5 + part.fixed for part in (activations.loop * 3, activations.ends))
+    module, types = make(), PRECISIONS[precision]
+    kept = rehearse(module, types)
     module.to(types.weights)
     if types.autocast is not None:  # a GPU's autocast computes layer norms in float32, a CPU's in what it is given
         for norm in module.modules():
             if isinstance(norm, nn.LayerNorm):
                 norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    assert planned == pytest.approx(really_kept(module, 5, types.autocast), rel=1e-3)
+    assert kept.per_sample * 5 + kept.copies == pytest.approx(really_kept(module, 5, types), rel=1e-3)
 
 
 def test_autocast_keeps_one_copy_of_the_shared_weights_for_all_loops() -> None:
     module = small_masked()
-    activations = Rehearsal(module, Precision.named("bf16-mixed")).activations()
+    shared, twice_shared = (rehearse(of, PRECISIONS["bf16-mixed"]).copies for of in (module, small_masked(max_loops=6)))
     matrices = [layer.weight for layer in module.network.backbone.modules() if isinstance(layer, nn.Linear)]  # type: ignore[union-attr]
-    assert activations.loop.fixed == 0
-    assert activations.ends.fixed >= sum(2 * matrix.numel() for matrix in matrices)
+    assert sum(2 * matrix.numel() for matrix in matrices) <= shared == twice_shared
 
 
-def test_recomputed_loops_keep_their_first_states() -> None:
-    states = Rehearsal(small_masked(), Precision.named("32-true")).activations().states
-    assert states.per_sample == 3 * (1 + 16) * 32 * 4  # loops, tokens, width, bytes
-    assert abs(states.fixed) < 100
+def test_recomputed_loops_keep_their_first_states_and_one_loop() -> None:
+    three, six = (rehearse(small_masked(max_loops=loops), PRECISIONS["32-true"]) for loops in (3, 6))
+    state = (1 + 16) * 32 * 4  # tokens, width, bytes
+    assert six.recomputing - three.recomputing == 3 * state
+    loop = (six.per_sample - three.per_sample) / 3
+    ends = three.per_sample - 3 * loop
+    assert three.recomputing == ends + 3 * state + loop
 
 
 def test_dropout_keeps_what_it_does_on_a_gpu() -> None:
     """A byte for each element that is dropped or not: the residual branches and the embedding; nothing of attention."""
-    precision = Precision.named("32-true")
-    without, with_dropout = (Rehearsal(small_masked(dropout=rate), precision).activations() for rate in (0.0, 0.1))
+    without, with_dropout = (rehearse(small_masked(dropout=rate), PRECISIONS["32-true"]) for rate in (0.0, 0.1))
     elements = (1 + 16) * 32
-    assert with_dropout.loop.per_sample - without.loop.per_sample == 2 * 2 * elements  # two layers of two branches
-    assert with_dropout.ends.per_sample - without.ends.per_sample == pytest.approx(elements, rel=0.1)
+    more = 3 * 2 * 2 * elements + elements  # loops of two layers of two branches, and the embedding
+    assert with_dropout.per_sample - without.per_sample == pytest.approx(more, rel=0.01)
 
 
-@pytest.mark.parametrize("make", [small_masked, small_diffusion])
-def test_macs_and_those_of_an_exit_are_those_that_torch_counts(make: Callable[[], ELTModule]) -> None:
-    module = make()
-    network = module.network.train()
-    is_masked = isinstance(module.objective, MaskedObjective)
+@pytest.mark.parametrize("exits", [(), (1,), (1, 2, 3)])
+@pytest.mark.parametrize("make", [small_masked, small_diffusion, lambda: small_diffusion("adaln_zero")])
+def test_macs_are_those_that_torch_counts(make: Callable[[], ELTModule], exits: tuple[int, ...]) -> None:
+    network = make().network.train()
+    is_masked = isinstance(network, LoopedMaskedTransformer)
     x = torch.zeros(1, 16, dtype=torch.int64) if is_masked else torch.zeros(1, 4, 8, 8)
     attention = 2 * (17**2 if is_masked else 16**2) * 32 * 2 * 3  # QK and PV, tokens, width, layers, loops
-    counts = []
-    for exits in ((), (1,)):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(x, Condition(torch.zeros(1, dtype=torch.int64), torch.zeros(1)), 3, exits)
-        counts.append(counter.get_total_flops() // 2)
-    missing = network.macs(3) - counts[0]  # type: ignore[operator]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x, Condition(torch.zeros(1, dtype=torch.int64), torch.zeros(1)), 3, exits)
+    missing = network.macs(3, exits) - counter.get_total_flops() // 2  # type: ignore[operator]
     assert missing in (0, attention)  # torch may leave out the CPU's fused attention
-    assert Rehearsal(module, Precision.named("32-true")).exit_macs() == counts[1] - counts[0]
 
 
 def settings(**changes: object) -> Settings:
@@ -188,7 +183,6 @@ def settings(**changes: object) -> Settings:
         "micro_batch_size": 4,
         "batch_size": 8,
         "steps": 10,
-        "steps_said": "max_steps",
         "num_validations": 2,
         "num_validation_samples": 3,
         "num_held_out": 7,
@@ -198,6 +192,7 @@ def settings(**changes: object) -> Settings:
         "num_checkpoints": 1,
         "tflops": 1.0,
         "utilisation": 0.5,
+        "device_memory": 1.0,
     }
     return Settings(**(plain | changes))  # type: ignore[arg-type]
 
@@ -205,29 +200,29 @@ def settings(**changes: object) -> Settings:
 def test_memory_of_weights_optimiser_and_average() -> None:
     module = small_masked()
     _, total = module.num_parameters()
-    memory = make_plan(module, settings()).memory[False]
-    assert (memory.weights, memory.gradients, memory.average) == (4 * total, 4 * total, 4 * total)
-    assert memory.optimizer_state == 8 * total
-    assert memory.gradient_buckets == 0
-    assert make_plan(module, settings(devices=2)).memory[False].gradient_buckets == 4 * total
-    half = make_plan(module, settings(precision="bf16-true")).memory[False]
-    assert (half.weights, half.optimizer_state) == (2 * total, 4 * total)
+    plan = make_plan(module, settings())
+    assert list(plan.resident.values()) == [4 * total, 4 * total, 0, 8 * total, 4 * total, plan.kept.copies]
+    on_two = make_plan(module, settings(devices=2))
+    assert sum(on_two.resident.values()) == sum(plan.resident.values()) + 4 * total
+    half = make_plan(module, settings(precision="bf16-true")).resident
+    assert (half["weights"], half["the optimiser's state"]) == (2 * total, 4 * total)
     module.make_optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)
     plan = make_plan(module, settings())
-    assert plan.memory[False].optimizer_state == 0
+    assert plan.resident["the optimiser's state"] == 0
     assert plan.checkpoint_bytes == 8 * total
 
 
-def test_memory_of_activations_grows_with_the_micro_batch_and_shrinks_with_checkpoint_loops() -> None:
+def test_memory_grows_with_the_micro_batch_and_the_largest_fits_and_no_more() -> None:
     module = small_masked()
-    plan = make_plan(module, settings())
-    twice = make_plan(module, settings(micro_batch_size=8))
-    for recompute in (False, True):
-        assert twice.memory[recompute].loops == 2 * plan.memory[recompute].loops
-        assert twice.memory[recompute].ends == 2 * plan.memory[recompute].ends
-    assert plan.memory[False].loops == 3 * plan.memory[True].loops
-    assert plan.memory[False].total > plan.memory[True].total
-    assert plan.memory[True].states == 4 * plan.activations.states.per_sample
+    for device_memory in (0.0001, 0.02):
+        plan = make_plan(module, settings(device_memory=device_memory))
+        largest, available = plan.largest_batch, device_memory * 2**30
+        assert plan.largest_batch_recomputing >= largest
+        assert (largest > 0) == (device_memory == 0.02)
+        if largest:
+            full, one_more = (make_plan(module, settings(micro_batch_size=size)) for size in (largest, largest + 1))
+            assert full.memory <= available < one_more.memory
+            assert full.memory_recomputing < full.memory
 
 
 def test_hours_of_training_validation_and_test_by_hand() -> None:
@@ -241,19 +236,19 @@ def test_hours_of_training_validation_and_test_by_hand() -> None:
     )
     plan = make_plan(module, planned)
     image = 3 * (3 * loop + 2 * head)
-    assert plan.image_macs.total == image
-    assert plan.training.gpu_hours(395.6e12) == pytest.approx(675_540 * 512 * 2 * image / 395.6e12 / 3600)
-    assert plan.training.gpu_hours(395.6e12) == pytest.approx(119.4, rel=1e-3)
-    assert plan.as_dict()["training"]["gpu_hours"] == pytest.approx(119.4, rel=1e-3)
+    assert plan.image_macs == image
+    assert plan.training_hours == pytest.approx(675_540 * 512 * 2 * image / 395.6e12 / 3600)
+    assert plan.training_hours == pytest.approx(119.4, rel=1e-3)
     samples = [24 * 2 * (loops * loop + head) for loops in (1, 2, 3)]
     assert list(plan.sample_macs.values()) == samples
-    assert plan.test[3].gpu_hours(395.6e12) == pytest.approx(50_000 * 2 * samples[2] / 395.6e12 / 3600)
-    assert plan.validation.macs == 3 * sum(samples) + 7 * (3 * loop + 3 * head)
+    assert plan.test_hours[3] == pytest.approx(50_000 * 2 * samples[2] / 395.6e12 / 3600)
+    validation = 3 * sum(samples) + 7 * (3 * loop + 3 * head)
+    assert plan.validation_hours == pytest.approx(2 * 2 * validation / 395.6e12 / 3600)
 
     module.network.backbone.checkpoint_loops = True  # type: ignore[union-attr]
-    assert make_plan(module, planned).image_macs.total == image + 3 * loop
+    assert make_plan(module, planned).image_macs == image + 3 * loop
     two_scales = make_plan(module, settings(guidance=[1.0, 2.0], loops=[2]))
-    assert two_scales.test[2].macs == (24 + 48) * (2 * loop + head)
+    assert two_scales.test_hours[2] == pytest.approx(11 * 2 * (24 + 48) * (2 * loop + head) / 0.5e12 / 3600)
 
 
 def trainer(**changes: object) -> dict[str, object]:
@@ -262,14 +257,14 @@ def trainer(**changes: object) -> dict[str, object]:
 
 
 def test_steps_come_from_steps_or_whole_batches_of_epochs() -> None:
-    assert num_steps(trainer(max_steps=7), None, 8) == (7, "max_steps")
-    assert num_steps(trainer(max_epochs=270), 1_281_167, 512)[0] == 270 * 2502
-    assert num_steps(trainer(max_epochs=2, max_steps=30), 87, 8)[0] == 20
-    assert num_steps(trainer(max_epochs=2, max_steps=15), 87, 8)[0] == 15
+    assert num_steps(trainer(max_steps=7), None) == 7
+    assert num_steps(trainer(max_epochs=270), 2502) == 270 * 2502
+    assert num_steps(trainer(max_epochs=2, max_steps=30), 10) == 20
+    assert num_steps(trainer(max_epochs=2, max_steps=15), 10) == 15
     with pytest.raises(UserError, match="--num_samples"):
-        num_steps(trainer(max_epochs=2), None, 8)
+        num_steps(trainer(max_epochs=2), None)
     with pytest.raises(UserError, match="max_steps"):
-        num_steps(trainer(), 87, 8)
+        num_steps(trainer(), 10)
 
 
 def test_validations_are_counted_in_optimiser_steps() -> None:
@@ -286,29 +281,36 @@ def test_disk_is_what_shards_take(tmp_path: Path) -> None:
         index = token_index([400], copies=copies)
         write_shards(tmp_path / str(copies), index)
         written = (tmp_path / str(copies) / "00000.tar").stat().st_size
-        planned = 400 * Codes(index.stored_shape, True).bytes_in_shard(copies)
+        planned = 400 * bytes_in_shard(index, copies)
         assert written == math.ceil((planned + 1024) / 10_240) * 10_240  # a tar ends in zeros up to a whole record
-    moments = Codes((8, 32, 32), False)
-    assert 1_281_167 * moments.num_bytes == pytest.approx(21e9, rel=0.01)
     header, block = 512, 512
     sample = 2 * header + math.ceil((128 + 2 * 8 * 32 * 32) / block) * block + block
-    assert moments.bytes_in_shard(1) == sample
+    assert bytes_in_shard(imagenet_moments(4), 1) == sample
 
 
 def test_imagenet_is_assumed_where_there_are_no_shards(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model.network.init_args.num_layers=4", "--devices=8", "--json=plan.json"]
-    assert main(["plan", "--config", str(IMAGENET / "elt_8n4l.yaml"), *flags, "--tflops", "500"]) == 0
+    flags = ["--model.network.init_args.num_layers=4", "--devices=8", "--json=plan.json", "--device-memory=80"]
+    assert main(["plan", "--config", str(IMAGENET / "elt_8n4l.yaml"), *flags, "--tflops=500"]) == 0
     printed = capsys.readouterr().out
-    for part in ("ImageNet-1k", "1,281,167", "index.json", "assumptions", "GPU-hours", "500 TFLOP/s", "21.0 GB"):
+    for part in (
+        "ImageNet-1k",
+        "1,281,167",
+        "index.json",
+        "assumptions",
+        "GPU-hours",
+        "500 TFLOP/s",
+        "21.0 GB",
+        "80 GiB",
+    ):
         assert part in printed
     content = json.loads(Path("plan.json").read_text())
     assert content["data"]["input_shape"] == [4, 32, 32]
     assert content["parameters"] == pytest.approx(271e6, rel=0.01)
     assert content["settings"]["micro_batch_size"] == 32
     assert content["settings"]["loops"] == [1, 2, 3, 4]
-    assert content["training"]["count"] == 500_000 * 512
+    assert content["settings"]["steps"] == 500_000
     assert content["disk"]["training_codes"] == 1_281_167 * 2 * 8 * 32 * 32
-    assert content["memory"]["all_kept"]["total"] > content["memory"]["checkpointed"]["total"]
+    assert content["memory"] > content["memory_recomputing"]
     assert [path.name for path in Path.cwd().iterdir()] == ["plan.json"]  # nothing was begun
 
 
@@ -317,7 +319,7 @@ def test_shards_are_asked_where_they_are(tmp_path: Path) -> None:
     flags = [f"--data.init_args.training_shards={places[0]}", f"--data.init_args.held_out_shards={places[1]}"]
     _, data, module = read([f"--config={IMAGENET / 'elt_l_8n3l.yaml'}", *flags])
     assert (data.assumed, data.num_samples, data.num_held_out) == (None, 40, 40)
-    assert data.codes == Codes((4,), True)
+    assert data.disk()["training_codes"] == 40 * 4 * 2
     assert (module.num_classes, module.network.sample_shape) == (3, (4,))
 
 
@@ -343,6 +345,7 @@ def test_data_that_need_no_download_are_asked_and_nothing_is_trained(capsys: pyt
         (["--config", str(QUICKSTART), "--devices=0"], "--devices"),
         (["--config", str(QUICKSTART), "--utilisation=1.1"], "--utilisation"),
         (["--config", str(QUICKSTART), "--tflops=fast"], "--tflops"),
+        (["--config", str(QUICKSTART), "--device-memory=0"], "--device_memory"),
         (["--config", str(QUICKSTART), "--num_samples=63"], "63"),
         (["--config", str(QUICKSTART), "--trainer.max_steps=-1"], "max_steps"),
         (["--config", str(QUICKSTART), "--trainer.precision=transformer-engine"], "transformer-engine"),

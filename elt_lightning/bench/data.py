@@ -17,19 +17,13 @@ from typing import Any, Literal
 
 from lightning import Trainer
 
-from elt_lightning.bench.data_files import (
-    clip_index,
-    moment_index,
-    random_shards,
-    token_index,
-    write_pictures,
-    write_videos,
-)
+from elt_lightning.bench.data_files import random_shards, write_pictures, write_videos
 from elt_lightning.bench.data_need import diffusion_need, masked_need, tokenizer_need, video_need
 from elt_lightning.data.base import BatchedDataModule
 from elt_lightning.data.crops import Picture, Request, chunks, crop_all
 from elt_lightning.data.imagenet import ImageNetDataModule
 from elt_lightning.data.images import open_source
+from elt_lightning.data.published import imagenet_moments, imagenet_tokens, ucf101_tokens
 from elt_lightning.data.shards import ShardIndex
 from elt_lightning.data.ucf101 import UCF101DataModule
 from elt_lightning.data.video_tokens import UCF101TokensDataModule
@@ -237,7 +231,7 @@ SUBJECTS = (
         at_once=512,
         published=IMAGENET,
         needed=masked_need,
-        made=partial(shards, token_index, ImageNetDataModule),
+        made=partial(shards, imagenet_tokens, ImageNetDataModule),
     ),
     Subject(
         codes="moments of latents",
@@ -247,7 +241,7 @@ SUBJECTS = (
         at_once=512,
         published=IMAGENET,
         needed=diffusion_need,
-        made=partial(shards, moment_index, ImageNetDataModule),
+        made=partial(shards, imagenet_moments, ImageNetDataModule),
     ),
     Subject(
         codes="tokens of clips",
@@ -257,7 +251,7 @@ SUBJECTS = (
         at_once=32,
         published=UCF101 * CLIPS_PER_VIDEO,
         needed=video_need,
-        made=partial(shards, clip_index, UCF101TokensDataModule),
+        made=partial(shards, ucf101_tokens, UCF101TokensDataModule),
     ),
     Subject(
         codes="clips of AVI files",

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ from torch.nn import functional as F
 
 from elt_lightning.data.crops import Picture
 from elt_lightning.data.decoding import write_clip
-from elt_lightning.data.encode import ShardFolder, shard_name
-from elt_lightning.data.shards import Shard, ShardIndex
+from elt_lightning.data.encode import ShardFolder
+from elt_lightning.data.shards import ShardIndex
 
 VIDEO = (188, 240, 320)
 """Frames, height and width of a video. UCF-101's are 320×240 at 25 frames per second; the 9,537 training videos of its
@@ -30,29 +29,6 @@ ImageNet's 108 kB (138 GB of 1.28 million)."""
 
 SCENE = 1000
 """Height and width of what videos and pictures are windows of."""
-
-
-def token_index(num_images: int) -> ShardIndex:
-    """Describe MaskGIT's tokens of ImageNet 256×256, with mirror images."""
-    return _index(num_images, copies=2, input_shape=(16, 16), stored_shape=(256,), num_codes=1024, latent_scale=None)
-
-
-def moment_index(num_images: int) -> ShardIndex:
-    """Describe the moments of Stable Diffusion's autoencoder for ImageNet 256×256."""
-    return _index(
-        num_images, copies=1, input_shape=(4, 32, 32), stored_shape=(8, 32, 32), num_codes=None, latent_scale=0.18215
-    )
-
-
-def clip_index(num_clips: int) -> ShardIndex:
-    """Describe MAGVIT's tokens of UCF-101's clips, 16 frames of 128×128."""
-    grid = {"input_shape": (4, 16, 16), "stored_shape": (1024,), "num_codes": 1024, "latent_scale": None}
-    return _index(num_clips, num_classes=101, size=128, frames=16, copies=1, **grid)
-
-
-def _index(num_samples: int, num_classes: int = 1000, size: int = 256, **codes: Any) -> ShardIndex:
-    shards = tuple(Shard(shard_name(number), num_samples // 4) for number in range(4))
-    return ShardIndex(tuple(map(str, range(num_classes))), size, tokenizer={}, crop="none", shards=shards, **codes)
 
 
 @contextmanager

@@ -1,17 +1,15 @@
 """The looped model against the unlooped one of the same effective depth: samples per second, side by side."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
+from elt_lightning.bench import timing
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, twin
-from elt_lightning.bench.timing import SideBySide, Work, matmuls, peak_flops
-from elt_lightning.planning import FLOPS_PER_MAC, Precision
+from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin, width
+from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
 
@@ -35,41 +33,16 @@ class Contender(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(timing.Settings):
     """What is measured.
 
     Attributes:
-        loops: loop counts.
-        batch_sizes: samples drawn at once.
-        compile: "no", and modes of `torch.compile`.
-        precision: Lightning's name of it.
         steps: sampling steps.
         guidance: scale; other than 1 it costs a second branch.
-        rounds: turns of every contender.
-        turn_seconds: that a turn takes at least.
-        device: where.
     """
 
-    loops: Sequence[int]
-    batch_sizes: Sequence[int]
-    compile: Sequence[str]
-    precision: str
     steps: int
     guidance: float
-    rounds: int
-    turn_seconds: float
-    device: torch.device
-
-    def context(self) -> AbstractContextManager[Any]:
-        """Compute in the precision."""
-        autocast = Precision.named(self.precision).autocast
-        return nullcontext() if autocast is None else torch.autocast(self.device.type, autocast)
-
-    @property
-    def matmul_dtype(self) -> torch.dtype:
-        """Type that products of matrices are computed in."""
-        precision = Precision.named(self.precision)
-        return precision.autocast or precision.weights
 
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -77,22 +50,24 @@ def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, A
 
     All contenders of a batch size take turns, and products of matrices with them.
     """
-    dtype = Precision.named(settings.precision).weights
-    looped = shape.build(shape.num_layers, dtype, settings.device).eval()
+
+    def build(num_layers: int) -> Network:
+        return shape.build(num_layers, settings.types.weights, settings.device).eval()
+
+    looped = build(shape.num_layers)
     networks: dict[tuple[Model, int], Network] = {}
     for loops in settings.loops:
         networks["looped", loops] = looped
-        networks["unlooped", loops] = shape.build(shape.num_layers * loops, dtype, settings.device).eval()
+        networks["unlooped", loops] = build(shape.num_layers * loops)
     for batch_size in settings.batch_sizes:
         yield from _measure_batch(name, shape, settings, networks, batch_size)
 
 
-@torch.no_grad()
 def _measure_batch(
     name: str, shape: Shape, settings: Settings, networks: dict[tuple[Model, int], Network], batch_size: int
 ) -> Iterator[dict[str, Any]]:
     torch.compiler.reset()
-    work: dict[Any, Work] = {}
+    work: dict[Contender, timing.Work] = {}
     compiled: dict[tuple[int, str], Network] = {}  # a network is compiled once, whatever its loops
     for (model, loops), network in networks.items():
         for mode in settings.compile:
@@ -100,11 +75,9 @@ def _measure_batch(
             calls = Calls(shape, chosen, settings, batch_size, loops if model == "looped" else 1)
             work[Contender(model, loops, mode, "sample")] = calls.sample
             work[Contender(model, loops, mode, "pass")] = calls.one_pass
-    work |= matmuls(settings.device, settings.matmul_dtype)
-    times = SideBySide(settings.device, settings.rounds, settings.turn_seconds).time(work)
-    peak = peak_flops({side: measured for side, measured in times.items() if isinstance(side, int)})
+    times, peak = settings.time(work)
     for contender in work:
-        if isinstance(contender, int) or contender.what != "sample":
+        if contender.what != "sample":
             continue
         network = networks[contender.model, contender.loops]
         sample, one_pass = times[contender], times[contender._replace(what="pass")]
@@ -112,7 +85,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": network.backbone.layers[0].attention.output.in_features,  # type: ignore[union-attr]
+            "width": width(network),
             "num_layers": shape.num_layers,
             "model": contender.model,
             "loops": contender.loops,
@@ -121,12 +94,12 @@ def _measure_batch(
             "precision": settings.precision,
             "steps": settings.steps,
             "guidance": settings.guidance,
-            "parameters": sum(weight.numel() for weight in network.parameters()),
+            "parameters": num_parameters(network),
             "sample_seconds": sample.seconds,
             "pass_seconds": one_pass.seconds,
             "first_call_seconds": sample.first,
             "samples_per_second": batch_size / sample.median,
-            "pass_share_of_peak": FLOPS_PER_MAC * macs * batch_size / one_pass.median / peak,
+            "pass_share_of_peak": 2 * macs * batch_size / one_pass.median / peak,
             "matmul_peak": peak,
             "peak_memory_bytes": num_bytes(network) + peak_above_start(work[contender], settings.device),
         }
@@ -142,30 +115,19 @@ class Calls:
     """What is timed of one network: drawing samples, and one pass."""
 
     def __init__(self, shape: Shape, network: Network, settings: Settings, batch_size: int, loops: int) -> None:
-        self.network, self.loops, self.settings = network, loops, settings
-        device = settings.device
-        self.objective, self.sampler = shape.objective(), shape.sampler(settings.steps, settings.guidance)
-        index = torch.arange(batch_size, device=device)
-        self.seeds, labels = sample_seeds(0, index), index % shape.num_classes
-        if shape.family == "masked":
-            self.x = torch.full((batch_size, *network.sample_shape), shape.num_codes, device=device)
-            self.condition = Condition(labels)
-        else:
-            self.x = torch.randn(batch_size, *network.sample_shape, device=device)
-            self.condition = Condition(labels, torch.full((batch_size,), 0.5, device=device))
+        self.loops, self.settings = loops, settings
+        self.module = shape.module(network, ILSD(1), settings.steps, settings.guidance).eval()
+        self.batch = shape.batch(batch_size, settings.device)
+        self.seeds = sample_seeds(0, self.batch.indices)
+        self.condition = Condition(self.batch.labels, torch.full((batch_size,), 0.5, device=settings.device))
 
-    def _predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
-        return self.objective.denoised(self.network(x, condition, loops)[loops], x, condition)
-
-    @torch.no_grad()
-    def sample(self) -> Tensor:
+    def sample(self) -> object:
         """Draw a batch."""
-        labels = Condition(self.condition.labels)
-        with self.settings.context():
-            return self.sampler.sample(self._predict, self.network.sample_shape, labels, self.loops, self.seeds)
+        with self.settings.types.context(self.settings.device.type):
+            return self.module.sample(self.batch.labels, self.loops, self.seeds)
 
     @torch.no_grad()
-    def one_pass(self) -> Tensor:
+    def one_pass(self) -> object:
         """Call the network once."""
-        with self.settings.context():
-            return self.network(self.x, self.condition, self.loops)[self.loops]
+        with self.settings.types.context(self.settings.device.type):
+            return self.module.network(self.batch.x, self.condition, self.loops)

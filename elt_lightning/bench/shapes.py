@@ -1,21 +1,25 @@
 """The sizes that `elt bench` measures, and the networks of them."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
+from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDPMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.module import ELTModule
 
 Family = Literal["masked", "diffusion"]
 Network = LoopedMaskedTransformer | LoopedDiT
@@ -56,15 +60,24 @@ class Shape:
                 nn.init.normal_(weight, std=0.02)
         return network.to(dtype)
 
-    def objective(self) -> Objective:
-        """Make the objective of the family's configs."""
-        return MaskedObjective(self.num_codes) if self.family == "masked" else DiffusionObjective()
-
-    def sampler(self, steps: int, guidance: float) -> Sampler:
-        """Make the sampler of the family's configs."""
+    def module(self, network: Network, distillation: ILSD, steps: int = 2, guidance: float = 1.0) -> ELTModule:
+        """Wire a network up as the configs of its family do."""
+        scale = Guidance(guidance)
         if self.family == "masked":
-            return MaskGITSampler(self.num_codes, self.num_classes, steps, guidance=Guidance(guidance))
-        return DDPMSampler(self.num_classes, steps, guidance=Guidance(guidance))
+            objective: Objective = MaskedObjective(self.num_codes)
+            sampler: Sampler = MaskGITSampler(self.num_codes, self.num_classes, steps, guidance=scale)
+        else:
+            objective, sampler = DiffusionObjective(), DDPMSampler(self.num_classes, steps, guidance=scale)
+        return ELTModule(network, objective, distillation, sampler, self.num_classes)
+
+    def batch(self, batch_size: int, device: torch.device) -> Batch:
+        """Draw samples as training meets them, and labels in turn."""
+        index = torch.arange(batch_size, device=device)
+        if self.family == "masked":
+            x = torch.randint(self.num_codes, (batch_size, math.prod(self.input_shape)), device=device)
+        else:
+            x = torch.randn(batch_size, *self.input_shape, device=device)
+        return Batch(x, index % self.num_classes, index)
 
     @property
     def paper_steps(self) -> int:
@@ -96,3 +109,14 @@ def twin(network: AnyNetwork) -> AnyNetwork:
 def num_bytes(network: nn.Module) -> int:
     """Bytes of the weights."""
     return sum(weight.nbytes for weight in network.parameters())
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Count the weights."""
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def width(network: Network) -> int:
+    """Return the width of the layers."""
+    attention: Any = network.backbone.layers[0].attention
+    return attention.output.in_features

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median, quantiles
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elt_lightning.training.precision import PRECISIONS, Types
+
 Work = Callable[[], object]
 
 MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
@@ -18,6 +20,40 @@ MATMUL_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 
 LONG_ENOUGH = 0.25
 """Seconds of a product from which larger ones are left out: some CPUs take a hundred times as long in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What measuring networks has in common.
+
+    Attributes:
+        loops: loop counts; of training L_max, one after the other.
+        batch_sizes: samples at once.
+        compile: "no", and modes of `torch.compile`.
+        precision: Lightning's name of it.
+        rounds: turns of every contender.
+        turn_seconds: that a turn takes at least.
+        device: where.
+    """
+
+    loops: Sequence[int]
+    batch_sizes: Sequence[int]
+    compile: Sequence[str]
+    precision: str
+    rounds: int
+    turn_seconds: float
+    device: torch.device
+
+    @property
+    def types(self) -> Types:
+        """What the precision means."""
+        return PRECISIONS[self.precision]
+
+    def time(self, contenders: Mapping[Any, Work]) -> tuple[dict[Any, "Times"], float]:
+        """Time contenders in turns, and matrix products with them: times, and the fastest product's operations/s."""
+        products = matmuls(self.device, self.types.products)
+        times = SideBySide(self.device, self.rounds, self.turn_seconds).time({**contenders, **products})
+        return times, max(2 * side**3 / times[side].median for side in products)
 
 
 @dataclass
@@ -97,8 +133,3 @@ def matmuls(device: torch.device, dtype: torch.dtype) -> dict[int, Work]:
         if SideBySide(device, rounds=1, shortest=0).seconds(products[side]) > LONG_ENOUGH:
             break
     return products
-
-
-def peak_flops(times: Mapping[int, Times]) -> float:
-    """Floating-point operations per second of the fastest product, by its median."""
-    return max(2 * side**3 / measured.median for side, measured in times.items())

@@ -46,6 +46,22 @@ def finite_from_0(text: str) -> float:
     return value
 
 
+def number_above_0(largest: float = math.inf) -> Callable[[str], float]:
+    """Make a type of arguments that are finite numbers above 0, up to ``largest``."""
+    limit = "" if math.isinf(largest) else f" up to {largest:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= largest or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{limit}")
+        return value
+
+    return parse
+
+
 def file_path(text: str) -> Path:
     """Parse where a file is to be written: no folder may be in its place, which is better known before than after."""
     if Path(text).is_dir():

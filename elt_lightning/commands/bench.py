@@ -25,7 +25,7 @@ from elt_lightning.commands.train import quieten_libraries
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.networks.looped import CompileMode
-from elt_lightning.planning import PRECISIONS
+from elt_lightning.training.precision import PRECISIONS
 
 
 def run(name: str, arguments: list[str]) -> None:

@@ -1,32 +1,46 @@
 """`elt plan`: what a config will need, before anything is started: parameters, memory, disk, steps, GPU-hours."""
 
 import argparse
+import io
 import json
 import math
+import pydoc
+import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from elt_lightning.commands.arguments import Parser, number_from
-from elt_lightning.commands.plan_data import Data, look_at_data
-from elt_lightning.commands.plan_report import show
+from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
+from elt_lightning.commands.planning import Plan, Settings, make_plan
 from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
     ELTCommandLine,
+    find_section,
     long_flags,
     quieten_libraries,
     with_bases,
     with_stored_config,
 )
 from elt_lightning.data.base import GenerativeDataModule
+from elt_lightning.data.crops import Picture
+from elt_lightning.data.encode import ShardWriter
+from elt_lightning.data.encoded import EncodedDataModule
+from elt_lightning.data.imagenet import ImageNetDataModule
+from elt_lightning.data.published import imagenet_moments, imagenet_tokens, ucf101_tokens
+from elt_lightning.data.shards import ShardIndex
+from elt_lightning.data.tensors import TensorDataModule
+from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.planning import Settings, make_plan
 from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
@@ -51,75 +65,81 @@ def run(name: str, arguments: list[str]) -> None:
     if options.json is not None:
         with written_aside(options.json) as aside:
             aside.write_text(json.dumps(data.as_dict() | plan.as_dict(), indent=1) + "\n")
-    show(plan, data, Console(width=None if Console().is_terminal else WIDTH))
+    table = Table.grid(padding=(0, 3))
+    for title, lines in report(plan, data, module).items():
+        for number, line in enumerate(lines):
+            table.add_row(Text("" if number else title, style="bold"), Text(line))  # a path may look like markup
+    Console(width=None if Console().is_terminal else WIDTH).print(table, highlight=False)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Describe the flags that `elt fit` does not have; all others are those of `elt fit`."""
-    parser = Parser(
-        prog="elt plan",
-        description=__doc__,
-        epilog="All further flags are those of elt fit, --config PATH first of all.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--devices", type=number_from(1), metavar="N", help="over all nodes; by default the config's, 1 for auto"
-    )
-    parser.add_argument(
-        "--tflops",
-        type=positive(),
-        default=989.0,
-        help="assumed peak of a device in 10^12 operations per second (default 989: H100 or H200, dense bfloat16)",
-    )
-    parser.add_argument(
-        "--utilisation", type=positive(1.0), default=0.4, help="assumed share of the peak, up to 1 (default 0.4)"
-    )
-    parser.add_argument(
-        "--num_samples", type=number_from(1), metavar="N", help="training samples; by default what the data say"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file too")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    epilog = "All further flags are those of elt fit, --config PATH first of all."
+    parser = Parser(prog="elt plan", description=__doc__, epilog=epilog, allow_abbrev=False)
+    add, count = parser.add_argument, number_from(1)
+    add("--devices", type=count, metavar="N", help="over all nodes; by default the config's, 1 for auto")
+    add("--device_memory", type=number_above_0(), default=79.0, help="GiB of a device (default 79: an H100 of 80 GB)")
+    tera = "assumed peak of a device in 10^12 operations per second (default 989: H100 or H200, dense bfloat16)"
+    add("--tflops", type=number_above_0(), default=989.0, help=tera)
+    share = "assumed share of the peak, up to 1 (default 0.4)"
+    add("--utilisation", type=number_above_0(1.0), default=0.4, help=share)
+    add("--num_samples", type=count, metavar="N", help="training samples; by default what the data say")
+    add("--json", type=file_path, metavar="PATH", help="write all numbers to this file too")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
     return parser
-
-
-def positive(largest: float = math.inf) -> Callable[[str], float]:
-    """Make a type of arguments that are finite numbers above 0, up to ``largest``."""
-    limit = "" if math.isinf(largest) else f" up to {largest:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= largest or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{limit}")
-        return value
-
-    return parse
 
 
 class PlanCommandLine(ELTCommandLine):
     """Reads and checks the settings of `elt fit`, and builds nothing."""
 
-    def before_instantiate_classes(self) -> None:
-        """Settle no run folder."""
+    def _do_nothing(self, *_: Any, **__: Any) -> None:
+        """Settle no run folder, build neither data nor model nor trainer, write no config, train nothing."""
 
-    def instantiate_classes(self) -> None:
-        """Build neither data, model nor trainer."""
+    before_instantiate_classes = instantiate_classes = after_instantiate_classes = _do_nothing
+    _set_seed = _run_subcommand = _do_nothing
 
-    def after_instantiate_classes(self) -> None:
-        """Write no config."""
 
-    def _set_seed(self) -> None:
-        """Draw nothing."""
+@dataclass(frozen=True)
+class Data:
+    """What is known of the data.
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Train nothing."""
+    Attributes:
+        module: says the shape of a sample and the number of classes.
+        num_samples: to train on; None where that is known only once they are there.
+        num_held_out: whose losses validation measures, 0 where that is not known.
+        assumed: what data set is assumed, and why; None where the data themselves were asked.
+    """
 
-    def model_with(self, data: GenerativeDataModule) -> dict[str, Any]:
-        """Give the ``model`` section as plain data, with what the data say filled in."""
-        self.datamodule = data
-        return self.recipe()[0]
+    module: GenerativeDataModule
+    num_samples: int | None
+    num_held_out: int
+    assumed: str | None = None
+
+    def disk(self) -> dict[str, int]:
+        """Return the bytes of the encoded sets, by what they are; nothing where nothing is encoded."""
+        if self.num_samples is None or not isinstance(self.module, EncodedDataModule):
+            return {}
+        index = self.module.training_index
+        return {
+            "training_codes": self.num_samples * 2 * math.prod(index.stored_shape),
+            "training_shards": self.num_samples * bytes_in_shard(index, copies=1),
+            "training_shards_mirrored": self.num_samples * bytes_in_shard(index, copies=2),
+            "held_out_shards": self.num_held_out * bytes_in_shard(index, copies=1),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        said = {name: getattr(self.module, name) for name in ("num_classes", "input_shape", "num_codes")}
+        counts = {name: getattr(self, name) for name in ("num_samples", "num_held_out", "assumed")}
+        return {"data": said | counts, "disk": self.disk()}
+
+
+def bytes_in_shard(index: ShardIndex, copies: int) -> int:
+    """Return the bytes of a picture's two members in a tar, written as `elt encode` writes them."""
+    codes = np.zeros((copies, *index.stored_shape), np.float16 if index.num_codes is None else np.int16)
+    with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        ShardWriter(tar).add(Picture("n01440764/n01440764_10026.JPEG", path=""), codes)
+        return tar.offset
 
 
 def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str, Any], Data, ELTModule]:
@@ -144,18 +164,62 @@ def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str
             command_line = cast(PlanCommandLine, PlanCommandLine.for_arguments(["fit", *arguments]))
         config = command_line.resolved_config()
         data = look_at_data(config, num_samples)
-        return config, data, build_on_meta(command_line.model_with(data.module))
+        command_line.datamodule = data.module
+        with torch.device("meta"):  # no memory for weights
+            module: ELTModule = build(ELTModule, command_line.recipe()[0])
     except (ArgumentError, ValueError) as error:
         raise UserError(explain(str(error))) from error
+    return config, data, module
 
 
-def build_on_meta(model: dict[str, Any]) -> ELTModule:
-    """Build a module without memory for its weights."""
+def build(kind: type, section: dict[str, Any]) -> Any:
+    """Build what a section of a config describes: the settings of ``kind``, or a subclass of it and its settings."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ELTModule, "model")
-    with torch.device("meta"):
-        module: ELTModule = parser.instantiate(parser.parse_object({"model": model})).model
-    return module
+    if "class_path" in section:
+        parser.add_argument("--built", type=kind)
+    else:
+        parser.add_class_arguments(kind, "built")
+    return parser.instantiate(parser.parse_object({"built": section})).built
+
+
+def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
+    """Ask the data module of a config, or assume the published set where its shards are not there yet.
+
+    Args:
+        config: resolved.
+        num_samples: how many there are to train on, as the user says; None asks the data.
+
+    Raises:
+        UserError: other data are missing, or settings are wrong.
+    """
+    section, assumed = config["data"], None
+    describe: Callable[[int], ShardIndex]
+    counts: tuple[int | None, int]
+    try:
+        module = build(GenerativeDataModule, section)
+    except UserError as error:
+        kind: Any = pydoc.locate(section["class_path"])
+        has_tokens = find_section(config, "model.network.init_args.num_codes")[0] is not None
+        if issubclass(kind, ImageNetDataModule):
+            name, sizes = "ImageNet-1k", (1_281_167, 50_000)
+            describe = imagenet_tokens if has_tokens else imagenet_moments
+        elif issubclass(kind, UCF101TokensDataModule):
+            name, sizes, describe = "UCF-101, split 1", (9537, 3783), ucf101_tokens
+        else:
+            raise
+        assumed = f"{name}, because {error}"
+        with tempfile.TemporaryDirectory() as training, tempfile.TemporaryDirectory() as held_out:
+            for folder, size in zip((training, held_out), sizes, strict=True):
+                describe(size).write(folder)
+            places = {"training_shards": training, "held_out_shards": held_out}
+            module = build(GenerativeDataModule, section | {"init_args": section["init_args"] | places})
+    if isinstance(module, EncodedDataModule):
+        counts = module.training_index.num_samples, module.held_out_index.num_samples
+    elif isinstance(module, TensorDataModule):
+        counts = len(module.training_set()), len(module.held_out_set())
+    else:
+        counts = getattr(module, "num_train", None), getattr(module, "num_held_out", 0)
+    return Data(module, num_samples or counts[0], counts[1], assumed)
 
 
 def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: argparse.Namespace) -> Settings:
@@ -166,20 +230,19 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
     """
     trainer, measured = config["trainer"], config["loop_metrics"]
     devices = options.devices or num_devices(trainer)
-    micro_batch_size, _ = data.module.share_batch(devices)
-    batch_size = data.module.batch_size
-    if data.num_samples is not None and data.num_samples < batch_size:
-        raise UserError(f"{data.num_samples} training samples are fewer than batch_size {batch_size}")
-    steps, steps_said = num_steps(trainer, data.num_samples, batch_size)
-    steps_per_epoch = None if data.num_samples is None else data.num_samples // batch_size
-    num_validations = count_validations(trainer, steps, steps_per_epoch)
+    batch_size, per_epoch = data.module.batch_size, None
+    if data.num_samples is not None:
+        per_epoch = data.num_samples // batch_size
+        if per_epoch < 1:
+            raise UserError(f"{data.num_samples} training samples are fewer than batch_size {batch_size}")
+    steps = num_steps(trainer, per_epoch)
+    num_validations = count_validations(trainer, steps, per_epoch)
     return Settings(
         precision=trainer["precision"],
         devices=devices,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=data.module.share_batch(devices)[0],
         batch_size=batch_size,
         steps=steps,
-        steps_said=steps_said,
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
         num_held_out=data.num_held_out,
@@ -189,6 +252,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),
         tflops=options.tflops,
         utilisation=options.utilisation,
+        device_memory=options.device_memory,
     )
 
 
@@ -201,26 +265,21 @@ def num_devices(trainer: dict[str, Any]) -> int:
     return max(1, named) * trainer["num_nodes"]
 
 
-def num_steps(trainer: dict[str, Any], num_samples: int | None, batch_size: int) -> tuple[int, str]:
-    """Count the optimiser steps, and say where they come from: ``max_steps`` or ``max_epochs``, whichever ends first.
+def num_steps(trainer: dict[str, Any], steps_per_epoch: int | None) -> int:
+    """Count the optimiser steps until ``max_steps`` or ``max_epochs``, whichever ends first.
 
     Args:
         trainer: the section of the config.
-        num_samples: to train on, None if not known.
-        batch_size: global batch; what does not fill one is left out of an epoch.
+        steps_per_epoch: whole batches of an epoch, None if not known.
 
     Raises:
         UserError: neither is set, or how many samples an epoch has is not known.
     """
-    limits, epochs = [], trainer["max_epochs"]
-    if trainer["max_steps"] >= 0:
-        limits.append((trainer["max_steps"], "max_steps"))
+    limits, epochs = [trainer["max_steps"]] if trainer["max_steps"] >= 0 else [], trainer["max_epochs"]
     if epochs not in (None, -1):
-        if num_samples is None:
+        if steps_per_epoch is None:
             raise UserError("how long an epoch is, these data do not say beforehand: add --num_samples N")
-        per_epoch = num_samples // batch_size
-        said = f"{epochs:,} epochs × ⌊{num_samples:,} / {batch_size:,}⌋ = {epochs:,} × {per_epoch:,}"
-        limits.append((epochs * per_epoch, said))
+        limits.append(epochs * steps_per_epoch)
     if not limits:
         raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
     return min(limits)
@@ -252,3 +311,100 @@ def num_checkpoints(checkpoint: dict[str, Any], steps: int, num_validations: int
         return checkpoint["save_top_k"] + (checkpoint["monitor"] is not None)
     every = checkpoint["every_n_train_steps"]
     return max(1, steps // every if every else num_validations)
+
+
+def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
+    """Write what a plan says as lines, by title, each figure with the arithmetic that leads to it."""
+    settings, sampler, datamodule = plan.settings, module.sampler, data.module
+    shape, codes = "×".join(map(str, datamodule.input_shape)), datamodule.num_codes
+    what = f"latents {shape}" if codes is None else f"{shape} tokens of {codes:,} codes"
+    count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
+    held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
+    passes = settings.batch_size // settings.devices // settings.micro_batch_size
+    recomputes = bool(module.network.backbone.checkpoint_loops)  # type: ignore[union-attr]
+
+    def memory(name: str, is_config: bool, total: int, per_sample: int, largest: int) -> str:
+        return (
+            f"{name}{' (this config)' * is_config}: {in_gib(total)}, of which {settings.micro_batch_size:,} samples × "
+            f"{per_sample / 2**20:,.2f} MiB; {settings.device_memory:g} GiB hold {largest:,} samples of a pass"
+        )
+
+    disk = {name: in_units(amount, "B") for name, amount in data.disk().items()}
+    encoded = (
+        "{training_codes} of codes; {training_shards} in shards, {training_shards_mirrored} with --mirrored; held-out "
+        "shards {held_out_shards}"
+    )
+    kept, images, test = settings.num_checkpoints, settings.steps * settings.batch_size, plan.test_hours
+    scales = f" at each guidance of {settings.guidance}" if settings.guidance else ""
+    return {
+        "data": [
+            *([f"assumed, as {data.assumed}"] if data.assumed else []),
+            f"{count} training samples{held_out}; {datamodule.num_classes:,} classes; {what}",
+        ],
+        "parameters": [
+            f"{in_units(plan.parameters_backbone)} in the shared backbone, {in_units(plan.parameters)} in all"
+        ],
+        "MACs": [
+            *(
+                f"L = {loops}: a pass {in_units(macs)}, drawing a sample {in_units(plan.sample_macs[loops])}"
+                for loops, macs in plan.forward_macs.items()
+            ),
+            f"a sample takes {len(sampler.network_calls(module.max_loops)):,} passes: {sampler.steps:,} steps, "
+            f"guidance {sampler.guidance.scale:g}",
+        ],
+        "steps": [
+            f"{settings.steps:,} optimiser steps of {settings.batch_size:,} = {settings.devices:,} × {passes:,} × "
+            f"{settings.micro_batch_size:,} samples (devices × passes of each × samples of a pass)"
+        ],
+        "memory": [
+            memory("all kept", not recomputes, plan.memory, plan.kept.per_sample, plan.largest_batch),
+            memory(
+                "checkpoint_loops",
+                recomputes,
+                plan.memory_recomputing,
+                plan.kept.recomputing,
+                plan.largest_batch_recomputing,
+            ),
+            "whatever the batch: "
+            + ", ".join(f"{name} {in_gib(size)}" for name, size in plan.resident.items() if size),
+            "on top come what an operation needs for a moment, the CUDA context, gaps: see train/peak_memory_gib",
+        ],
+        "disk": [
+            *([encoded.format(**disk)] if disk else []),
+            f"a checkpoint {in_units(plan.checkpoint_bytes, 'B')}; {kept:,} kept, and room to write the next: "
+            f"{in_units((kept + 1) * plan.checkpoint_bytes, 'B')}",
+        ],
+        "training": [
+            f"an image {in_units(plan.image_macs, 'MAC')}: forward at L = {module.max_loops} with the students' heads, "
+            f"backward twice that{', and every loop computed again' * recomputes}",
+            f"× 2 operations × {images:,} images = {in_units(2 * plan.image_macs * images, 'FLOP')}",
+            f"/ ({settings.tflops:g} TFLOP/s × {settings.utilisation:g}) = {in_hours(plan.training_hours)}: peak and "
+            f"utilisation are assumptions; on {settings.devices:,} devices "
+            f"{in_hours(plan.training_hours / settings.devices, 'hours')}",
+            f"beside it {settings.num_validations:,} validations: {in_hours(plan.validation_hours)}",
+        ],
+        "elt test": [
+            f"{settings.num_test_samples:,} samples{scales} at L = {', '.join(map(str, test))}: "
+            f"{' + '.join(f'{hours:.3g}' for hours in test.values())} = {in_hours(sum(test.values()))}, without the "
+            "tokenizer and the metrics' networks"
+        ],
+    }
+
+
+def in_units(amount: float, unit: str = "") -> str:
+    """Write an amount with three digits and a decimal prefix: 26.9 GMAC."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
+    while abs(amount) >= 999.5 and len(prefixes) > 1:
+        amount, prefixes = amount / 1000, prefixes[1:]
+    digits = f"{amount:#.3g}".rstrip(".") if amount else "0"
+    return f"{digits} {prefixes[0]}{unit}".rstrip()
+
+
+def in_hours(amount: float, unit: str = "GPU-hours") -> str:
+    """Write hours with three digits."""
+    return f"{amount:,.0f} {unit}" if amount >= 99.5 else f"{amount:#.3g} {unit}"
+
+
+def in_gib(amount: int) -> str:
+    """Write bytes of memory as devices' memory is counted."""
+    return f"{amount / 2**30:,.2f} GiB"

@@ -14,7 +14,6 @@ from elt_lightning.errors import UserError
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
-from elt_lightning.planning import FLOPS_PER_MAC
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.tokenizers.loading import load_tokenizer
 
@@ -58,7 +57,7 @@ def run(name: str, arguments: list[str]) -> None:
     for loops in options.loops or [module.max_loops]:
         macs = options.num * module.macs_per_sample(loops, sampler)
         if macs > LONG:
-            print(f"L = {loops}: {FLOPS_PER_MAC * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
+            print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)

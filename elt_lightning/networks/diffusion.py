@@ -146,12 +146,13 @@ class LoopedDiT(nn.Module):
         states = self.backbone(h, embedded, loops, exits)
         return {loop: unpatchify(self.head(state, modulation), self.grid, self.patch) for loop, state in states.items()}
 
-    def macs(self, loops: int) -> int:
-        """Multiply–accumulates of one forward pass of one sample, attention products included."""
-        num_tokens = math.prod(self.grid)
+    def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
+        """Return the multiply–accumulates of one forward pass of one sample, attention products included."""
+        num_tokens, num_exits = math.prod(self.grid), len({*exits, loops})
         once = [block.modulation_macs() for block in self.backbone.modules() if isinstance(block, ModulatedBlock)]
-        ends = num_tokens * self.embedding.in_features * self.embedding.out_features + self.head.macs(num_tokens)
-        return self.condition.macs() + sum(once) + self.backbone.macs(num_tokens, loops) + ends
+        embed = num_tokens * self.embedding.in_features * self.embedding.out_features
+        loop = self.backbone.macs(num_tokens, loops, num_exits)
+        return self.condition.macs() + sum(once) + embed + loop + self.head.macs(num_exits * num_tokens)
 
 
 class OutputHead(nn.Module):
@@ -189,7 +190,7 @@ class OutputHead(nn.Module):
         return self.linear(h)
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates for one sample, the modulation included."""
+        """Return the multiply–accumulates for one sample, the modulation included; tokens of all exits count."""
         modulate = 0 if self.modulate is None else self.modulate.in_features * self.modulate.out_features
         return num_tokens * self.linear.in_features * self.linear.out_features + modulate
 
@@ -225,9 +226,7 @@ def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     state = next((state[part] for part in ("ema", "model") if isinstance(state.get(part), Mapping)), state)
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     if "x_embedder.proj.weight" not in state:
-        raise ValueError(
-            f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}"
-        )
+        raise ValueError(f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}")
     patch = state["x_embedder.proj.weight"].shape[2:]
     renamed = {}
     for name, value in state.items():

@@ -139,6 +139,7 @@ class LoopedStack(nn.Module):
         """D = N·L, prelude and coda added where there are any: the layers that one pass goes through."""
         return len(self.prelude) + loops * len(self.layers) + len(self.coda)
 
-    def macs(self, num_tokens: int, loops: int) -> int:
-        """Multiply–accumulates of one sample's pass with ``loops`` loops and no exit but the last."""
-        return self.prelude.macs(num_tokens) + loops * self.layers.macs(num_tokens) + self.coda.macs(num_tokens)
+    def macs(self, num_tokens: int, loops: int, num_exits: int = 1) -> int:
+        """Return the multiply–accumulates of one sample's pass with ``loops`` loops, the last exit counted too."""
+        ends = self.prelude.macs(num_tokens) + num_exits * self.coda.macs(num_tokens)
+        return loops * self.layers.macs(num_tokens) + ends

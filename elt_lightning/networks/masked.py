@@ -103,8 +103,9 @@ class LoopedMaskedTransformer(nn.Module):
         h = self.head_norm(F.gelu(self.head_dense(state[:, 1:]), approximate="tanh"))
         return F.linear(h, self.embedding.tokens.weight[:-1], self.head_bias)  # the last row is the mask token's
 
-    def macs(self, loops: int) -> int:
-        """Multiply–accumulates of one forward pass of one sample, attention products included."""
+    def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
+        """Return the multiply–accumulates of one forward pass of one sample, attention products included."""
         num_tokens, width = self.sample_shape[0], self.head_dense.in_features
         head = num_tokens * (width**2 + width * len(self.head_bias))
-        return self.backbone.macs(1 + num_tokens, loops) + head
+        num_exits = len({*exits, loops})
+        return self.backbone.macs(1 + num_tokens, loops, num_exits) + num_exits * head

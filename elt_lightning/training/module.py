@@ -123,16 +123,27 @@ class ELTModule(LightningModule):
         if self._has_dropout:
             torch.manual_seed(hash((self.seed, self.global_step, self.global_rank, batch_idx)) % 2**63)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Take one step of Algorithm 1: corrupt, one forward pass with exits, combine the losses."""
-        step = self.global_step
+    def loss(self, batch: Any, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Compute the loss of Algorithm 1: corrupt, one forward pass with exits, combine the losses.
+
+        Args:
+            batch: a :class:`~elt_lightning.data.base.Batch`.
+            step: optimiser steps done; with the seed it decides noise, dropped labels and the students' exits.
+            progress: share of training done, in [0, 1].
+
+        Returns:
+            the scalar loss and its named terms, as :meth:`~elt_lightning.objectives.ilsd.ILSD.loss` does.
+        """
         seeds = sample_seeds(self.seed, batch.indices)
         labels = drop_labels(batch.labels, seeds, step, self.label_drop, self.num_classes)
         corrupted = self.objective.corrupt(batch.x, seeds, step)
         exits = self.distillation.student_exits(self.seed, step)
         predictions = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
-        progress = step / max(1, self.total_steps)
-        loss, terms = self.distillation.loss(predictions, corrupted, self.objective, progress)
+        return self.distillation.loss(predictions, corrupted, self.objective, progress)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Take one step of training, and log the terms of its loss."""
+        loss, terms = self.loss(batch, self.global_step, self.global_step / max(1, self.total_steps))
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch.x))
         return loss
 

@@ -1,9 +1,45 @@
-"""Mixed precision for shared weights."""
+"""Mixed precision for shared weights, and what Lightning's names of precisions mean."""
+
+from typing import NamedTuple
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch.optim import Optimizer
+
+
+class Types(NamedTuple):
+    """What the trainer's ``precision`` means.
+
+    Attributes:
+        weights: type of weights, gradients, the optimiser's state and the average.
+        autocast: type that matrix products are brought to in a mixed precision, None otherwise.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+
+    @property
+    def products(self) -> torch.dtype:
+        """Type that products of matrices are computed in."""
+        return self.autocast or self.weights
+
+    def context(self, device_type: str) -> torch.autocast:
+        """Return the context to compute in, as :class:`CachedMixedPrecision` makes it."""
+        return torch.autocast(device_type, self.autocast, self.autocast is not None, cache_enabled=True)
+
+
+PRECISIONS = {
+    "32-true": Types(torch.float32),
+    "64-true": Types(torch.float64),
+    "bf16-true": Types(torch.bfloat16),
+    "16-true": Types(torch.float16),
+    "bf16-mixed": Types(torch.float32, torch.bfloat16),
+    "16-mixed": Types(torch.float32, torch.float16),
+}
+PRECISIONS |= {short: PRECISIONS[f"{short}-true"] for short in ("32", "64")}
+PRECISIONS |= {short: PRECISIONS[f"{short}-mixed"] for short in ("bf16", "16")} | {"None": PRECISIONS["32-true"]}
+"""Types by Lightning's names, the short ones with them."""
 
 
 class CachedMixedPrecision(MixedPrecision):

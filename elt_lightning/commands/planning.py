@@ -1,0 +1,265 @@
+"""What a training will need, worked out before it starts: multiply–accumulates (MACs), memory and GPU-hours.
+
+Nothing here needs data, weights or a GPU. Bytes are exact for what they name; hours rest on an assumed speed.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What torch.export traces with: private by name, and the one way to follow real storages without their memory.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from elt_lightning.data.base import Batch
+from elt_lightning.errors import UserError
+from elt_lightning.networks.blocks import SelfAttention
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.precision import PRECISIONS, Types
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward pass of a training step keeps for the backward pass, weights themselves left out.
+
+    Attributes:
+        per_sample: activations of each sample of a pass.
+        recomputing: the same with ``checkpoint_loops``: what loops begin with, and one loop that is computed again.
+        copies: weights in autocast's type, one copy of each, however many samples there are.
+    """
+
+    per_sample: int
+    recomputing: int
+    copies: int
+
+
+def rehearse(module: ELTModule, types: Types) -> Kept:
+    """Compute a training step's loss on the CPU, on tensors without contents, and count what autograd keeps of it.
+
+    Dispatch and storages are those of a real run; memory and arithmetic are not spent. Where a CPU keeps something else
+    than a GPU, it is brought to what a GPU does: fused attention keeps no attention matrix, with dropout neither;
+    dropout keeps a mask of bytes; autocast computes layer norms in float32.
+
+    Args:
+        module: best on the ``meta`` device; it is not changed.
+        types: of the training's precision.
+    """
+    module, exits = copy.deepcopy(module), module.distillation.student_exits(module.seed, 0)
+    module.distillation.student_exits = lambda *_: exits  # type: ignore[method-assign]  # it asks for a number
+    network: Any = module.network.to(device="meta", dtype=types.weights).train()
+    for part in network.modules():
+        if isinstance(part, SelfAttention):
+            part.dropout = 0.0
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            part.register_forward_hook(partial(_dropout_on_a_gpu, part.p))
+            part.p = 0.0
+        if isinstance(part, nn.LayerNorm) and types.autocast is not None:
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    without_contents = FakeTensorMode(allow_non_fake_inputs=True)  # one mode for all: another would copy the weights
+    with without_contents:
+        network.to_empty(device="cpu")
+    weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+    states: list[Tensor] = []
+    network.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+
+    def kept_bytes(num_samples: int, recompute: bool) -> int:
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in weights:
+                kept[_address(tensor)] = tensor.untyped_storage()
+            return tensor
+
+        kept.clear()
+        states.clear()
+        network.backbone.checkpoint_loops = recompute
+        dtype = torch.float32 if module.num_codes is None else torch.int64
+        with ExitStack() as stack:
+            stack.enter_context(without_contents)
+            index = torch.arange(num_samples)
+            batch = Batch(torch.zeros(num_samples, *network.sample_shape, dtype=dtype), torch.zeros_like(index), index)
+            stack.enter_context(types.context("cpu"))
+            stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+            module.loss(batch, step=0, progress=0.5)
+            for state in states if recompute else ():  # which the function that recomputes a loop keeps, unseen
+                keep(state)
+            return sum(storage.nbytes() for storage in kept.values())
+
+    two, three = kept_bytes(2, recompute=False), kept_bytes(3, recompute=False)
+    per_sample = three - two
+    without_loops = kept_bytes(3, recompute=True) - kept_bytes(2, recompute=True)
+    loop = (per_sample - without_loops) // module.max_loops + states[0].nbytes // 2  # its beginning, of two samples
+    return Kept(per_sample, without_loops + loop, two - 2 * per_sample)
+
+
+def _dropout_on_a_gpu(rate: float, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+    return torch.native_dropout(inputs[0], rate, train=True)[0]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What config and command line decide beside the model.
+
+    Attributes:
+        precision: Lightning's name of it.
+        devices: how many, over all nodes.
+        micro_batch_size: samples of one pass on one device.
+        batch_size: samples of an optimiser step.
+        steps: optimiser steps.
+        num_validations: how often training stops to validate.
+        num_validation_samples: drawn at each loop count in each validation.
+        num_held_out: samples whose losses are measured in each validation.
+        num_test_samples: drawn at each loop count and guidance scale by `elt test`, repeats included.
+        loops: loop counts that are measured.
+        guidance: guidance scales of `elt test`; None for the sampler's own.
+        num_checkpoints: how many are kept.
+        tflops: assumed peak of a device, 10¹² floating-point operations per second.
+        utilisation: assumed share of it in (0, 1].
+        device_memory: GiB of a device.
+    """
+
+    precision: str | int | None
+    devices: int
+    micro_batch_size: int
+    batch_size: int
+    steps: int
+    num_validations: int
+    num_validation_samples: int
+    num_held_out: int
+    num_test_samples: int
+    loops: Sequence[int]
+    guidance: Sequence[float] | None
+    num_checkpoints: int
+    tflops: float
+    utilisation: float
+    device_memory: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training needs.
+
+    What single operations need for a moment, the CUDA context and gaps between allocations come on top of ``memory``.
+
+    Attributes:
+        settings: it was worked out for.
+        parameters_backbone: of the shared backbone, which the paper's tables report.
+        parameters: of the whole network.
+        forward_macs: {loops: of one pass of one sample}.
+        sample_macs: {loops: of drawing one sample}.
+        image_macs: of one training image: forward, backward (twice as much), loops that are computed again.
+        resident: {what: bytes on a device whatever the batch}.
+        kept: what a step keeps of a sample.
+        memory: bytes on one device at the end of a pass's forward half, where most is held.
+        memory_recomputing: the same with ``checkpoint_loops``.
+        largest_batch: samples of a pass that ``device_memory`` holds, 0 for none.
+        largest_batch_recomputing: the same with ``checkpoint_loops``.
+        checkpoint_bytes: of one checkpoint: raw weights, the optimiser's state, averaged weights.
+        training_hours: GPU-hours of all steps.
+        validation_hours: GPU-hours of all validations.
+        test_hours: {loops: GPU-hours of `elt test`}.
+    """
+
+    settings: Settings
+    parameters_backbone: int
+    parameters: int
+    forward_macs: dict[int, int]
+    sample_macs: dict[int, int]
+    image_macs: int
+    resident: dict[str, int]
+    kept: Kept
+    memory: int
+    memory_recomputing: int
+    largest_batch: int
+    largest_batch_recomputing: int
+    checkpoint_bytes: int
+    training_hours: float
+    validation_hours: float
+    test_hours: dict[int, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return asdict(self)
+
+
+def make_plan(module: ELTModule, settings: Settings) -> Plan:
+    """Work out what a training needs.
+
+    Args:
+        module: best built on the ``meta`` device, where it takes no memory.
+        settings: how it is trained and measured.
+
+    Raises:
+        UserError: the precision is not known here.
+    """
+    types = PRECISIONS.get(str(settings.precision))
+    if types is None:
+        known = ", ".join(name for name in PRECISIONS if "-" in name)
+        raise UserError(f"elt plan knows the precisions {known}, not {settings.precision}")
+    network: Any = module.network
+    backbone, parameters = module.num_parameters()
+    weights = parameters * types.weights.itemsize
+    state = round(weights * optimizer_bytes_per_byte(module, types.weights))
+    kept = rehearse(module, types)
+    resident = {
+        "weights": weights,
+        "gradients": weights,
+        "gradients again, to exchange them (DDP)": weights if settings.devices > 1 else 0,
+        "the optimiser's state": state,
+        "averaged weights": weights,
+        f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
+    }
+    fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
+
+    loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
+    again = (network.macs(2) - network.macs(1)) * loops if network.backbone.checkpoint_loops else 0
+    image = 3 * network.macs(loops, exits) + again
+    sample = {count: module.macs_per_sample(count) for count in settings.loops}
+    held_out = settings.num_held_out * network.macs(max(settings.loops), settings.loops)
+    validation = settings.num_validation_samples * sum(sample.values()) + held_out
+    samplers = [module.sampler.with_guidance_scale(scale) for scale in settings.guidance or ()] or [module.sampler]
+
+    def hours(macs: int) -> float:
+        return 2 * macs / (settings.tflops * 1e12 * settings.utilisation) / 3600
+
+    return Plan(
+        settings=settings,
+        parameters_backbone=backbone,
+        parameters=parameters,
+        forward_macs={count: network.macs(count) for count in settings.loops},
+        sample_macs=sample,
+        image_macs=image,
+        resident=resident,
+        kept=kept,
+        memory=fixed + settings.micro_batch_size * kept.per_sample,
+        memory_recomputing=fixed + settings.micro_batch_size * kept.recomputing,
+        largest_batch=max(0, available - fixed) // kept.per_sample,
+        largest_batch_recomputing=max(0, available - fixed) // kept.recomputing,
+        checkpoint_bytes=2 * weights + state,
+        training_hours=hours(image * settings.steps * settings.batch_size),
+        validation_hours=hours(validation * settings.num_validations),
+        test_hours={
+            count: hours(settings.num_test_samples * sum(module.macs_per_sample(count, each) for each in samplers))
+            for count in settings.loops
+        },
+    )
+
+
+def optimizer_bytes_per_byte(module: ELTModule, dtype: torch.dtype) -> float:
+    """Measure the state that the module's optimiser keeps for a byte of weights, by a step on a small matrix."""
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = module.make_optimizer([{"params": [weight]}])
+    optimizer.step()
+    state = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.numel() > 1]
+    return sum(value.nbytes for value in state) / weight.nbytes
