@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,3 +74,9 @@ def claim_numbered(folder: str | Path, stem: str) -> Path:
         except FileExistsError:
             continue
         return path
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as Markdown, without a newline at its end."""
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (headings, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])

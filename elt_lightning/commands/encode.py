@@ -5,13 +5,12 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elt_lightning.commands.arguments import Parser, device_of, number_from
 from elt_lightning.data.crops import Crops, default_workers
@@ -20,6 +19,7 @@ from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import ImageSource, open_source
 from elt_lightning.data.shards import INDEX, ShardIndex
 from elt_lightning.errors import UserError
+from elt_lightning.meter import Meter
 from elt_lightning.tokenizers.base import ImageTokenizer
 
 TOKENIZERS = {
@@ -170,41 +170,16 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     """
     done = num_unreadable = 0
     began = time.perf_counter()
-    with progress(total, encoding) as show:
+    with Meter(total, encoding.thing) as meter:
         for crops in batches:
             for name, reason in crops.unreadable:
                 print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
             done += crops.num_tried
             num_unreadable += len(crops.unreadable)
-            show(done)
+            meter.show(done)
     speed = done / (time.perf_counter() - began)
     encoded = f"{done - num_unreadable} {encoding.thing}s encoded now"
     return f"{encoded}, {num_unreadable} unreadable, {speed:.1f} {encoding.unit}"
-
-
-@contextmanager
-def progress(total: int | None, encoding: Encoding, every_seconds: float = 15.0) -> Iterator[Callable[[int], None]]:
-    """Give what to tell how much is done: a bar on a terminal, a line now and then elsewhere."""
-    began = time.perf_counter()
-    last = began
-
-    def show_line(done: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last >= every_seconds:
-            last = now
-            of_total = "" if total is None else f"/{total}"
-            print(f"{done}{of_total} {encoding.thing}s  {done / (now - began):.1f} {encoding.unit}", flush=True)
-
-    if not sys.stdout.isatty():
-        yield show_line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda done: bars.update(
-            task, completed=done, description=f"{done / (time.perf_counter() - began):.1f} {encoding.unit}"
-        )
 
 
 def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:

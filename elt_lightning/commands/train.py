@@ -6,7 +6,6 @@ import logging
 import os
 import pydoc
 import re
-import sys
 import tempfile
 import warnings
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,8 +37,8 @@ from elt_lightning.training.ema import EMA
 from elt_lightning.training.finite_steps import FiniteSteps
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import cache_weight_casts
-from elt_lightning.training.preemption import Preemption
-from elt_lightning.training.progress import PlainProgress, TerminalProgress
+from elt_lightning.training.preemption import Preemption, ending_on_interrupt, saved_checkpoint
+from elt_lightning.training.progress import Progress, ValidationScores
 from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
 from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
@@ -72,6 +72,14 @@ SHORT_FLAGS = {
 SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
 """Settings that a bare flag turns on."""
 
+LIMITS = {
+    "fit": "limit_train_batches",
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+"""Of each command the setting that limits its batches; of 0 batches Lightning makes a run that does nothing."""
+
 RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
 """What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
 
@@ -93,7 +101,7 @@ def run(name: str, arguments: list[str]) -> None:
         print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
             if trains_tokenizer(arguments):
                 TokenizerCommandLine.for_arguments([name, *arguments])
@@ -117,6 +125,17 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"the device ran out of memory: lower {what} ({str(error).splitlines()[0]})") from error
 
 
+SAYS_NOTHING = (
+    "💡 Tip",
+    "TPU available",
+    "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped: `max_",
+    "Restored all states from",
+    "Loaded model weights from",
+)
+"""How lines of Lightning's log begin that advertise, or that say what this program's own lines say."""
+
+
 def quieten_libraries() -> None:
     """Leave out what the libraries print that tells a user of this program nothing."""
     for message in (
@@ -127,10 +146,13 @@ def quieten_libraries() -> None:
         ".*`IterableDataset` has `__len__` defined.*",
         ".*Be aware that when using `ckpt_path`, callbacks.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen ones are meant to be
+        "The number of training batches .* is smaller than the logging interval",  # steps are counted over epochs
+        "Checkpoint directory .* exists and is not empty",  # as it is wherever training goes on
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+        lambda record: not record.getMessage().startswith(SAYS_NOTHING)
     )
 
 
@@ -154,6 +176,15 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
 def bracketed(value: str) -> str:
     """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
     return value if value.startswith("[") else f"[{value}]"
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard's events, without the ``hparams.yaml`` that Lightning lays beside them: ours would be empty."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out the events."""
+        self.experiment.flush()
 
 
 class RunCommandLine(LightningCLI):
@@ -185,6 +216,7 @@ class RunCommandLine(LightningCLI):
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 20,
+                "enable_model_summary": False,  # a line of this program's own says how large the model is
             },
             args=arguments,
         )
@@ -209,6 +241,9 @@ class RunCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
+        limit = LIMITS[str(self.subcommand)]
+        if config.trainer[limit] == 0:
+            raise UserError(f"{limit} is 0: elt {self.subcommand} would have nothing to do")
         if self.subcommand == "fit":
             check_trainer_settings(config.trainer)
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
@@ -243,11 +278,13 @@ class RunCommandLine(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             # An empty name and version: TensorBoard's files lie in the run's folder itself.
-            kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
-        callbacks = self.own_callbacks()
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            kwargs["logger"] = EventLogger(str(self.run_dir), name="", version="")
+        callbacks = [*self.own_callbacks(), ValidationScores()]
+        asked = config.trainer.callbacks
+        if not any(isinstance(callback, ProgressBar) for callback in (asked if isinstance(asked, list) else [asked])):
+            if config.trainer.enable_progress_bar is not False:
+                callbacks.append(Progress())
+            kwargs["enable_progress_bar"] = False  # it is Lightning's
         callbacks.append(Preemption())  # last: the work of a step belongs into the checkpoint that it saves
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
         kwargs["default_root_dir"] = str(self.run_dir)
@@ -275,6 +312,8 @@ class RunCommandLine(LightningCLI):
         with written_aside(path) as aside:
             aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
+        if self.subcommand == "fit":
+            print(sizes(self.model), flush=True)
 
     def before_fit(self) -> None:
         """Say what a limit of time counts, which Lightning keeps counting over all runs of a training."""
@@ -282,16 +321,23 @@ class RunCommandLine(LightningCLI):
         if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
             timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
             done = timer.get("time_elapsed", {}).get("train", 0)
-            print(
-                f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s of it are over", flush=True
-            )
+            print(f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s are over", flush=True)
 
     def after_fit(self) -> None:
         """Say where the model is, and what to do with it."""
-        if self.trainer.is_global_zero and self.trainer.state.finished:
-            last = self.run_dir / "checkpoints" / "last.ckpt"
-            print(f"trained {self.trainer.global_step} steps: {last}")
-            print(f"next: {self.next_command(last)}")
+        if not (self.trainer.is_global_zero and self.trainer.state.finished):
+            return
+        step, path = self.trainer.global_step, saved_checkpoint(self.trainer)
+        steps, started_from = f"{step} {'step' if step == 1 else 'steps'}", self.config[self.subcommand].ckpt_path
+        if path is not None:
+            print(f"trained {steps}: {path}")
+        elif started_from is not None and isinstance(self.trainer.checkpoint_callback, Checkpoint):
+            path = started_from  # what this program saves at the end of any training
+            print(f"nothing was left to train: {path} has {steps}")
+        else:
+            print(f"trained {steps}, and wrote no checkpoint, as it was told")
+        if path is not None:
+            print(f"next: {self.next_command(Path(path))}")
 
     def next_command(self, checkpoint: Path) -> str:
         """Say what a finished training is there for."""
@@ -325,7 +371,7 @@ class ELTCommandLine(RunCommandLine):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come, not kept in memory
         if self.subcommand in ("validate", "test"):
-            config.verbose = False  # the sweep prints a table of its own
+            config.verbose = False  # scores are printed by this program
 
     def own_callbacks(self) -> list[Callback]:
         """Measure speed, and put the recipe into checkpoints."""
@@ -365,6 +411,17 @@ class TokenizerCommandLine(RunCommandLine):
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
+
+
+def sizes(model: LightningModule) -> str:
+    """Say how many parameters each part of a model has, and which parts are not trained."""
+    parts = []
+    for name, part in model.named_children():
+        parameters = list(part.parameters())
+        if parameters:
+            frozen = "" if any(parameter.requires_grad for parameter in parameters) else " (frozen)"
+            parts.append(f"{name} {sum(parameter.numel() for parameter in parameters):,}{frozen}")
+    return f"parameters: {', '.join(parts)}"
 
 
 def choose_run_dir(config: Namespace, subcommand: str) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
@@ -21,6 +21,8 @@ from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.preemption import end_if_asked
+from elt_lightning.training.progress import meter
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +95,9 @@ class LoopMetrics(Callback):
         if self.num_validation_samples < 2:
             return
         module = cast(ELTModule, pl_module)
-        num_samples = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
-        sweep = self._sweep(trainer, min(num_samples, self.num_validation_samples), repeats=1)
-        rows = [
-            self._measure(trainer, module, sweep, loops, module.sampler.guidance.scale) for loops in self._loops(module)
-        ]
+        few = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
+        sweep = self._sweep(trainer, min(few, self.num_validation_samples), 1)
+        rows = self._run_sweep(trainer, module, sweep, [module.sampler.guidance.scale])
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
@@ -142,7 +142,14 @@ class LoopMetrics(Callback):
                 write_reconstruction(folder, reconstruction)
         if not self._has_model:
             return
-        rows = self._run_sweep(trainer, module, folder)
+        scales = self.guidance or [module.sampler.guidance.scale]
+        rows = self._run_sweep(
+            trainer,
+            module,
+            self._sweep(trainer, self.num_samples, self.repeats),
+            scales,
+            folder if self.save_samples else None,
+        )
         if _data(trainer).primary_metric == HELD_OUT_LOSS:
             for row in rows:
                 row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
@@ -157,27 +164,38 @@ class LoopMetrics(Callback):
                 pictures = best.pictures.to(_with_float64(module.device))
                 write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
 
-    def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
-        """Measure every loop count at every guidance scale, with a progress bar."""
-        sweep = self._sweep(trainer, self.num_samples, self.repeats)
-        scales = self.guidance or [module.sampler.guidance.scale]
+    def _run_sweep(
+        self, trainer: Trainer, module: ELTModule, sweep: Sweep, scales: list[float], folder: Path | None = None
+    ) -> list[Row]:
+        """Measure every loop count at every guidance scale, show how far that is, and end between batches if asked to.
+
+        Args:
+            trainer: that runs it.
+            module: in eval mode, on its device.
+            sweep: how each is measured.
+            scales: of guidance.
+            folder: where samples are saved; None to save none.
+        """
         settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("sampling at {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not (console.is_terminal and trainer.is_global_zero)) as bar:
-            task = bar.add_task("", total=len(settings) * self.repeats * self.num_samples)
-            rows = []
+        costs = [module.macs_per_sample(loops, module.sampler.with_guidance_scale(scale)) for loops, scale in settings]
+        of_each, drawn = sweep.num_samples * sweep.repeats, 0
+        rows: list[Row] = []
+
+        def after_batch(count: int) -> None:
+            nonlocal drawn
+            place = len(rows)
+            loops, scale = settings[place]
+            drawn = min(drawn + count, (place + 1) * of_each)
+            share = (sum(costs[:place]) + costs[place] * (drawn / of_each - place)) / sum(costs)
+            shown.show(drawn, lambda: f"loops {loops}, guidance {scale:g}", share)
+            end_if_asked(trainer, module)
+
+        with meter(trainer, of_each * len(settings), "sample") as shown:
             for loops, scale in settings:
-                bar.update(task, description=f"loops {loops}, guidance {scale:g}")
-                archive = self._archive(trainer, folder, loops, scale if len(scales) > 1 else None)
-                rows.append(
-                    self._measure(trainer, module, sweep, loops, scale, lambda n: bar.advance(task, n), archive)
-                )
+                archive = None
+                if folder is not None:
+                    archive = self._archive(trainer, folder, loops, scale if len(scales) > 1 else None)
+                rows.append(self._measure(trainer, module, sweep, loops, scale, after_batch, archive))
                 if archive is not None:
                     trainer.strategy.barrier()
                     if trainer.is_global_zero:
@@ -185,10 +203,8 @@ class LoopMetrics(Callback):
                         print(archive.path)
         return rows
 
-    def _archive(self, trainer: Trainer, folder: Path, loops: int, scale: float | None) -> SampleArchive | None:
-        if self.save_samples is None:
-            return None
-        asked = folder / self.save_samples
+    def _archive(self, trainer: Trainer, folder: Path, loops: int, scale: float | None) -> SampleArchive:
+        asked = folder / str(self.save_samples)
         name = f"{asked.stem}_L{loops}" + (f"_guidance{scale:g}" if scale is not None else "")
         return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
@@ -206,8 +222,8 @@ class LoopMetrics(Callback):
         sweep: Sweep,
         loops: int,
         scale: float,
-        progress: Any = lambda n: None,
-        archive: SampleArchive | None = None,
+        progress: Callable[[int], None],
+        archive: SampleArchive | None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()

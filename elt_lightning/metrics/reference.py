@@ -3,19 +3,18 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.meter import counted
 from elt_lightning.metrics.frechet import Moments, MomentSums
 from elt_lightning.metrics.inception import FIDInception
 
@@ -47,7 +46,7 @@ class ReferenceImages:
             are (B, 3, F, H, W).
         fingerprint: identifies their content: it changes when an image is added, altered or left out.
         settings: what was done to them that changes pixels, such as the size; plain data.
-        num_images: how many there are, for the progress bar; None if unknown.
+        num_images: how many there are, to show how far it is; None if unknown.
     """
 
     batches: Callable[[], Iterable[Tensor]]
@@ -94,7 +93,7 @@ def compute_moments(
     Args:
         batches: the images.
         network: reads them, on its own device.
-        num_images: how many there are, for the progress bar; None if unknown.
+        num_images: how many there are, to show how far it is; None if unknown.
 
     Raises:
         UserError: there are fewer than two.
@@ -102,7 +101,7 @@ def compute_moments(
     device = next(network.parameters()).device
     sums_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs lack float64
     pool, spatial = (MomentSums.zeros(size, sums_device) for size in (network.num_pool, network.num_spatial))
-    for images in with_progress(batches, "reading real images", num_images):
+    for images in counted(batches, "real image", num_images):
         features = network.features(images.to(device))
         pool.add(features.pool)
         spatial.add(features.spatial)
@@ -111,17 +110,6 @@ def compute_moments(
         raise UserError(f"reference moments need at least 2 images, not {count}")
     cpu = torch.device("cpu")
     return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count)
-
-
-def with_progress(batches: Iterable[Tensor], what: str, total: int | None) -> Iterator[Tensor]:
-    """Pass batches on, counting their items in a progress bar on a terminal; None: nobody knows how many there are."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
 
 
 def write_moments(path: str | Path, moments: InceptionMoments) -> None:
