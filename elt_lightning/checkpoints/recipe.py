@@ -1,5 +1,6 @@
 """The recipe in a checkpoint: how to build the model, the data module and the tokenizer again, as plain data."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 class Recipe(Callback):
-    """Store ``checkpoint["elt"]``, which :mod:`elt_lightning.checkpoints.store` reads.
+    """Store ``checkpoint["elt"]`` for :mod:`elt_lightning.checkpoints.store`; relative paths are of its ``folder``.
 
     Args:
         model: resolved ``model`` section of the config, with what was linked from the data filled in.
@@ -22,7 +23,7 @@ class Recipe(Callback):
     """
 
     def __init__(self, model: dict[str, Any], data: dict[str, Any], tokenizer: Callable[[], dict[str, Any]]) -> None:
-        self.recipe = {"version": FORMAT_VERSION, "model": model, "data": data}
+        self.recipe = {"version": FORMAT_VERSION, "folder": os.getcwd(), "model": model, "data": data}
         self.tokenizer = tokenizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: D102
@@ -45,6 +46,24 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
             f"{FORMAT_VERSION}): upgrade to read it"
         )
+
+
+def found(recipe: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return a section of a checkpoint's recipe whose relative paths lie where the run was made, or else here.
+
+    What the run's folder has is named by an absolute path; the rest is left to the current folder.
+    """
+    folder = str(recipe.get("folder", ""))
+    return recipe[section] if folder in ("", os.getcwd()) else _found_in(folder, recipe[section])
+
+
+def _found_in(folder: str, settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {key: value if key == "class_path" else _found_in(folder, value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_found_in(folder, value) for value in settings]
+    is_there = isinstance(settings, str) and settings and os.path.exists(os.path.join(folder, settings))
+    return os.path.join(folder, settings) if is_there else settings
 
 
 def is_count(value: Any) -> bool:

@@ -203,6 +203,10 @@ class BatchedDataModule(LightningDataModule):
             seed,
         )
 
+    def tokenizer_description(self) -> dict[str, Any]:
+        """Describe the tokenizer of the data, as :meth:`Tokenizer.description` does; nothing where they are pixels."""
+        return {}
+
     def training_micro_batch(self, trainer: Trainer) -> int:
         """Return the samples of a forward pass of one device in training.
 

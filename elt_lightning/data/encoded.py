@@ -142,7 +142,7 @@ def check_same_codes(first: str, one: ShardIndex, second: str, other: ShardIndex
     Raises:
         UserError: they do not.
     """
-    for name in ("classes", "image_size", "input_shape", "stored_shape", "num_codes", "latent_scale"):
+    for name in ("classes", "image_size", "crop", "input_shape", "stored_shape", "num_codes", "latent_scale"):
         here, there = getattr(one, name), getattr(other, name)
         if here != there:
             described = (f"{len(here)} and {len(there)}, or in another order",) if name == "classes" else (here, there)

@@ -275,6 +275,7 @@ def download_inception(folder: str | Path) -> Path:
             torch.hub.download_url_to_file(WEIGHTS_URL, str(aside), WEIGHTS_SHA256, progress=sys.stderr.isatty())
     except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(f"cannot download {WEIGHTS_URL} to {path} ({error}): fetch it by hand") from error
+    print(f"made {path}: Inception's weights, downloaded", flush=True)
     return path
 
 

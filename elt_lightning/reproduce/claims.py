@@ -383,7 +383,7 @@ def converges_sooner(experiment: Experiment) -> Finding:
     ours, theirs = losses.iloc[-1], unlooped.iloc[-1]
     reached = losses <= theirs  # steps, seeds
     when = ", ".join(
-        f"at step {losses.index[reached[s].argmax()] + 1:,}" if reached[s].any() else "never" for s in reached
+        f"at step {losses.index[int(reached[s].argmax())] + 1:,}" if reached[s].any() else "never" for s in reached
     )
     text = f"the unlooped model's loss after {unlooped.index[-1] + 1:,} steps is reached, seed by seed: {when}"
     text += f"; losses at the end: ILSD {spread(ours, 3)}, unlooped {spread(theirs, 3)}"

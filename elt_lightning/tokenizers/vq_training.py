@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.func import functional_call
@@ -29,6 +28,7 @@ from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
 from elt_lightning.training.optimiser import LearningRateSchedule, with_schedule
+from elt_lightning.training.runs import log_picture
 from elt_lightning.weights import differences
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
@@ -302,9 +302,9 @@ class VQTraining(LightningModule):
         # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
         count = len(pixels) * self.trainer.world_size
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=count, sync_dist=True)
-        if batch_idx == 0 and self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+        if batch_idx == 0 and self.trainer.is_global_zero:
             picture = side_by_side(pixels[: self.num_pictures], reconstruction[: self.num_pictures])
-            self.logger.experiment.add_image("val/reconstructions", picture, self.global_step, dataformats="HWC")
+            log_picture(self.trainer, "val/reconstructions", picture)
 
     def on_validation_epoch_end(self) -> None:
         """Log how many codes all held-out samples use, and how evenly."""

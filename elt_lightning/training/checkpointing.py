@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.training.runs import run_folder
 from elt_lightning.training.trainer_settings import check_monitored
 
 UNFINISHED = ".unfinished.ckpt"
@@ -57,6 +59,36 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
         raise
 
 
+def name_again(path: Path, name: Path) -> None:
+    """Give a file or folder a second name in its folder, which is whole at any moment.
+
+    It is a symbolic link. Some file systems have none: there it is a hard link, or a copy.
+    """
+    if name.exists() and name.samefile(path):
+        return
+    aside = name.with_name(f"{name.name}.new")
+    remove(aside)
+    for make in (os.symlink, os.link, shutil.copytree if path.is_dir() else shutil.copyfile):
+        try:
+            make(path.name if make is os.symlink else path, aside)
+            break
+        except OSError:
+            remove(aside)
+            if make not in (os.symlink, os.link):
+                raise
+    if name.is_dir() and not name.is_symlink():
+        remove(name)  # no folder is replaced in one step
+    os.replace(aside, name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Checkpoint(ModelCheckpoint):
     """Lightning's checkpoints, with the settings of this project and one for the last step of training.
 
@@ -94,7 +126,8 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the trainer write its files whole."""
+        """Write into the run's folder, wherever loggers write; and let the trainer write its files whole."""
+        self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeFiles()
 
@@ -145,11 +178,7 @@ class Checkpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """Replace the link in one step; Lightning removes the old one first."""
         if trainer.is_global_zero:
-            aside = f"{linkpath}.new"
-            if os.path.lexists(aside):
-                os.remove(aside)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), aside)
-            os.replace(aside, linkpath)
+            name_again(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
