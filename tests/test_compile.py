@@ -65,7 +65,9 @@ def test_one_compilation_serves_every_loop_count(make: Callable[..., Network]) -
     with torch.no_grad():
         for loops in (2, 1, 3, 4, 8, 16):
             exits = range(1, loops)
-            for ours, theirs in zip(*(n(x, condition, loops, exits).values() for n in (compiled, plain)), strict=True):
+            for ours, theirs in zip(
+                *(n(x, condition, loops, exits).predictions.values() for n in (compiled, plain)), strict=True
+            ):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
@@ -95,7 +97,7 @@ def test_gradients_are_those_without(make: Callable[..., Network], checkpoint_lo
     for loops in (3, 5):
         for network in (compiled, plain):
             network.zero_grad()
-            sum(p.square().mean() for p in network.train()(x, condition, loops, (1,)).values()).backward()  # type: ignore[union-attr]
+            sum(p.square().mean() for p in network.train()(x, condition, loops, (1,)).predictions.values()).backward()  # type: ignore[union-attr]
         for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
             assert ours.grad is not None, name
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
@@ -118,7 +120,7 @@ def test_mixed_precision_casts_the_weights_once_for_all_loops() -> None:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.autocast("cpu", torch.bfloat16), hooks:
-            loss = network(x, condition, loops)[loops].float().square().mean()
+            loss = network(x, condition, loops).predictions[loops].float().square().mean()
         size = sum(storage.nbytes() for storage in storages.values())
         network.zero_grad()
         loss.backward()
@@ -143,7 +145,7 @@ def test_samples_of_a_compiled_network() -> None:
     def draw(network: Network) -> Tensor:
         with torch.no_grad():
             return sampler.sample(
-                lambda x, condition, loops: network(x, condition, loops)[loops],
+                network,
                 network.sample_shape,
                 Condition(labels),
                 [1, 2, 3, 4, 5, 6],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from predictions import stateless
 from small_runs import train_small_squares
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -96,7 +97,7 @@ def test_predictions_are_those_of_the_cpu(make: Callable[[], Network]) -> None:
     x, condition = inputs(network)
     with torch.no_grad():
         theirs = reference(x.cpu() if x.dtype == torch.int64 else x.cpu().double(), on_the_cpu(condition), 4, (1, 2))
-        for loops, ours in network(x, condition, 4, (1, 2)).items():
+        for loops, ours in network(x, condition, 4, (1, 2)).predictions.items():
             error = (ours.cpu().double() - theirs[loops]).norm() / theirs[loops].norm()
             assert error < 1e-4, loops
 
@@ -117,7 +118,7 @@ def drawer(name: str, network: Network) -> Callable[[int], Tensor]:
     @torch.no_grad()
     def draw(loops: int) -> Tensor:
         return sampler.sample(
-            lambda x, condition, loops: objective.denoised(network(x, condition, loops)[loops], x, condition),
+            stateless(lambda x, c, loops: objective.denoised(network(x, c, loops).predictions[loops], x, c)),
             network.sample_shape,
             condition,
             loops,
@@ -182,7 +183,9 @@ def test_compiled_loops_predict_and_learn_the_same(make: Callable[[], Network]) 
         for network in (compiled, plain):
             network.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
-                sum(p.float().square().mean() for p in network(x, condition, loops, (1,)).values()).backward()  # type: ignore[union-attr]
+                sum(
+                    p.float().square().mean() for p in network(x, condition, loops, (1,)).predictions.values()
+                ).backward()  # type: ignore[union-attr]
             gradients.append(torch.cat([w.grad.flatten() for w in network.parameters() if w.grad is not None]))
         assert len(gradients[0]) == len(gradients[1])
         assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 0.05
@@ -205,7 +208,7 @@ def kept_bytes(network: Network, loops: int) -> int:
     tokens, condition = torch.zeros(1, 4, dtype=torch.int64, device="cuda"), Condition(torch.zeros(1).long().cuda())
     before = torch.cuda.memory_allocated()
     with torch.autocast("cuda", torch.bfloat16):
-        loss = network(tokens, condition, loops)[loops].float().square().mean()
+        loss = network(tokens, condition, loops).predictions[loops].float().square().mean()
     kept = torch.cuda.memory_allocated() - before
     loss.backward()
     network.zero_grad()
@@ -234,7 +237,7 @@ def test_loops_that_are_recomputed_take_less_memory_and_give_the_same_gradients(
         x, condition = inputs(network)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        network(x, condition, 8)[8].square().mean().backward()
+        network(x, condition, 8).predictions[8].square().mean().backward()
         peak = torch.cuda.max_memory_allocated() - before
         results.append((peak, torch.cat([w.grad.flatten() for w in network.parameters() if w.grad is not None])))
     (peak, plain), (lower, recomputed) = results

@@ -172,6 +172,18 @@ def test_a_foreign_weight_is_refused() -> None:
         from_dit_state_dict(state)
 
 
+def test_training_checkpoints_and_wrapped_weights_of_dit_are_taken() -> None:
+    """What DiT's train.py saves holds model, ema, opt and args; the averaged weights are the published ones."""
+    state = random_dit_state(1, 8, 2, 2, 3, 3)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    other = {name: value + 1 for name, value in wrapped.items()}
+    plain = from_dit_state_dict(state)
+    for given in (wrapped, {"model": other, "ema": wrapped, "opt": {}}, {"model": wrapped}):
+        assert all(torch.equal(value, plain[name]) for name, value in from_dit_state_dict(given).items())
+    with pytest.raises(ValueError, match=r"x_embedder\.proj\.weight .* is missing: here is epoch"):
+        from_dit_state_dict({"epoch": 3})
+
+
 def test_sine_positions_number_by_number() -> None:
     rows, columns, width = 3, 5, 16
     table = sine_positions((rows, columns), width)
@@ -217,10 +229,10 @@ def test_patches_of_a_video() -> None:
 def test_an_exit_equals_a_fresh_pass(block: str, prelude: int, coda: int) -> None:
     network = small_network(block, prelude_layers=prelude, coda_layers=coda).eval()
     x, condition = torch.randn(3, 3, 8, 12), condition_of(3)
-    exits = network(x, condition, loops=5, exits=(1, 2, 4))
+    exits = network(x, condition, loops=5, exits=(1, 2, 4)).predictions
     assert sorted(exits) == [1, 2, 4, 5]
     for loops, prediction in exits.items():
-        assert torch.equal(prediction, network(x, condition, loops)[loops])
+        assert torch.equal(prediction, network(x, condition, loops).predictions[loops])
     assert not torch.allclose(exits[4], exits[5], atol=1e-3)
 
 
@@ -239,12 +251,12 @@ def test_modulations_are_made_once_per_pass(block: str) -> None:
 def test_class_and_time_matter_and_samples_do_not_mix(block: str) -> None:
     network = small_network(block).eval()
     x, condition = torch.randn(2, 3, 8, 12), Condition(torch.tensor([1, 2]), torch.tensor([0.3, 0.6]))
-    plain = network(x, condition, 2)[2]
+    plain = network(x, condition, 2).predictions[2]
     for other in (
         Condition(torch.tensor([1, 3]), condition.time),
         Condition(condition.labels, torch.tensor([0.3, 0.601])),
     ):
-        changed = network(x, other, 2)[2]
+        changed = network(x, other, 2).predictions[2]
         torch.testing.assert_close(changed[0], plain[0])
         assert (changed[1] - plain[1]).abs().max() > 1e-4
 
@@ -252,7 +264,7 @@ def test_class_and_time_matter_and_samples_do_not_mix(block: str) -> None:
 def test_an_untrained_network_predicts_zero_at_every_exit_and_can_learn() -> None:
     for block in BLOCKS:
         network = LoopedDiT((3, 8, 12), 5, 2, width=24, heads=4, block=block)  # type: ignore[arg-type]
-        predictions = network(torch.randn(2, 3, 8, 12), condition_of(2), 3, (1, 2))
+        predictions, _ = network(torch.randn(2, 3, 8, 12), condition_of(2), 3, (1, 2))
         assert all((prediction == 0).all() for prediction in predictions.values())
         sum((prediction - 1).square().sum() for prediction in predictions.values()).backward()  # type: ignore[union-attr]
         assert network.head.linear.weight.grad.abs().max() > 0  # type: ignore[union-attr]
@@ -284,7 +296,7 @@ def test_film_block_against_plain_algebra() -> None:
 def test_videos_and_learned_positions() -> None:
     network = small_network(input_shape=(3, 4, 8, 12), patch_size=(2, 4, 4), positions="learned")
     assert "positions" in dict(network.named_parameters())
-    prediction = network(torch.randn(2, 3, 4, 8, 12), condition_of(2), 2)[2]
+    prediction = network(torch.randn(2, 3, 4, 8, 12), condition_of(2), 2).predictions[2]
     assert prediction.shape == (2, 3, 4, 8, 12)
     assert network.sample_shape == (3, 4, 8, 12)
 
@@ -292,7 +304,7 @@ def test_videos_and_learned_positions() -> None:
 def test_half_precision_tells_neighbouring_times_apart() -> None:
     network = small_network().bfloat16().eval()
     x, labels = torch.randn(1, 3, 8, 12).expand(2, -1, -1, -1), torch.zeros(2, dtype=torch.long)
-    prediction = network(x, Condition(labels, torch.tensor([0.990, 0.992])), 2)[2]
+    prediction = network(x, Condition(labels, torch.tensor([0.990, 0.992])), 2).predictions[2]
     assert prediction.dtype == torch.bfloat16
     assert prediction.isfinite().all()
     assert not torch.equal(prediction[0], prediction[1])
@@ -355,7 +367,7 @@ def test_checkpointed_loops_give_equal_gradients_for_less_memory(block: str) -> 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            predictions = network(x, condition, 6, (2, 4))
+            predictions, _ = network(x, condition, 6, (2, 4))
         sum(prediction.square().sum() for prediction in predictions.values()).backward()  # type: ignore[union-attr]
         return [parameter.grad.clone() for parameter in network.parameters()], kept, len(calls)  # type: ignore[union-attr]
 

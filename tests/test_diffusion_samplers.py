@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -49,7 +50,7 @@ def labels_of(count: int) -> Condition:
 def draw(sampler: DiffusionSampler, count: int = 500, elements: int = 400, **settings: object) -> Tensor:
     predict = settings.pop("predict", None) or gaussian_denoiser(sampler.schedule)
     seeds = sample_seeds(int(torch.randint(2**31, ())), torch.arange(count))
-    return sampler.sample(predict, (elements,), labels_of(count), 1, seeds, **settings)  # type: ignore[arg-type]
+    return sampler.sample(stateless(predict), (elements,), labels_of(count), 1, seeds, **settings)  # type: ignore[arg-type]
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_each_sample_tends_to_the_end_of_its_path_at_the_samplers_order(
     errors = []
     for steps in (128, 256, 512):
         sampler = make(NUM_CLASSES, steps, schedule)
-        samples = sampler.sample(gaussian_denoiser(schedule), (50,), labels_of(4), 1, seeds)
+        samples = sampler.sample(stateless(gaussian_denoiser(schedule)), (50,), labels_of(4), 1, seeds)
         errors.append(float((samples - end).abs().mean()))
     for coarse, fine in pairwise(errors):
         assert order - 0.5 < math.log2(coarse / fine) < order + 0.2  # second order is log K/K² at these K
@@ -183,7 +184,7 @@ def test_ddim_is_eulers_method_on_the_path_of_flow_matching() -> None:
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
         return objective.denoised(velocity(x, condition, loops), x, condition)
 
-    samples = sampler.sample(predict, (40,), labels_of(6), 1, seeds)
+    samples = sampler.sample(stateless(predict), (40,), labels_of(6), 1, seeds)
     z = normal(seeds, 0, Stream.INITIAL_NOISE, (40,)).double()
     margin = 1 / (1 + math.exp(7.5))
     amount = [margin + (1 - k / steps) * (1 - 2 * margin) for k in range(steps)] + [0.0]  # of noise, none at the end
@@ -208,8 +209,8 @@ def test_what_the_network_predicts_does_not_change_the_samples(kind: Prediction)
 
     for make in MAKERS:
         sampler = make(NUM_CLASSES, 10, schedule)
-        expected = sampler.sample(best, (30,), labels_of(3), 1, seeds)
-        samples = sampler.sample(predict, (30,), labels_of(3), 1, seeds)
+        expected = sampler.sample(stateless(best), (30,), labels_of(3), 1, seeds)
+        samples = sampler.sample(stateless(predict), (30,), labels_of(3), 1, seeds)
         torch.testing.assert_close(samples, expected, rtol=0, atol=2e-3)
 
 
@@ -220,11 +221,11 @@ def test_what_the_network_predicts_does_not_change_the_samples(kind: Prediction)
 def test_a_sample_depends_on_its_own_seed_alone(make: Callable[..., DiffusionSampler]) -> None:
     sampler, seeds = make(NUM_CLASSES, 5), sample_seeds(3, torch.arange(6))
     predict = gaussian_denoiser(sampler.schedule)
-    together = sampler.sample(predict, (3, 4, 4), labels_of(6), 1, seeds)
+    together = sampler.sample(stateless(predict), (3, 4, 4), labels_of(6), 1, seeds)
     assert together.shape == (6, 3, 4, 4)
     assert together.dtype == torch.float32
     for i in range(6):
-        alone = sampler.sample(predict, (3, 4, 4), labels_of(1), 1, seeds[i : i + 1])
+        alone = sampler.sample(stateless(predict), (3, 4, 4), labels_of(1), 1, seeds[i : i + 1])
         assert torch.equal(alone[0], together[i])
     assert not torch.allclose(together[0], together[1])
 
@@ -240,13 +241,13 @@ def test_loops_may_be_one_number_or_one_per_step(make: Callable[..., DiffusionSa
         seen.append((loops, float(condition.time[0])))
         return torch.zeros_like(x)
 
-    sampler.sample(predict, (2,), labels_of(1), [1, 2, 3, 5], sample_seeds(0, torch.arange(1)))
+    sampler.sample(stateless(predict), (2,), labels_of(1), [1, 2, 3, 5], sample_seeds(0, torch.arange(1)))
     assert seen == [(1, 1.0), (2, 0.75), (3, 0.5), (5, 0.25)]
     seen.clear()
-    sampler.sample(predict, (2,), labels_of(1), 7, sample_seeds(0, torch.arange(1)))
+    sampler.sample(stateless(predict), (2,), labels_of(1), 7, sample_seeds(0, torch.arange(1)))
     assert [loops for loops, _ in seen] == [7] * 4
     with pytest.raises(ValueError, match="loops"):
-        sampler.sample(predict, (2,), labels_of(1), [1, 2], sample_seeds(0, torch.arange(1)))
+        sampler.sample(stateless(predict), (2,), labels_of(1), [1, 2], sample_seeds(0, torch.arange(1)))
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -254,13 +255,13 @@ def test_known_values_stay_and_the_rest_is_sampled(make: Callable[..., Diffusion
     sampler, seeds = make(NUM_CLASSES, 8), sample_seeds(2, torch.arange(5))
     known = torch.randn(5, 20).masked_fill(torch.rand(5, 20) < 0.5, torch.nan)
     predict = gaussian_denoiser(sampler.schedule)
-    filled = sampler.sample(predict, (20,), labels_of(5), 1, seeds, known)
-    free = sampler.sample(predict, (20,), labels_of(5), 1, seeds)
+    filled = sampler.sample(stateless(predict), (20,), labels_of(5), 1, seeds, known)
+    free = sampler.sample(stateless(predict), (20,), labels_of(5), 1, seeds)
     given = ~known.isnan()
     assert torch.equal(filled[given], known[given])
     assert torch.equal(filled[~given], free[~given])  # this denoiser looks at one element at a time
     with pytest.raises(ValueError, match="known"):
-        sampler.sample(predict, (20,), labels_of(5), 1, seeds, known[:, :10])
+        sampler.sample(stateless(predict), (20,), labels_of(5), 1, seeds, known[:, :10])
 
 
 def test_the_state_of_a_known_value_is_that_value_with_the_noise_of_its_time() -> None:
@@ -272,7 +273,7 @@ def test_the_state_of_a_known_value_is_that_value_with_the_noise_of_its_time() -
         return torch.zeros_like(x)
 
     known = torch.full((200, 300), 1.3)
-    sampler.sample(predict, (300,), labels_of(200), 1, sample_seeds(9, torch.arange(200)), known)
+    sampler.sample(stateless(predict), (300,), labels_of(200), 1, sample_seeds(9, torch.arange(200)), known)
     for time, state in seen:
         a, s = amounts(sampler.schedule, time)
         assert float(state.mean()) == pytest.approx(1.3 * a, abs=4.5 * s / math.sqrt(60_000) + 1e-3)
@@ -353,6 +354,18 @@ class ClassDependent:
         return gaussian_denoiser(self.schedule, 0.0, VARIANCE)(x, condition, loops) + means * 0.1
 
 
+def test_guidance_of_scale_0_is_the_null_class_alone_and_costs_one_branch() -> None:
+    seeds, labels = sample_seeds(4, torch.arange(3)), torch.tensor([0, 1, 2])
+    guided, plain = (MAKERS[0](NUM_CLASSES, 6, guidance=guidance) for guidance in (Guidance(0.0), None))
+    network = ClassDependent(guided.schedule)
+    sampled = guided.sample(network, (20,), Condition(labels), 1, seeds)
+    assert network.batches == [3] * 6
+    assert len(guided.network_calls(1)) == 6
+    null = Condition(torch.full_like(labels, NUM_CLASSES))
+    assert torch.equal(sampled, plain.sample(network, (20,), null, 1, seeds))
+    assert [Guidance(0.0, "linear").branches(step, 3) for step in range(3)] == [2, 2, 1]
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_guidance_of_scale_1_is_none_and_costs_one_branch(make: Callable[..., DiffusionSampler]) -> None:
     seeds, condition = sample_seeds(4, torch.arange(3)), Condition(torch.tensor([0, 1, 2]))
@@ -360,7 +373,7 @@ def test_guidance_of_scale_1_is_none_and_costs_one_branch(make: Callable[..., Di
     for guidance in (None, Guidance(1.0), Guidance(1.0 + 1e-7)):
         sampler = make(NUM_CLASSES, 6, guidance=guidance)
         network = ClassDependent(sampler.schedule)
-        results.append(sampler.sample(network, (20,), condition, 1, seeds))
+        results.append(sampler.sample(stateless(network), (20,), condition, 1, seeds))
         branches = 2 if guidance is not None and guidance.scale != 1 else 1
         assert network.batches == [3 * branches] * 6
         assert len(sampler.network_calls(1)) == 6 * branches
@@ -373,7 +386,7 @@ def test_guidance_acts_in_its_interval_alone(make: Callable[..., DiffusionSample
     sampler = make(NUM_CLASSES, 10, guidance=Guidance(3.0, interval=(0.25, 0.7)))
     network = ClassDependent(sampler.schedule)
     samples = sampler.sample(
-        network,
+        stateless(network),
         (20,),
         Condition(torch.tensor([0, 2])),
         [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
@@ -395,7 +408,9 @@ def test_guidance_acts_in_its_interval_alone(make: Callable[..., DiffusionSample
         unconditional = ClassDependent(plain.schedule)(x, null, loops)
         return 3 * conditional - 2 * unconditional
 
-    expected = plain.sample(by_hand, (20,), Condition(torch.tensor([0, 2])), 1, sample_seeds(4, torch.arange(2)))
+    expected = plain.sample(
+        stateless(by_hand), (20,), Condition(torch.tensor([0, 2])), 1, sample_seeds(4, torch.arange(2))
+    )
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-4)
 
 
@@ -416,7 +431,9 @@ def test_masked_sampling_takes_an_interval_too() -> None:
         batches.append(len(x))
         return torch.zeros(*x.shape, 5)
 
-    tokens = sampler.sample(predict, (9,), Condition(torch.tensor([0, 1])), 3, sample_seeds(0, torch.arange(2)))
+    tokens = sampler.sample(
+        stateless(predict), (9,), Condition(torch.tensor([0, 1])), 3, sample_seeds(0, torch.arange(2))
+    )
     assert batches == [2, 2, 4, 4]
     assert sampler.network_calls(3) == [3] * 6
     assert ((tokens >= 0) & (tokens < 5)).all()

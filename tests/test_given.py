@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.cli import main
@@ -65,7 +66,7 @@ def test_known_tokens_are_those_that_are_given(
     assert torch.equal(known[0] < V, kept.flatten())
     assert int(kept.sum()) == num_known
     given = module.sampler.sample(
-        lambda x, condition, loops: torch.randn(*x.shape, V), (64,), None, 1, torch.tensor([3]), known
+        stateless(lambda x, condition, loops: torch.randn(*x.shape, V)), (64,), None, 1, torch.tensor([3]), known
     )
     assert torch.equal(given[0][kept.flatten()], known[0][kept.flatten()])
     assert (given < V).all()

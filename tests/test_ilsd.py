@@ -142,14 +142,14 @@ def test_gradients_of_both_paths_meet_in_the_shared_weights_without_the_teacher_
     objective, corrupted = random_case(0)
     condition = Condition(torch.randint(0, 4, (B,)))
     weights = list(network.parameters())
-    predictions = network(corrupted.inputs, condition, 4, (2,))
+    predictions, _ = network(corrupted.inputs, condition, 4, (2,))
     loss, _ = ILSD(4).loss(predictions, corrupted, objective, 0.3)
     ours = torch.autograd.grad(loss, weights)
 
     with torch.no_grad():
-        constant = network(corrupted.inputs, condition, 4)[4].softmax(-1)
-    teacher = network(corrupted.inputs, condition, 4)[4].log_softmax(-1)
-    student = network(corrupted.inputs, condition, 2)[2].log_softmax(-1)
+        constant = network(corrupted.inputs, condition, 4).predictions[4].softmax(-1)
+    teacher = network(corrupted.inputs, condition, 4).predictions[4].log_softmax(-1)
+    student = network(corrupted.inputs, condition, 2).predictions[2].log_softmax(-1)
     share = corrupted.weight.double() / corrupted.weight.double().sum(1, keepdim=True) / B
     smooth = torch.full((B, T, V), 0.1 / V, dtype=torch.float64)
     smooth.scatter_(-1, corrupted.target[..., None], 0.9 + 0.1 / V)
@@ -237,7 +237,7 @@ def test_a_training_step_is_one_forward_pass_and_logs_its_terms(mode: str, monke
     seeds = sample_seeds(13, batch.indices)
     corrupted = objective.corrupt(batch.x, seeds, 30)
     labels = drop_labels(batch.labels, seeds, 30, 0.5, 4)
-    logits = {n: network(corrupted.inputs, Condition(labels), n)[n].detach() for n in (*exits, 4)}
+    logits = {n: network(corrupted.inputs, Condition(labels), n).predictions[n].detach() for n in (*exits, 4)}
     assert loss.item() == pytest.approx(loss_by_hand(mode, logits, 4, corrupted, 0.1, 0.75), rel=1e-5)
     names = {"train/loss", "train/loss_teacher"}
     if exits:

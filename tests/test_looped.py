@@ -132,7 +132,7 @@ def test_looped_stack_equals_a_written_out_loop_in_values_and_gradients(
     randomise(stack)
     h = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
     exits = sorted({1, loops - 1, loops} - {0})
-    states = stack(h, None, loops, exits)
+    states, _ = stack(h, None, loops, exits)
     assert sorted(states) == exits
     leaves, total, expected_total = [h, *stack.parameters()], torch.zeros(()), torch.zeros(())
     for exit_loops in exits:
@@ -166,8 +166,8 @@ def test_gradients_of_shared_layers_are_the_sum_over_unshared_copies(loops: int)
         block.load_state_dict(shared.layers[place % 2].state_dict())
     h = torch.randn(3, 4, 16, dtype=torch.float64)
     direction = torch.randn_like(h)
-    (shared(h, None, loops)[loops] * direction).sum().backward()
-    (unrolled(h, None, 1)[1] * direction).sum().backward()
+    (shared(h, None, loops)[0][loops] * direction).sum().backward()
+    (unrolled(h, None, 1)[0][1] * direction).sum().backward()
     for place, block in enumerate(shared.layers):
         copies = [dict(copy.named_parameters()) for copy in list(unrolled.layers)[place::2]]
         for name, parameter in block.named_parameters():
@@ -181,11 +181,11 @@ def test_exit_r_of_a_deep_pass_equals_a_fresh_pass_of_r_loops_bit_for_bit(seed: 
     torch.manual_seed(seed)
     network = small_network(**settings)
     tokens, condition = torch.randint(0, 12, (4, 15)), Condition(torch.randint(0, 5, (4,)))
-    deep = network(tokens, condition, 7, range(1, 7))
+    deep = network(tokens, condition, 7, range(1, 7)).predictions
     assert sorted(deep) == list(range(1, 8))
     for loops, logits in deep.items():
         assert logits.shape == (4, 15, 11)
-        assert torch.equal(logits, network(tokens, condition, loops)[loops])
+        assert torch.equal(logits, network(tokens, condition, loops).predictions[loops])
     assert not torch.equal(deep[1], deep[2])
 
 
@@ -202,7 +202,7 @@ def test_a_stack_without_layers_is_refused() -> None:
 
 
 def test_repeated_exits_and_the_last_one_are_given_once() -> None:
-    assert list(LoopedStack(small_block, 1)(torch.randn(1, 2, 16), None, 3, (2, 2, 3))) == [2, 3]
+    assert list(LoopedStack(small_block, 1)(torch.randn(1, 2, 16), None, 3, (2, 2, 3))[0]) == [2, 3]
 
 
 class ConditionedBlock(Block):
@@ -223,7 +223,7 @@ class ConditionedBlock(Block):
 def test_modulation_is_computed_once_per_pass_and_reaches_every_loop() -> None:
     stack = LoopedStack(ConditionedBlock, 2, prelude_layers=1, coda_layers=1)
     h, condition = torch.randn(3, 4, 16), torch.randn(3, 16)
-    states = stack(h, condition, 5, (2, 4))
+    states, _ = stack(h, condition, 5, (2, 4))
     blocks = [*stack.prelude, *stack.layers, *stack.coda]
     assert [block.modulations for block in blocks] == [1] * 4
     order = [0, *[1, 2] * 4, 3]
@@ -250,14 +250,19 @@ def test_masked_transformer_equals_maskgits_embedding_and_head_written_out(seed:
     hidden = reference_gelu(h @ weights["head_dense.weight"].T + weights["head_dense.bias"])
     hidden = reference_layer_norm(hidden, weights["head_norm.weight"], weights["head_norm.bias"])
     logits = hidden @ weights["embedding.tokens.weight"][:11].T + weights["head_bias"]
-    ours = network(tokens, Condition(labels), 3)[3]
+    ours = network(tokens, Condition(labels), 3).predictions[3]
     torch.testing.assert_close(ours, logits[:, 1:], rtol=1e-10, atol=1e-10)
 
 
 def test_masked_transformer_takes_image_and_video_grids() -> None:
     video = small_network(input_shape=(2, 3, 4))
     assert video.sample_shape == (24,)
-    assert video(torch.zeros(2, 24, dtype=torch.long), Condition(torch.zeros(2, dtype=torch.long)), 2)[2].shape[1] == 24
+    assert (
+        video(torch.zeros(2, 24, dtype=torch.long), Condition(torch.zeros(2, dtype=torch.long)), 2)
+        .predictions[2]
+        .shape[1]
+        == 24
+    )
     with pytest.raises(RuntimeError):
         video(torch.zeros(2, 23, dtype=torch.long), Condition(torch.zeros(2, dtype=torch.long)), 2)
 

@@ -3,12 +3,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import num_still_masked
 from elt_lightning.processes.noise import Stream, gumbel, sample_seeds, uniform
+from elt_lightning.samplers.base import GuidedSteps
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
 
@@ -35,6 +37,10 @@ class Network:
         own = self.table[torch.arange(T), tokens]
         left = self.table[torch.arange(T), tokens.roll(1, dims=1)].roll(1, dims=-1)
         return self.sharpness * (own + 0.5 * left + self.by_label[condition.labels] + 0.1 * loops)
+
+
+def guided_steps(network: Predict, guidance: Guidance, loops: int) -> GuidedSteps:
+    return GuidedSteps(MaskGITSampler(V, CLASSES, 8, guidance=guidance), stateless(network), loops)
 
 
 def some_known(batch: int, share: float) -> Tensor:
@@ -98,7 +104,7 @@ def test_samples_equal_a_decoder_written_out_for_one_sample_at_a_time(seed: int,
     known, labels = some_known(6, share=0.25 * seed), torch.randint(0, CLASSES, (6,))
     seeds = sample_seeds(seed, torch.randint(0, 2**32, (6,)))
     network = Network(seed)
-    tokens = sampler.sample(network, (T,), Condition(labels), 2, seeds, known)
+    tokens = sampler.sample(stateless(network), (T,), Condition(labels), 2, seeds, known)
     scales = [1 + (scale - 1) * (k + 1) / steps for k in range(steps)] if scale != 1 else None
     assert tokens.tolist() == decode_by_hand(network, known, labels, seeds, steps, 2, scales, 1.5 * seed)
 
@@ -112,7 +118,7 @@ def test_given_tokens_never_change_no_mask_is_left_and_the_schedule_is_followed(
     network = Network(seed)
     sampler = MaskGITSampler(V, CLASSES, steps)
     labels, seeds = torch.randint(0, CLASSES, (10,)), sample_seeds(seed, torch.arange(10))
-    tokens = sampler.sample(network, (T,), Condition(labels), 1, seeds, known)
+    tokens = sampler.sample(stateless(network), (T,), Condition(labels), 1, seeds, known)
     assert torch.equal(known, before)
     assert tokens.dtype == torch.int64
     assert ((tokens >= 0) & (tokens < V)).all()
@@ -134,16 +140,18 @@ def test_a_fully_known_input_is_returned_unchanged(scale: float) -> None:
     known = torch.randint(0, V, (4, T))
     sampler = MaskGITSampler(V, CLASSES, 6, guidance=Guidance(scale))
     seeds = sample_seeds(0, torch.arange(4))
-    tokens = sampler.sample(Network(0), (T,), Condition(torch.zeros(4, dtype=torch.long)), 1, seeds, known.clone())
+    tokens = sampler.sample(
+        stateless(Network(0)), (T,), Condition(torch.zeros(4, dtype=torch.long)), 1, seeds, known.clone()
+    )
     assert torch.equal(tokens, known)
 
 
 def test_without_known_tokens_all_start_masked() -> None:
     network, seeds = Network(1), sample_seeds(0, torch.arange(4))
     condition, sampler = Condition(torch.tensor([0, 1, 2, 0])), MaskGITSampler(V, CLASSES, 5)
-    tokens = sampler.sample(network, (T,), condition, 1, seeds)
+    tokens = sampler.sample(stateless(network), (T,), condition, 1, seeds)
     assert (network.tokens[0] == V).all()
-    assert torch.equal(tokens, sampler.sample(network, (T,), condition, 1, seeds, torch.full((4, T), V)))
+    assert torch.equal(tokens, sampler.sample(stateless(network), (T,), condition, 1, seeds, torch.full((4, T), V)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -158,7 +166,7 @@ def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
 
     @torch.no_grad()
     def sample(labels: Tensor, seeds: Tensor) -> Tensor:
-        return sampler.sample(lambda x, c, loops: network(x, c, loops)[loops], (T,), Condition(labels), 3, seeds)
+        return sampler.sample(network, (T,), Condition(labels), 3, seeds)
 
     together = sample(labels, seeds)
     for size in (1, 5):
@@ -173,14 +181,14 @@ def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
 def test_loops_may_be_one_per_step() -> None:
     sampler, seeds = MaskGITSampler(V, CLASSES, 4, guidance=Guidance(2.0)), sample_seeds(0, torch.arange(2))
     network, condition = Network(0), Condition(torch.tensor([0, 1]))
-    sampler.sample(network, (T,), condition, [3, 1, 4, 2], seeds)
+    sampler.sample(stateless(network), (T,), condition, [3, 1, 4, 2], seeds)
     assert network.loops == [3, 1, 4, 2]
     assert sampler.network_calls([3, 1, 4, 2]) == [3, 3, 1, 1, 4, 4, 2, 2]
     assert sampler.with_guidance_scale(1.0).network_calls(5) == [5] * 4
     assert sampler.guidance.scale == 2.0
     for wrong in ([1, 2, 3], [1, 2, 3, 0], [], 0, -1, [1] * 5):
         with pytest.raises(ValueError, match="loops"):
-            sampler.sample(network, (T,), condition, wrong, seeds)
+            sampler.sample(stateless(network), (T,), condition, wrong, seeds)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 24])
@@ -209,11 +217,11 @@ def test_scale_one_calls_one_branch_and_is_the_plain_prediction(schedule: str) -
     network, x, condition = Network(2), torch.randint(0, V + 1, (5, T)), Condition(torch.randint(0, CLASSES, (5,)))
     plain = network(x, condition, 3)
     network.tokens.clear()
-    guided = Guidance(1.0, schedule).predict(network, x, condition, CLASSES, 3, 1, 8)
+    guided = guided_steps(network, Guidance(1.0, schedule), 3)(1, x, condition)
     assert torch.equal(guided, plain)
     assert [len(tokens) for tokens in network.tokens] == [5]
     # The limit of two branches as the scale goes to one is the same prediction.
-    near = Guidance(1.0 + 1e-6, schedule).predict(network, x, condition, CLASSES, 3, 1, 8)
+    near = guided_steps(network, Guidance(1.0 + 1e-6, schedule), 3)(1, x, condition)
     torch.testing.assert_close(near, plain, atol=1e-4, rtol=0)
 
 
@@ -223,7 +231,7 @@ def test_guidance_moves_from_the_null_class_towards_the_label(scale: float) -> N
     conditional = network(x, Condition(labels), 2).double()
     null = network(x, Condition(torch.full((5,), CLASSES)), 2).double()
     network.labels.clear()
-    guided = Guidance(scale).predict(network, x, Condition(labels), CLASSES, 2, 0, 8)
+    guided = guided_steps(network, Guidance(scale), 2)(0, x, Condition(labels))
     torch.testing.assert_close(guided.double(), scale * conditional + (1 - scale) * null, rtol=1e-4, atol=1e-4)
     assert [len(labels) for labels in network.labels] == [10]
 
@@ -239,7 +247,9 @@ def test_confidence_is_the_log_probability_under_untempered_guided_logits() -> N
         return sign * torch.tensor([[0.1, 0.0], [0.8, 0.0], [0.0, 0.3]]).expand(len(tokens), 3, 2)
 
     seen: list[Tensor] = []
-    tokens = sampler.sample(predict, (3,), Condition(torch.tensor([0])), 1, sample_seeds(0, torch.tensor([4])))
+    tokens = sampler.sample(
+        stateless(predict), (3,), Condition(torch.tensor([0])), 1, sample_seeds(0, torch.tensor([4]))
+    )
     # ⌊3·cos(π/4)⌋ = 2 stay masked. Under tempered logits every position would be certain, and the last be kept.
     assert seen[1][0].tolist() == [2, 0, 2]
     assert tokens.tolist() == [[0, 0, 1]]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.data.base import Batch
@@ -53,12 +54,14 @@ def draw(name: str, guidance: Guidance, given: bool, predict: Callable[[Tensor],
     known = torch.zeros(size, dtype=torch.int64 if is_masked else torch.float32, device=NOWHERE) if given else None
 
     def call(x: Tensor, condition: Condition, loops: int) -> Tensor:
-        prediction = network(x, condition, loops)[loops]
+        prediction = network(x, condition, loops).predictions[loops]
         return objective.denoised(prediction if predict is None else predict(prediction), x, condition)
 
     sampler = SAMPLERS[name](guidance)
     with torch.no_grad():
-        return sampler.sample(call, network.sample_shape, Condition(labels), 2, sample_seeds(0, labels), known)
+        return sampler.sample(
+            stateless(call), network.sample_shape, Condition(labels), 2, sample_seeds(0, labels), known
+        )
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -103,7 +106,7 @@ def test_both_branches_of_guidance_are_one_batch(name: str) -> None:
         return torch.zeros(*x.shape, CODES) if name == "maskgit" else torch.zeros_like(x)
 
     sampler = SAMPLERS[name](Guidance(3.0))
-    sampler.sample(predict, shape, Condition(labels), 2, sample_seeds(0, torch.arange(3)))
+    sampler.sample(stateless(predict), shape, Condition(labels), 2, sample_seeds(0, torch.arange(3)))
     assert len(calls) == STEPS
     for x, condition in calls:
         assert torch.equal(x[:3], x[3:])

@@ -21,7 +21,7 @@ def network() -> LoopedMaskedTransformer:
 def run(model: LoopedMaskedTransformer, plugin: MixedPrecision, loops: int) -> Tensor:
     tokens, condition = torch.arange(32).view(2, 16), Condition(torch.tensor([0, 1]))
     with plugin.forward_context():
-        return sum(p.float().square().mean() for p in model(tokens, condition, loops, [1]).values())  # type: ignore[return-value]
+        return sum(p.float().square().mean() for p in model(tokens, condition, loops, [1]).predictions.values())  # type: ignore[return-value]
 
 
 def kept_weights(plugin: MixedPrecision, loops: int) -> int:

@@ -42,7 +42,14 @@ def random_pictures(count: int, channels: int = 1) -> Tensor:
 
 def report(higher_is_better: bool = True, repeats: int = 3, channels: int = 1, **changes: Any) -> Report:
     rows = [
-        Row(loops, scale, {"valid": values[:repeats], "fd_digits": [3.0] * repeats}, 50.0, random_pictures(3, channels))
+        Row(
+            loops,
+            scale,
+            False,
+            {"valid": values[:repeats], "fd_digits": [3.0] * repeats},
+            50.0,
+            random_pictures(3, channels),
+        )
         for (loops, scale), values in SCORES.items()
     ]
     settings: dict[str, Any] = {
@@ -56,6 +63,7 @@ def report(higher_is_better: bool = True, repeats: int = 3, channels: int = 1, *
         "train_mode": "ilsd",
         "train_steps": 900,
         "sampling_steps": 8,
+        "recall": False,
         "weights": "ema",
         "params_backbone": 1_234_567,
         "params_total": 2_345_678,
@@ -80,7 +88,7 @@ def test_the_best_guidance_of_each_loop_count_follows_the_direction(higher: bool
 def test_a_row_whose_score_is_not_a_number_is_never_the_best(place: int, higher: bool) -> None:
     values = [0.3, 0.6, 0.5]
     values[place] = math.nan
-    rows = [Row(1, float(scale), {"valid": [value]}) for scale, value in enumerate(values)]
+    rows = [Row(1, float(scale), False, {"valid": [value]}) for scale, value in enumerate(values)]
     assert (
         report(higher).best(rows).guidance
         == (max if higher else min)((value, scale) for scale, value in enumerate(values) if not math.isnan(value))[1]

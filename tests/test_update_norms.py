@@ -41,10 +41,12 @@ def test_norms_are_those_of_the_differences_between_exits(make: type, num_layers
     passes: list[tuple[Tensor, dict[int, Tensor]]] = []
     backbone, forward = module.network.backbone, module.network.backbone.forward
 
-    def spy(h: Tensor, condition: Tensor | None, loops: int, exits: tuple[int, ...]) -> dict[int, Tensor]:
-        states = forward(h, condition, loops, range(1, loops + 1))
+    def spy(
+        h: Tensor, condition: Tensor | None, loops: int, exits: tuple[int, ...], state: None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        states, state = forward(h, condition, loops, range(1, loops + 1), state)
         passes.append((h, states))
-        return {loops: states[loops]}
+        return {loops: states[loops]}, state
 
     backbone.forward = spy
     norms = update_norms(module, SAMPLES, LOOPS, seed=0)
@@ -54,4 +56,4 @@ def test_norms_are_those_of_the_differences_between_exits(make: type, num_layers
             update = states[loop] - (states[loop - 1] if loop > 1 else h)
             torch.testing.assert_close(norms[step, loop - 1], update.square().sum(-1).sqrt().mean())
     assert norms.min() > 0
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in backbone.layers)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in backbone.modules())

@@ -8,7 +8,7 @@ import torch
 
 from elt_lightning.bench import timing
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin, width
+from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
@@ -85,7 +85,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": width(network),
+            "width": network.width,
             "num_layers": shape.num_layers,
             "model": contender.model,
             "loops": contender.loops,

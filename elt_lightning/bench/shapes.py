@@ -114,9 +114,3 @@ def num_bytes(network: nn.Module) -> int:
 def num_parameters(network: nn.Module) -> int:
     """Count the weights."""
     return sum(weight.numel() for weight in network.parameters())
-
-
-def width(network: Network) -> int:
-    """Return the width of the layers."""
-    attention: Any = network.backbone.layers[0].attention
-    return attention.output.in_features

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from elt_lightning.bench import timing
 from elt_lightning.bench.data_need import flops_per_training_image
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin, width
+from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
@@ -133,7 +133,7 @@ def _measure_batch(
         yield {
             "shape": name,
             "family": shape.family,
-            "width": width(step.network),
+            "width": step.network.width,
             "num_layers": settings.num_layers,
             "loops": loops,
             **contender._asdict(),

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from elt_lightning.commands.arguments import Parser, device_of, number_from
-from elt_lightning.data.crops import Crops, default_workers
+from elt_lightning.commands.arguments import SEEDS, Parser, device_of, number_from
+from elt_lightning.data.crops import CROPS, Crops, default_workers
 from elt_lightning.data.encode import Encoding, ShardFolder
 from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import ImageSource, open_source
 from elt_lightning.data.shards import INDEX, ShardIndex
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, printable
 from elt_lightning.meter import Meter
 from elt_lightning.tokenizers.base import ImageTokenizer
 
@@ -45,19 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = Parser(prog="elt encode", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is encoded")
-    imagenet = kinds.add_parser(
-        "imagenet", help="pictures in class folders, in folders with a list of labels, or in tars", allow_abbrev=False
-    )
-    add_imagenet_arguments(imagenet)
+    for kind, orientation, what in (
+        ("images", "upright", "pictures in class folders, in folders with a list of labels, or in tars"),
+        ("imagenet", "stored", "the same by ImageNet's protocol: cameras' orientation tags are not followed"),
+    ):
+        add_image_arguments(kinds.add_parser(kind, help=what, allow_abbrev=False), orientation)
     encode_ucf101.add_arguments(
         kinds.add_parser("ucf101", help="clips of UCF-101, or laid out like it", allow_abbrev=False)
     )
     return parser
 
 
-def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command line of `elt encode imagenet`."""
-    parser.set_defaults(run=encode_imagenet)
+def add_image_arguments(parser: argparse.ArgumentParser, orientation: str) -> None:
+    """Describe the command line of `elt encode images` and `imagenet`, which differ in the default orientation."""
+    parser.set_defaults(run=encode_images)
     parser.add_argument(
         "--root",
         required=True,
@@ -71,6 +72,12 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
     parser.add_argument(
         "--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)"
+    )
+    parser.add_argument(
+        "--orientation",
+        choices=CROPS,
+        default=orientation,
+        help=f"upright, as cameras' tags say, or as pixels are stored (default {orientation})",
     )
     add_shared_arguments(parser, "picture", size=256, samples_per_shard=10_000, batch_size=64)
 
@@ -109,10 +116,12 @@ def add_shared_arguments(
     parser.add_argument(
         "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
     )
-    parser.add_argument("--seed", type=number_from(0), default=0, help="of the order of a folder's files (default 0)")
+    parser.add_argument(
+        "--seed", type=number_from(0, SEEDS), default=0, help="of the order of a folder's files (default 0)"
+    )
 
 
-def encode_imagenet(options: argparse.Namespace) -> None:
+def encode_images(options: argparse.Namespace) -> None:
     """Encode pictures.
 
     Raises:
@@ -124,7 +133,8 @@ def encode_imagenet(options: argparse.Namespace) -> None:
     classes = read_classes(options.classes_from) if options.classes_from else None
     tokenizer = build_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
     source = open_source(options.root, options.labels, classes, options.samples_per_shard, options.seed)
-    encode_into_shards(ImageEncoding(source, tokenizer, options.size, options.mirrored), options, device)
+    encoding = ImageEncoding(source, tokenizer, options.size, options.mirrored, CROPS[options.orientation])
+    encode_into_shards(encoding, options, device)
 
 
 def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: torch.device) -> None:
@@ -173,7 +183,11 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     with Meter(total, encoding.thing) as meter:
         for crops in batches:
             for name, reason in crops.unreadable:
-                print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
+                print(
+                    f"unreadable, skipped: {printable(name)} ({printable(' '.join(reason.split()))})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             done += crops.num_tried
             num_unreadable += len(crops.unreadable)
             meter.show(done)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.clips import ClipShape
-from elt_lightning.data.crops import adm_centre_crop, decode_picture
+from elt_lightning.data.crops import Picture, adm_centre_crop, decode_picture
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.known import grey_out
 from elt_lightning.tokenizers.base import Tokenizer
@@ -63,7 +63,7 @@ def read_given(
         if not (0 <= top < bottom <= grid[-2] and 0 <= left < right <= grid[-1]):
             raise UserError(f"--hole: {hole} is no rectangle in a grid of {grid[-2]} rows and {grid[-1]} columns")
         unknown[..., top:bottom, left:right] = True
-    codes = torch.zeros(1, *module.network.sample_shape, device=module.device)  # type: ignore[misc]
+    codes = torch.zeros(1, *module.network.sample_shape, device=module.device)
     shape = tokenizer.decode(codes if num_codes is None else codes.long()).shape[1:]
     pixels = hide(read_pixels(path, shape, stride).to(module.device) / 255, unknown, frames)
     known = tokenizer.encode(pixels[None])
@@ -98,7 +98,8 @@ def read_pixels(path: Path, shape: torch.Size, stride: int) -> Tensor:
         if len(shape) == 4:
             pixels = ClipShape(shape[1], size, stride).read(path, start=0)
         else:
-            pixels = torch.from_numpy(adm_centre_crop(decode_picture(path.read_bytes()), size)).permute(2, 0, 1)
+            picture = decode_picture(Picture(str(path), str(path)).read(), upright=True)
+            pixels = torch.from_numpy(adm_centre_crop(picture, size)).permute(2, 0, 1)
     except UserError:
         raise
     except Exception as error:  # whatever a decoder raises

@@ -21,9 +21,9 @@ from rich.text import Text
 
 from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
 from elt_lightning.commands.planning import Plan, Settings, make_plan
+from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
     ELTCommandLine,
-    explain,
     find_section,
     long_flags,
     quieten_libraries,
@@ -246,7 +246,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
         num_held_out=data.num_held_out,
-        num_test_samples=measured["num_samples"] * measured["repeats"],
+        num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
         loops=sorted(set(measured["loops"] or range(1, module.max_loops + 1))),
         guidance=measured["guidance"],
         num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),
@@ -321,7 +321,7 @@ def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
     count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
     held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
     passes = settings.batch_size // settings.devices // settings.micro_batch_size
-    recomputes = bool(module.network.backbone.checkpoint_loops)  # type: ignore[union-attr]
+    recomputes = module.network.backbone.checkpoint_loops
 
     def memory(name: str, is_config: bool, total: int, per_sample: int, largest: int) -> str:
         return (

@@ -52,7 +52,7 @@ def rehearse(module: ELTModule, types: Types) -> Kept:
     """
     module, exits = copy.deepcopy(module), module.distillation.student_exits(module.seed, 0)
     module.distillation.student_exits = lambda *_: exits  # type: ignore[method-assign]  # it asks for a number
-    network: Any = module.network.to(device="meta", dtype=types.weights).train()
+    network = module.network.to(device="meta", dtype=types.weights).train()
     for part in network.modules():
         if isinstance(part, SelfAttention):
             part.dropout = 0.0
@@ -67,7 +67,12 @@ def rehearse(module: ELTModule, types: Types) -> Kept:
     weights = {_address(weight) for weight in (*network.parameters(), *network.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
     states: list[Tensor] = []
-    network.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+
+    def keep_beginning(layers: nn.Module, inputs: tuple[Any, ...]) -> None:
+        h, _, recalled = inputs
+        states.extend([h] if recalled is None else [h, recalled.drive])
+
+    network.backbone.layers.register_forward_pre_hook(keep_beginning)
 
     def kept_bytes(num_samples: int, recompute: bool) -> int:
 
@@ -119,7 +124,7 @@ class Settings:
         num_validations: how often training stops to validate.
         num_validation_samples: drawn at each loop count in each validation.
         num_held_out: samples whose losses are measured in each validation.
-        num_test_samples: drawn at each loop count and guidance scale by `elt test`, repeats included.
+        num_test_samples: drawn at each loop count and guidance scale by `elt test`: all repeats, from zero and carried.
         loops: loop counts that are measured.
         guidance: guidance scales of `elt test`; None for the sampler's own.
         num_checkpoints: how many are kept.
@@ -206,9 +211,10 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     if types is None:
         known = ", ".join(name for name in PRECISIONS if "-" in name)
         raise UserError(f"elt plan knows the precisions {known}, not {settings.precision}")
-    network: Any = module.network
+    network = module.network
     backbone, parameters = module.num_parameters()
     weights = parameters * types.weights.itemsize
+    average = parameters * torch.promote_types(types.weights, torch.float32).itemsize
     state = round(weights * optimizer_bytes_per_byte(module, types.weights))
     kept = rehearse(module, types)
     resident = {
@@ -216,7 +222,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         "gradients": weights,
         "gradients again, to exchange them (DDP)": weights if settings.devices > 1 else 0,
         "the optimiser's state": state,
-        "averaged weights": weights,
+        "averaged weights": average,
         f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
     }
     fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
@@ -245,7 +251,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         memory_recomputing=fixed + settings.micro_batch_size * kept.recomputing,
         largest_batch=max(0, available - fixed) // kept.per_sample,
         largest_batch_recomputing=max(0, available - fixed) // kept.recomputing,
-        checkpoint_bytes=2 * weights + state,
+        checkpoint_bytes=weights + average + state,
         training_hours=hours(image * settings.steps * settings.batch_size),
         validation_hours=hours(validation * settings.num_validations),
         test_hours={

@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from elt_lightning.checkpoints.store import read_checkpoint
@@ -19,10 +18,12 @@ from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
 from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.samplers.base import Sampler
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.preemption import end_if_asked
 from elt_lightning.training.progress import meter
+from elt_lightning.training.runs import log_picture, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class LoopMetrics(Callback):
     Args:
         loops: loop counts to measure; by default 1 … L_max.
         guidance: guidance scales to sweep in test; by default the sampler's own. Validation uses the sampler's own.
+        carry_state: in test, whether the sampler carries the loop's state from step to step: false, true, or both; by
+            default as the sampler does.
         num_samples: samples per repeat in test.
         num_validation_samples: samples in each validation; 0 measures nothing there.
         batch_size: samples drawn at once on one device.
@@ -56,6 +59,7 @@ class LoopMetrics(Callback):
         self,
         loops: list[int] | None = None,
         guidance: list[float] | None = None,
+        carry_state: list[bool] | None = None,
         num_samples: int = 1000,
         num_validation_samples: int = 200,
         batch_size: int = 250,
@@ -71,11 +75,13 @@ class LoopMetrics(Callback):
             raise ValueError(f"loops must be numbers from 1 up, not {loops}")
         if guidance is not None and not (guidance and all(0 <= scale < math.inf for scale in guidance)):
             raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
+        if carry_state is not None and not carry_state:
+            raise ValueError("carry_state must be true, false, or both")
         if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
             raise ValueError(
                 "need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1"
             )
-        self.loops, self.guidance = loops, guidance
+        self.loops, self.guidance, self.carry_state = loops, guidance, carry_state
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
         if save_samples is not None and not save_samples.endswith(".npz"):
@@ -86,25 +92,30 @@ class LoopMetrics(Callback):
         self.report: Report | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let held-out losses be measured at the same loop counts."""
+        """Let held-out losses be measured at the same loop counts.
+
+        Raises:
+            ValueError: in test, a state is to be carried that the network does not have.
+        """
         module = cast(ELTModule, pl_module)
         module.held_out_loops = self._loops(module)
+        if stage == "test":
+            self._samplers(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score a few samples at each loop count, and log them."""
-        if trainer.sanity_checking or self.num_validation_samples < 2:
+        """Score a few samples at each loop count, and log them; before training as few as possible."""
+        if self.num_validation_samples < 2:
             return
         module = cast(ELTModule, pl_module)
-        rows = self._run_sweep(
-            trainer, module, self._sweep(trainer, self.num_validation_samples, 1), [module.sampler.guidance.scale]
-        )
+        num_samples = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
+        sweep = self._sweep(trainer, min(num_samples, self.num_validation_samples), repeats=1)
+        rows = self._run_sweep(trainer, module, sweep, [module.sampler])
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        if trainer.is_global_zero and not trainer.sanity_checking:
             picture = torch.cat([picture_row(pictures) for pictures in labelled_pictures(rows).values()])
-            layout = "HW" if picture.ndim == 2 else "HWC"
-            trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
+            log_picture(trainer, "val/samples", picture)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
@@ -133,7 +144,7 @@ class LoopMetrics(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the sweep, print its table and write its files."""
         module = cast(ELTModule, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
+        folder = run_folder(trainer)
         reconstruction: dict[str, float] = {}
         if self.reconstruction:
             for metric in self._metrics_on(trainer, module.device):
@@ -142,14 +153,8 @@ class LoopMetrics(Callback):
                 write_reconstruction(folder, reconstruction)
         if not self._has_model:
             return
-        scales = self.guidance or [module.sampler.guidance.scale]
-        rows = self._run_sweep(
-            trainer,
-            module,
-            self._sweep(trainer, self.num_samples, self.repeats),
-            scales,
-            folder if self.save_samples else None,
-        )
+        sweep = self._sweep(trainer, self.num_samples, self.repeats)
+        rows = self._run_sweep(trainer, module, sweep, self._samplers(module), folder)
         if _data(trainer).primary_metric == HELD_OUT_LOSS:
             for row in rows:
                 row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
@@ -165,37 +170,36 @@ class LoopMetrics(Callback):
                 write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
 
     def _run_sweep(
-        self, trainer: Trainer, module: ELTModule, sweep: Sweep, scales: list[float], folder: Path | None = None
+        self, trainer: Trainer, module: ELTModule, sweep: Sweep, samplers: list[Sampler], folder: Path | None = None
     ) -> list[Row]:
-        """Measure every loop count at every guidance scale, show how far that is, and end between batches if asked to.
+        """Measure every loop count with every sampler, show how far that is, and end between batches if asked to.
 
         Args:
             trainer: that runs it.
             module: in eval mode, on its device.
             sweep: how each is measured.
-            scales: of guidance.
-            folder: where samples are saved; None to save none.
+            samplers: the settings of the sampler.
+            folder: where samples are saved, if any are; None to save none.
         """
-        settings = [(loops, scale) for loops in self._loops(module) for scale in scales]
-        costs = [module.macs_per_sample(loops, module.sampler.with_guidance_scale(scale)) for loops, scale in settings]
+        settings = [(loops, sampler) for loops in self._loops(module) for sampler in samplers]
+        costs = [module.macs_per_sample(loops, sampler) for loops, sampler in settings]
         of_each, drawn = sweep.num_samples * sweep.repeats, 0
         rows: list[Row] = []
 
         def after_batch(count: int) -> None:
             nonlocal drawn
             place = len(rows)
-            loops, scale = settings[place]
+            loops, sampler = settings[place]
             drawn = min(drawn + count, (place + 1) * of_each)
             share = (sum(costs[:place]) + costs[place] * (drawn / of_each - place)) / sum(costs)
-            shown.show(drawn, lambda: f"loops {loops}, guidance {scale:g}", share)
+            carried = ", state carried" if sampler.carry_state else ""
+            shown.show(drawn, lambda: f"loops {loops}, guidance {sampler.guidance.scale:g}{carried}", share)
             end_if_asked(trainer, module)
 
         with meter(trainer, of_each * len(settings), "sample") as shown:
-            for loops, scale in settings:
-                archive = None
-                if folder is not None:
-                    archive = self._archive(trainer, folder, loops, scale if len(scales) > 1 else None)
-                rows.append(self._measure(trainer, module, sweep, loops, scale, after_batch, archive))
+            for loops, sampler in settings:
+                archive = self._archive(trainer, folder, loops, sampler) if folder and self.save_samples else None
+                rows.append(self._measure(trainer, module, sweep, loops, sampler, after_batch, archive))
                 if archive is not None:
                     trainer.strategy.barrier()
                     if trainer.is_global_zero:
@@ -203,9 +207,23 @@ class LoopMetrics(Callback):
                         print(archive.path)
         return rows
 
-    def _archive(self, trainer: Trainer, folder: Path, loops: int, scale: float | None) -> SampleArchive:
+    def _samplers(self, module: ELTModule) -> list[Sampler]:
+        """List the settings of the sampler to measure: every guidance scale, from zero and carried."""
+        samplers = [module.sampler.with_guidance_scale(scale) for scale in self.guidance or ()] or [module.sampler]
+        carried: Sequence[bool | None] = self.carry_state or [module.sampler.carry_state]
+        return [
+            sampler.with_carry_state(carry_state).suited_to(module.network.has_recall)
+            for sampler in samplers
+            for carry_state in carried
+        ]
+
+    def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive:
         asked = folder / str(self.save_samples)
-        name = f"{asked.stem}_L{loops}" + (f"_guidance{scale:g}" if scale is not None else "")
+        name = f"{asked.stem}_L{loops}"
+        if len(self.guidance or ()) > 1:
+            name += f"_guidance{sampler.guidance.scale:g}"
+        if len(self.carry_state or ()) > 1:
+            name += "_carried" if sampler.carry_state else "_from_zero"
         return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
     def _loops(self, module: ELTModule) -> list[int]:
@@ -221,14 +239,13 @@ class LoopMetrics(Callback):
         module: ELTModule,
         sweep: Sweep,
         loops: int,
-        scale: float,
+        sampler: Sampler,
         progress: Callable[[int], None],
         archive: SampleArchive | None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()
 
-        sampler = module.sampler.with_guidance_scale(scale)
         tokenizer = _data(trainer).tokenizer.to(module.device)
         metrics = self._metrics_on(trainer, module.device)
         request = _data(trainer).request
@@ -243,7 +260,7 @@ class LoopMetrics(Callback):
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
         data = _data(trainer)
         params_backbone, params_total = module.num_parameters()
-        backbone: Any = module.network.backbone
+        backbone = module.network.backbone
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         networks = [metric.feature_network for metric in self._metrics or [] if metric.feature_network]
         return Report(
@@ -257,6 +274,7 @@ class LoopMetrics(Callback):
             train_mode=module.distillation.mode,
             train_steps=read_checkpoint(str(trainer.ckpt_path), prefixes=())["global_step"],
             sampling_steps=module.sampler.steps,
+            recall=module.network.has_recall,
             weights="ema" if any(callback.is_judged for callback in averaging) else "raw",
             params_backbone=params_backbone,
             params_total=params_total,

@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 
 OF_THE_SWEEP = (
     *("primary_metric", "higher_is_better", "feature_network", "num_samples", "parts_given", "seed"),
-    *("train_loops", "train_mode", "train_steps", "sampling_steps", "weights"),
+    *("train_loops", "train_mode", "train_steps", "sampling_steps", "recall", "weights"),
 )
 """What ``loops.json`` has beside its rows."""
 
@@ -33,7 +33,7 @@ class Report:
     """A finished sweep with everything needed to read it.
 
     Attributes:
-        rows: one per loop count and guidance scale.
+        rows: one per loop count, guidance scale, and ``carry_state``.
         primary_metric: decides which row is best.
         higher_is_better: direction of the primary metric.
         feature_network: whose features the Fréchet distance compares, None without one.
@@ -43,6 +43,7 @@ class Report:
         train_mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
         train_steps: optimiser steps that the checkpoint was trained for.
         sampling_steps: K.
+        recall: whether every loop reads the input again.
         weights: "ema" or "raw".
         params_backbone: parameters inside the looped stack.
         params_total: parameters of the whole network.
@@ -60,6 +61,7 @@ class Report:
     train_mode: str
     train_steps: int
     sampling_steps: int
+    recall: bool
     weights: str
     params_backbone: int
     params_total: int
@@ -81,7 +83,7 @@ class Report:
         return max(rows, key=goodness)
 
     def best_per_loop(self) -> list[Row]:
-        """Pick the best guidance scale for each loop count, in order of loops."""
+        """Pick the best guidance scale and ``carry_state`` for each loop count, in order of loops."""
         counts = sorted({row.loops for row in self.rows})
         return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
 
@@ -93,6 +95,7 @@ class Report:
                     "loops": row.loops,
                     "effective_depth": self.effective_depth[row.loops],
                     "guidance": row.guidance,
+                    "carry_state": row.carry_state,
                     "metrics": {name: {"mean": row.mean(name), "std": row.std(name)} for name in row.metrics},
                     "params_backbone": self.params_backbone,
                     "params_total": self.params_total,
@@ -104,17 +107,25 @@ class Report:
         }
 
     def table(self) -> Table:
-        """Lay the rows out for a terminal; where guidance was swept, a star marks each loop count's best."""
+        """Lay the rows out for a terminal; where the sampler was swept, a star marks each loop count's best."""
         names = list(self.rows[0].metrics)
-        swept = len({row.guidance for row in self.rows}) > 1
+        swept = len(self.rows) > len({row.loops for row in self.rows})
         direction = "higher" if self.higher_is_better else "lower"
         table = Table(
             title=f"{self.num_samples} samples{', parts of each given' if self.parts_given else ''}, "
-            f"{self.sampling_steps} steps, trained at {self.train_loops} loops",
-            caption=f"{self.primary_metric}: {direction} is better"
-            + ("; * best guidance of its loop count" if swept else ""),
+            f"{self.sampling_steps} steps, trained at {self.train_loops} loops{', with recall' if self.recall else ''}",
+            caption=f"{self.primary_metric}: {direction} is better" + ("; * best of its loop count" if swept else ""),
         )
-        for heading in ("loops", "depth", "params", "guidance", *names, "GMACs/sample", "samples/s"):
+        for heading in (
+            "loops",
+            "depth",
+            "params",
+            "guidance",
+            *(["state"] if self.recall else []),
+            *names,
+            "GMACs/sample",
+            "samples/s",
+        ):
             table.add_column(heading, justify="right")
         best = self.best_per_loop()
         for row in self.rows:
@@ -124,6 +135,7 @@ class Report:
                 str(self.effective_depth[row.loops]),
                 _short(self.params_backbone),
                 f"{row.guidance:g}",
+                *(["carried" if row.carry_state else "from zero"] if self.recall else []),
                 *(_value(row, name) for name in names),
                 f"{self.macs_per_sample[row.loops, row.guidance] / 1e9:.3g}",
                 f"{row.samples_per_second:.3g}",

@@ -1,6 +1,5 @@
 """Writes samples at scale: what `elt predict` does, over any number of devices."""
 
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -13,6 +12,7 @@ from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.progress import meter
+from elt_lightning.training.runs import run_folder
 
 
 class SampleWriter(Callback):
@@ -43,7 +43,7 @@ class SampleWriter(Callback):
             _data(trainer).request_samples(self.num_samples, self.batch_size)
             module = cast(ELTModule, pl_module)
             module.prediction_loops = self.loops or module.max_loops
-            self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 

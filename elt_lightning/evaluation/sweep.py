@@ -23,11 +23,12 @@ from elt_lightning.training.module import ELTModule
 
 @dataclass
 class Row:
-    """What was measured at one loop count and guidance scale.
+    """What was measured at one loop count and one setting of the sampler.
 
     Attributes:
         loops: loop count.
         guidance: guidance scale.
+        carry_state: whether each sampling step began from the loop's state of the step before.
         metrics: {name: one value per repeat}.
         samples_per_second: drawing alone, over all devices, without decoding and scoring.
         pictures: (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every
@@ -38,6 +39,7 @@ class Row:
 
     loops: int
     guidance: float
+    carry_state: bool = False
     metrics: dict[str, list[float]] = field(default_factory=dict)
     samples_per_second: float = 0.0
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -92,7 +94,7 @@ class Sweep:
 
         Args:
             module: in eval mode, on its device.
-            sampler: with the guidance to measure.
+            sampler: with the guidance to measure, and its state carried or not.
             tokenizer: turns codes into pixels, on the module's device.
             metrics: reset and filled here, on the module's device.
             loops: loop count.
@@ -102,7 +104,7 @@ class Sweep:
                 rank, so that it may speak with the others.
             archive: takes the pictures of the first repeat.
         """
-        row = Row(loops, sampler.guidance.scale)
+        row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
         seconds = 0.0
         for repeat in range(self.repeats):
             for metric in metrics:

@@ -162,6 +162,7 @@ def load_or_compute_real(
             raise UserError(f"FVD needs at least 2 real clips, not {count}")
         moments = protocol.moments(sums).to(torch.device("cpu"))
         write_moments(path, InceptionMoments(moments, num_images=count))
+        print(f"made {path}: the real clips' moments", flush=True)
     stored = read_moments(path, I3D.num_outputs)
     assert stored.num_images is not None
     return RealClips(stored.pool, stored.num_images)

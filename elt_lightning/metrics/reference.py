@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from elt_lightning.meter import counted
 from elt_lightning.metrics.frechet import Moments, MomentSums
 from elt_lightning.metrics.inception import FIDInception
 
+logger = logging.getLogger(__name__)
+
+MADE_WITH = ("size", "crop", "network", "preparation")
+"""What a file of moments says of how they were made: side of the pictures, how they were brought to it, SHA-256 of the
+network's weights, :data:`PREPARATION`."""
+
 PREPARATION = "bytes, TensorFlow 1 bilinear to 299"
 """How pictures are prepared; part of the names of cached files, so that they go stale when it changes."""
 
@@ -30,11 +37,37 @@ class InceptionMoments:
         pool: of the 2048 pooled features, for FID.
         spatial: of the 2023 spatial ones, for sFID; None where a file does not hold them.
         num_images: how many there were; None where a file does not say.
+        made_with: what they follow from beside the pictures, by the names in :data:`MADE_WITH`, where a file says it.
     """
 
     pool: Moments
     spatial: Moments | None = None
     num_images: int | None = None
+    made_with: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, name: str, expected: dict[str, Any]) -> None:
+        """Check that samples are prepared and read as these pictures were; the log names what a file does not say.
+
+        Args:
+            name: of the file.
+            expected: of the samples, see :data:`MADE_WITH`.
+
+        Raises:
+            UserError: something differs.
+        """
+        for key, value in expected.items():
+            if self.made_with.get(key, value) != value:
+                raise UserError(
+                    f"{name} is of pictures with {key} {self.made_with[key]}, the samples have {value}: make it anew "
+                    "with `elt stats --like` and the shards that the model is trained on"
+                )
+        unknown = [key for key in expected if key not in self.made_with]
+        if unknown:
+            logger.warning(
+                "%s does not say %s of its pictures: that they suit the samples is taken on trust",
+                name,
+                ", ".join(unknown),
+            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +108,9 @@ def load_or_compute(
     identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
     path = cached_file(cache_folder, "inception_moments", identity)
     if not path.is_file():
-        write_moments(path, compute_moments(source.batches(), network, source.num_images))
+        moments = compute_moments(source.batches(), network, source.num_images)
+        write_moments(path, replace(moments, made_with=source.settings | moments.made_with))
+        print(f"made {path}: the reference's moments", flush=True)
     return read_moments(path)
 
 
@@ -109,20 +144,23 @@ def compute_moments(
     if count < 2:
         raise UserError(f"reference moments need at least 2 images, not {count}")
     cpu = torch.device("cpu")
-    return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count)
+    made_with = {"network": network.sha256, "preparation": PREPARATION}
+    return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count, made_with)
 
 
 def write_moments(path: str | Path, moments: InceptionMoments) -> None:
     """Write a NumPy file with the names that the ADM evaluator uses.
 
     They are ``mu`` (2048,) and ``sigma`` (2048, 2048) float64, of the pooled features; ``mu_s`` (2023,) and ``sigma_s``
-    (2023, 2023) float64, of the spatial ones; and ``num_images`` (). What is None is left out.
+    (2023, 2023) float64, of the spatial ones; ``num_images`` () and those of :data:`MADE_WITH` (). What is None or not
+    known is left out.
     """
     arrays: dict[str, Any] = {"mu": moments.pool.mean.numpy(), "sigma": moments.pool.covariance.numpy()}
     if moments.spatial is not None:
         arrays |= {"mu_s": moments.spatial.mean.numpy(), "sigma_s": moments.spatial.covariance.numpy()}
     if moments.num_images is not None:
         arrays["num_images"] = np.array(moments.num_images)
+    arrays |= {name: np.array(value) for name, value in moments.made_with.items()}
     with written_aside(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -156,7 +194,9 @@ def read_moments(path: str | Path, num_features: int | None = None) -> Inception
             spatial = (
                 _moments(path, file["mu_s"], file["sigma_s"], FIDInception.num_spatial, "_s") if has_spatial else None
             )
-            return InceptionMoments(pool, spatial, int(file["num_images"]) if "num_images" in names else None)
+            num_images = int(file["num_images"]) if "num_images" in names else None
+            made_with = {name: file[name].item() for name in MADE_WITH if name in names}
+            return InceptionMoments(pool, spatial, num_images, made_with)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is not a NumPy .npz file of plain arrays ({type(error).__name__}): `elt stats` makes one"
@@ -176,4 +216,8 @@ def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: i
     asymmetry = (moments.covariance - moments.covariance.T).abs().max()
     if asymmetry > 1e-6 * moments.covariance.abs().max():
         raise UserError(f"{path}: sigma{suffix} is not symmetric, so it is no covariance: make the file anew")
+    # Of fewer samples than features some variances are 0, and rounding puts them below: so far it is still one.
+    slack = 1e-5 * moments.covariance.diagonal().abs().max().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
+    if torch.linalg.cholesky_ex(moments.covariance + slack).info:
+        raise UserError(f"{path}: sigma{suffix} has variances below 0, so it is no covariance: make the file anew")
     return moments

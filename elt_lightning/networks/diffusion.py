@@ -3,22 +3,24 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elt_lightning.networks.base import LoopedNetwork, Pass
 from elt_lightning.networks.embeddings import TimeClassEmbedding, patchify, sine_positions, unpatchify
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock, ModulatedBlock
-from elt_lightning.networks.scales import check_sizes, layer_shape
+from elt_lightning.networks.recall import ResidualRecall
+from elt_lightning.networks.scales import check_possible, check_sizes, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": AdaptiveNormBlock, "film": FiLMBlock}
 
 
-class LoopedDiT(nn.Module):
+class LoopedDiT(LoopedNetwork):
     """Predict from a noisy image or video what the objective asks for, after any number of loops, with one head.
 
     Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep: see
@@ -43,6 +45,8 @@ class LoopedDiT(nn.Module):
         out_channels: channels of the output; C unless given. DiT's published networks have 2·C, half of them for a
             variance that no objective here uses.
         checkpoint_loops: save memory in training by computing each loop again for its gradient.
+        recall: every loop reads the embedded input again, as :class:`~elt_lightning.networks.recall.ResidualRecall`
+            says: D parameters more, and loops beyond those of training go on refining. ELT has none.
         class_std: standard deviation of the class table's initial weights; DiT has 0.02, which suits long trainings of
             wide networks. From there a training of some hundred steps hardly hears the class; from 1 it does.
 
@@ -69,10 +73,12 @@ class LoopedDiT(nn.Module):
         coda_layers: int = 0,
         out_channels: int | None = None,
         checkpoint_loops: bool = False,
+        recall: bool = False,
         class_std: float = 0.02,
     ) -> None:
         super().__init__()
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        check_possible(num_layers, width, mlp_width)
         check_sizes(1, condition_width=condition_width, out_channels=out_channels)
         if not 0 <= class_std < math.inf:
             raise ValueError(f"class_std must be at least 0 and finite, not {class_std}")
@@ -80,7 +86,8 @@ class LoopedDiT(nn.Module):
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
         channels, *size = input_shape
-        self.input_shape = self.sample_shape = tuple(input_shape)
+        self.width, self.input_shape = width, tuple(input_shape)
+        self.sample_shape = self.input_shape
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(self.patch) != len(size) or any(p < 1 or n % p for n, p in zip(size, self.patch, strict=True)):
             raise ValueError(
@@ -105,6 +112,7 @@ class LoopedDiT(nn.Module):
             num_layers,
             prelude_layers,
             coda_layers,
+            recall=ResidualRecall(width) if recall else None,
             checkpoint_loops=checkpoint_loops,
         )
         self.head = OutputHead(
@@ -127,23 +135,24 @@ class LoopedDiT(nn.Module):
             if isinstance(module, ModulatedBlock | OutputHead):
                 module.start_as_identity()
 
-    def forward(self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()) -> dict[int, Tensor]:
-        """Predict at each exit of one pass.
+    def forward(
+        self,
+        x: Tensor,
+        condition: Condition,
+        loops: int,
+        exits: Sequence[int] = (),
+        state: Tensor | None = None,
+    ) -> Pass:
+        """Predict from x (B, C, H, W) or (B, C, F, H, W), labels and times: (B, out_channels, …) at each exit.
 
-        Args:
-            x: (B, C, H, W) or (B, C, F, H, W) noisy input.
-            condition: labels (B,) in [0, num_classes] and time (B,) in [0, 1].
-            loops: L ≥ 1.
-            exits: further loop counts in [1, loops].
-
-        Returns:
-            {r: prediction (B, out_channels, …)} for every r in ``exits`` and for ``loops``.
+        See :meth:`LoopedNetwork.forward`.
         """
         h = self.embedding(patchify(x.to(self.embedding.weight.dtype), self.patch)) + self.positions
         embedded = self.condition(condition)
         modulation = self.head.modulation(embedded)
-        states = self.backbone(h, embedded, loops, exits)
-        return {loop: unpatchify(self.head(state, modulation), self.grid, self.patch) for loop, state in states.items()}
+        states, state = self.backbone(h, embedded, loops, exits, state)
+        predictions = {loop: unpatchify(self.head(h, modulation), self.grid, self.patch) for loop, h in states.items()}
+        return Pass(predictions, state)
 
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
         """Return the multiply–accumulates of one forward pass of one sample, attention products included."""
@@ -209,15 +218,23 @@ _DIT_NAMES = (
 )
 
 
-def from_dit_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the weights of a facebookresearch/DiT checkpoint for a :class:`LoopedDiT` of as many layers.
 
     The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in
     the order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
 
+    Args:
+        state: the weights, or a checkpoint of DiT's training, of which the averaged ones, ``ema``, are taken; names may
+            begin as those of wrapped modules do, with ``module.`` or ``_orig_mod.``.
+
     Raises:
-        ValueError: a name that no DiT has.
+        ValueError: a name that no DiT has, or no weights where DiT's patches are embedded.
     """
+    state = next((state[part] for part in ("ema", "model") if isinstance(state.get(part), Mapping)), state)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    if "x_embedder.proj.weight" not in state:
+        raise ValueError(f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}")
     patch = state["x_embedder.proj.weight"].shape[2:]
     renamed = {}
     for name, value in state.items():

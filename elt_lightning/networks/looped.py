@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from elt_lightning.networks.blocks import Block
+from elt_lightning.networks.recall import Recall, Recalled
 from elt_lightning.networks.scales import check_sizes
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -22,8 +23,10 @@ class Layers(nn.ModuleList):
         """Let each block derive from the condition (B, D) what does not change from loop to loop."""
         return [block.modulation(condition) for block in self]  # type: ignore[operator]
 
-    def forward(self, h: Tensor, modulations: list[Any]) -> Tensor:
-        """Apply every block once, with its modulation: (B, T, D) to (B, T, D)."""
+    def forward(self, h: Tensor, modulations: list[Any], recalled: Recalled | None = None) -> Tensor:
+        """Join h with what is recalled, if anything, and apply every block once: (B, T, D) to (B, T, D)."""
+        if recalled is not None:
+            h = recalled.join(h)
         for block, modulation in zip(self, modulations, strict=True):
             h = block(h, modulation)
         return h
@@ -45,6 +48,7 @@ class LoopedStack(nn.Module):
         prelude_layers: layers before the loop.
         coda_layers: layers after the loop, applied to every exit.
         final_norm: applied to every exit after the coda.
+        recall: how every loop reads the embedded input again; None for ELT's loop, which does not.
         checkpoint_loops: in training, keep only the state between loops and compute each loop again for its gradient.
             Memory no longer grows with layers times loops, a step takes about a third longer, gradients are the same.
 
@@ -59,6 +63,7 @@ class LoopedStack(nn.Module):
         prelude_layers: int = 0,
         coda_layers: int = 0,
         final_norm: nn.Module | None = None,
+        recall: Recall | None = None,
         checkpoint_loops: bool = False,
     ) -> None:
         super().__init__()
@@ -68,6 +73,7 @@ class LoopedStack(nn.Module):
         self.layers = Layers(make_block() for _ in range(num_layers))
         self.coda = Layers(make_block() for _ in range(coda_layers))
         self.final_norm = final_norm or nn.Identity()
+        self.recall = recall
         self.checkpoint_loops = checkpoint_loops
         self._is_compiled = self._replays_graphs = False
 
@@ -89,42 +95,56 @@ class LoopedStack(nn.Module):
                 part.compile(mode=mode, **settings)
 
     def forward(
-        self, h: Tensor, condition: Tensor | None = None, loops: int = 1, exits: Sequence[int] = ()
-    ) -> dict[int, Tensor]:
-        """Run the loop once and keep the state at each exit.
+        self,
+        h: Tensor,
+        condition: Tensor | None = None,
+        loops: int = 1,
+        exits: Sequence[int] = (),
+        state: Tensor | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Run the loop once and keep what leaves at each exit.
 
         Args:
             h: (B, T, D) embedded input.
             condition: (B, D) what the blocks are modulated by, or None.
             loops: L ≥ 1.
-            exits: further loop counts, each in [1, loops], whose state is wanted.
+            exits: further loop counts, each in [1, loops].
+            state: (B, T, D) to begin the loop from, the second part of what an earlier pass returned; None to begin
+                anew.
 
         Returns:
-            {r: (B, T, D)} for every r in ``exits`` and for ``loops``. The state at r equals a fresh pass with
-            ``loops=r``.
+            {r: (B, T, D) after coda and final norm} for every r in ``exits`` and for ``loops``, each equal to that of
+            a fresh pass with ``loops=r``; and the loop's state (B, T, D) at its end, before coda and final norm.
 
         Raises:
-            ValueError: loops below 1, or an exit outside [1, loops].
+            ValueError: loops below 1, an exit outside [1, loops], or a state for a loop without recall.
         """
         wanted = {*exits, loops}
         if loops < 1 or min(wanted) < 1 or max(wanted) > loops:
             raise ValueError(
                 f"loops must be at least 1 and exits lie in [1, loops]: loops {loops}, exits {tuple(exits)}"
             )
+        if state is not None and self.recall is None:
+            raise ValueError("a loop without recall would not see its input if it began from another pass's state")
         if self._replays_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # the states of one pass live until the next one begins
-        h = self.prelude(h, self.prelude.modulations(condition))
+            torch.compiler.cudagraph_mark_step_begin()  # what one pass returns lives until the next one begins
+        embedded = h = self.prelude(h, self.prelude.modulations(condition))
         shared, coda = self.layers.modulations(condition), self.coda.modulations(condition)
+        recalled = None
+        if self.recall is not None:
+            h, recalled = self.recall.begin(embedded, state), self.recall.recalled(embedded)
         recompute = self.checkpoint_loops and self.training and torch.is_grad_enabled()
-        body, states = self._body(h.device.type), {}
+        body, at_exits = self._body(h.device.type), {}
         for loop in range(1, loops + 1):
-            h = checkpoint(body, h, shared, use_reentrant=False) if recompute else body(h, shared)
+            h = checkpoint(body, h, shared, recalled, use_reentrant=False) if recompute else body(h, shared, recalled)
             if loop in wanted:
-                states[loop] = self.final_norm(self.coda(h, coda))
-        return states
+                at_exits[loop] = self.final_norm(self.coda(h, coda))
+        if self.recall is not None:
+            h = self.recall.end(embedded, h)
+        return at_exits, h.clone() if self._replays_graphs else h
 
-    def _body(self, device_type: str) -> Callable[[Tensor, list[Any]], Tensor]:
-        """Give the function that applies the shared layers once.
+    def _body(self, device_type: str) -> Callable[..., Tensor]:
+        """Return the function that applies the shared layers once.
 
         In mixed precision autocast's cache casts each weight once for all loops, but does not reach into compiled code,
         where every loop would make and keep copies of its own: there the weights are cast here.
@@ -133,7 +153,7 @@ class LoopedStack(nn.Module):
             return self.layers
         dtype = torch.get_autocast_dtype(device_type)
         kernels = {name: weight.to(dtype) for name, weight in self.layers.named_parameters() if weight.ndim > 1}
-        return lambda h, modulations: functional_call(self.layers, kernels, (h, modulations))
+        return lambda *arguments: functional_call(self.layers, kernels, arguments)
 
     def effective_depth(self, loops: int) -> int:
         """D = N·L, prelude and coda added where there are any: the layers that one pass goes through."""

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from elt_lightning.networks.base import LoopedNetwork, Pass
 from elt_lightning.networks.blocks import PostNormBlock
 from elt_lightning.networks.embeddings import MaskedTokenEmbedding, initialise_truncated_normal
 from elt_lightning.networks.looped import LoopedStack
-from elt_lightning.networks.scales import layer_shape
+from elt_lightning.networks.recall import AdditiveRecall
+from elt_lightning.networks.scales import check_possible, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 
-class LoopedMaskedTransformer(nn.Module):
+class LoopedMaskedTransformer(LoopedNetwork):
     """Predict every token of a partly masked image or video, after any number of loops, with one head for all of them.
 
     Source: MaskGIT's bidirectional transformer (google-research/maskgit, ``nets/maskgit_transformer.py``): post-norm
@@ -36,6 +38,8 @@ class LoopedMaskedTransformer(nn.Module):
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
         checkpoint_loops: recompute each loop's activations in the backward pass: less memory, more time.
+        recall: every loop reads the embedded tokens again, as :class:`~elt_lightning.networks.recall.AdditiveRecall`
+            says: one parameter more, and loops beyond those of training go on refining. ELT has none.
         residual_scale: see :class:`~elt_lightning.networks.blocks.PostNormBlock`; MaskGIT has 1.
         initial_std: standard deviation of the initial weights; MaskGIT has 0.02, which suits widths near a thousand.
     """
@@ -54,6 +58,7 @@ class LoopedMaskedTransformer(nn.Module):
         prelude_layers: int = 0,
         coda_layers: int = 0,
         checkpoint_loops: bool = False,
+        recall: bool = False,
         residual_scale: float = 1.0,
         initial_std: float = 0.02,
     ) -> None:
@@ -67,7 +72,8 @@ class LoopedMaskedTransformer(nn.Module):
                 f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
             )
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
-        self.input_shape = tuple(input_shape)
+        check_possible(num_layers, width, mlp_width)
+        self.width, self.input_shape = width, tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
         self.backbone = LoopedStack(
@@ -75,6 +81,7 @@ class LoopedMaskedTransformer(nn.Module):
             num_layers,
             prelude_layers,
             coda_layers,
+            recall=AdditiveRecall() if recall else None,
             checkpoint_loops=checkpoint_loops,
         )
         self.head_dense = nn.Linear(width, width)
@@ -82,20 +89,20 @@ class LoopedMaskedTransformer(nn.Module):
         self.head_bias = Parameter(self.head_dense.bias.new_zeros(num_codes))
         initialise_truncated_normal(self, initial_std)
 
-    def forward(self, tokens: Tensor, condition: Condition, loops: int, exits: Sequence[int] = ()) -> dict[int, Tensor]:
-        """Predict the tokens at each exit of one pass.
+    def forward(
+        self,
+        x: Tensor,
+        condition: Condition,
+        loops: int,
+        exits: Sequence[int] = (),
+        state: Tensor | None = None,
+    ) -> Pass:
+        """Predict tokens: x (B, T) int64 in [0, V], V being the mask token, to logits (B, T, V) at each exit.
 
-        Args:
-            tokens: (B, T) int64 in [0, V], V being the mask token.
-            condition: labels (B,) in [0, num_classes].
-            loops: L ≥ 1.
-            exits: further loop counts in [1, loops].
-
-        Returns:
-            {r: logits (B, T, V)} for every r in ``exits`` and for ``loops``.
+        See :meth:`LoopedNetwork.forward`. The state has the class token first: (B, 1 + T, D).
         """
-        h = self.embedding(tokens, condition.labels)
-        return {loop: self.head(state) for loop, state in self.backbone(h, None, loops, exits).items()}
+        states, state = self.backbone(self.embedding(x, condition.labels), None, loops, exits, state)
+        return Pass({loop: self.head(h) for loop, h in states.items()}, state)
 
     def head(self, state: Tensor) -> Tensor:
         """Turn a state (B, 1 + T, D), class token first, into logits (B, T, V)."""

@@ -41,8 +41,8 @@ from elt_lightning.reproduce.curves import read_curves
 BEYOND_TRAINING = 2
 """Loop counts are measured up to so many above L_max."""
 
-COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample")
-"""Of a row of ``loops.json``, what does not depend on the seed."""
+COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
+"""Of a row of ``loops.json``, what does not depend on the seed; records of before there was recall lack the last."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Arm:
         mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
         settings: of its own, after those of all arms.
         test_loops: loop counts to measure, in place of 1 … L_max + 2.
+        recall: every loop reads the input again; measured both from zero and with the state carried.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Arm:
     mode: str
     settings: dict[str, Any] = field(default_factory=dict)
     test_loops: list[int] | None = None
+    recall: bool = False
 
     def loops(self) -> list[int]:
         """Loop counts to measure; a model that never looped is measured as it was trained."""
@@ -78,8 +80,14 @@ class Arm:
             f"--model.network.init_args.num_layers={self.num_layers}",
             f"--model.distillation.max_loops={self.max_loops}",
             f"--model.distillation.mode={self.mode}",
+            *(["--model.network.init_args.recall=true"] if self.recall else []),
             *(f"--{name}={value}" for name, value in self.settings.items()),
         ]
+
+    def sweep(self) -> list[str]:
+        """Return what is swept, as flags of `elt test`."""
+        carried = ["--carry_state", "false,true"] if self.recall else []
+        return ["--loops", ",".join(map(str, self.loops())), *carried]
 
 
 def main() -> None:
@@ -123,7 +131,10 @@ def read_experiment(path: Path) -> dict[str, Any]:
     """
     config = yaml.safe_load(path.read_text())
     needed, sections = {"config", "seeds", "settings", "arms"}, set(config) if isinstance(config, dict) else set()
-    for problem, names in (("lacks", needed - sections), ("may not have", sections - needed - {"metrics", "prepare"})):
+    for problem, names in (
+        ("lacks", needed - sections),
+        ("may not have", sections - needed - {"metrics", "prepare", "test_loops"}),
+    ):
         if names:
             raise UserError(f"{path}, an experiment of `make ablation`, {problem} {', '.join(sorted(map(str, names)))}")
     return dict(config)
@@ -136,7 +147,8 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
         UserError: one has a setting that arms do not have, or lacks one.
     """
     try:
-        return [Arm(name, **settings) for name, settings in config["arms"].items()]
+        shared = {"test_loops": config.get("test_loops")}
+        return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
     except (TypeError, AttributeError) as error:
         raise UserError(f"an arm of the experiment is not as it should be: {error}") from error
 
@@ -168,8 +180,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     folder, record = runs / f"{arm.name}_seed{seed}", record_path(output, arm, seed)
     settings = [f"--{name}={value}" for name, value in config["settings"].items()]
     flags = ["--config", config["config"], "--seed_everything", str(seed), *settings, *arm.flags()]
-    loops = ",".join(map(str, arm.loops()))
-    command = [*flags, "--loops", loops]
+    command = [*flags, *arm.sweep()]
     base = settings_in(Path(config["config"]))
     if record.is_file():
         done = read_record(record)
@@ -185,7 +196,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
         with written_aside(folder / "trained.json") as aside:
             aside.write_text(json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
-        elt("test", *flags, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint), "--loops", loops)
+        elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
     write_record(record, command, base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
 
@@ -264,7 +275,7 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
         rows = []
         for same_loops in zip(*(record["rows"] for record in records), strict=True):
             metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
-            rows.append({name: same_loops[0][name] for name in COSTS} | {"metrics": metrics})
+            rows.append({name: same_loops[0][name] for name in COSTS if name in same_loops[0]} | {"metrics": metrics})
         summary["arms"][arm.name] = {
             "label": arm.label,
             "training_seconds": [record["training_seconds"] for record in records],
@@ -308,28 +319,36 @@ def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figu
     return drawing
 
 
+def curves(summary: dict[str, Any], arm: Arm) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return what was measured of an arm over loop counts, (label, rows) each: from zero, and carried if it was."""
+    rows = summary["arms"][arm.name]["rows"]
+    from_zero = [row for row in rows if not row.get("carry_state")]
+    carried = [row for row in rows if row.get("carry_state")]
+    return [(arm.label, from_zero), *([(f"{arm.label}, carried", carried)] if carried else [])]
+
+
 def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> None:
     """Draw one metric: a line for each looped arm, a level for each unlooped one."""
     for arm in arms:
-        rows = summary["arms"][arm.name]["rows"]
-        values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
-        means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
-        if arm.max_loops == 1:
-            axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
-            axes.annotate(
-                arm.label,
-                (0.99, means[0]),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color="gray",
-            )
-        else:
-            (line,) = axes.plot(loops, means, marker="o", label=arm.label)
-            for seed in zip(*values, strict=True):
-                axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
-            axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
+        for label, rows in curves(summary, arm):
+            values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
+            means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
+            if arm.max_loops == 1:
+                axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
+                axes.annotate(
+                    label,
+                    (0.99, means[0]),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    fontsize=7,
+                    color="gray",
+                )
+            else:
+                (line,) = axes.plot(loops, means, marker="o", label=label)
+                for seed in zip(*values, strict=True):
+                    axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
+                axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
     axes.set_xlabel("loops at inference (dashed: the loop count of training)")
     axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it would hide points
@@ -342,10 +361,10 @@ def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     is_distance = metric.startswith("fd_")
     write = with_spread if is_distance else percentage
     lines = []
-    for arm in arms:
-        rows = {row["loops"]: row for row in summary["arms"][arm.name]["rows"]}
+    for label, measured in (curve for arm in arms for curve in curves(summary, arm)):
+        rows = {row["loops"]: row for row in measured}
         cells = [write(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
-        lines.append((arm.label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
+        lines.append((label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
     headings = [metric + ("" if is_distance else ", %"), "backbone parameters", *(f"L = {loops}" for loops in columns)]
     return markdown_table(headings, lines) + "\n"
 

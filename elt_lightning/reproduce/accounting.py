@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from elt_lightning.commands.plan import read
+from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.networks.scales import SCALES
@@ -47,7 +48,7 @@ class Count:
         return self.passes * self.forward_macs
 
 
-def count(network: nn.Module, loops: int, passes: int = 1) -> Count:
+def count(network: LoopedNetwork, loops: int, passes: int = 1) -> Count:
     """Count a masked or diffusion network.
 
     Args:
@@ -55,23 +56,21 @@ def count(network: nn.Module, loops: int, passes: int = 1) -> Count:
         loops: L.
         passes: of the network for one sample.
     """
-    counted: Any = network
-    backbone = counted.backbone
+    backbone = network.backbone
     num_tokens = tokens_of(network)
-    width = backbone.layers[0].attention.output.in_features
     depth = backbone.effective_depth(loops)
     return Count(
         params_backbone=_parameters(backbone),
         params_total=_parameters(network),
         effective_depth=depth,
-        forward_macs=counted.macs(loops),
+        forward_macs=network.macs(loops),
         layer_macs=backbone.macs(num_tokens, loops),
-        attention_macs=depth * 2 * num_tokens**2 * width,
+        attention_macs=depth * 2 * num_tokens**2 * network.width,
         passes=passes,
     )
 
 
-def tokens_of(network: nn.Module) -> int:
+def tokens_of(network: LoopedNetwork) -> int:
     """Count the tokens that the layers of a network see, a class token with them."""
     if isinstance(network, LoopedDiT):
         return math.prod(network.grid)
@@ -121,7 +120,7 @@ def gflops_as_printed(row: Row, counted: Count) -> float:
     return counted.passes * macs / 1e9
 
 
-def _on_meta(make: type[nn.Module], **settings: Any) -> nn.Module:
+def _on_meta(make: type[LoopedNetwork], **settings: Any) -> LoopedNetwork:
     with torch.device("meta"):
         return make(**settings)
 

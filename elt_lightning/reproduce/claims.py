@@ -382,8 +382,9 @@ def converges_sooner(experiment: Experiment) -> Finding:
     losses, unlooped = ilsd.losses(), experiment.unlooped(like=ilsd).losses()
     ours, theirs = losses.iloc[-1], unlooped.iloc[-1]
     reached = losses <= theirs  # steps, seeds
-    first = [losses.index[int(seed.argmax())] + 1 if seed.any() else None for _, seed in reached.items()]
-    when = ", ".join("never" if step is None else f"at step {step:,}" for step in first)
+    when = ", ".join(
+        f"at step {losses.index[int(reached[s].argmax())] + 1:,}" if reached[s].any() else "never" for s in reached
+    )
     text = f"the unlooped model's loss after {unlooped.index[-1] + 1:,} steps is reached, seed by seed: {when}"
     text += f"; losses at the end: ILSD {spread(ours, 3)}, unlooped {spread(theirs, 3)}"
     return Finding(text, reached.iloc[:-1].any(), theirs - ours)

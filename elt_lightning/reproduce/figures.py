@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.evaluation.report import loops_figure
@@ -377,7 +378,7 @@ def draw_samples(sources: Sources) -> tuple[Figure, pd.DataFrame]:
     for label, path in (("ILSD", sources.ilsd), ("vanilla", sources.vanilla)):
         checkpoint = read_checkpoint(path)
         module = build_module(checkpoint).to(device_of(None))
-        tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], sources.tokenizer_path).to(module.device)
+        tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), sources.tokenizer_path).to(module.device)
         index = torch.arange(sources.num, device=module.device)
         for loops in sorted({max(1, module.max_loops * quarter // 4) for quarter in range(1, 6)}):
             codes = module.sample(index % module.num_classes, loops, sample_seeds(0, index))

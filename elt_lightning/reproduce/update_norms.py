@@ -72,8 +72,8 @@ def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int, bat
     def leave(layer: nn.Module, arguments: tuple[Tensor, ...], after: Tensor) -> None:
         norms.append((after - before.pop()).float().norm(dim=-1).mean())
 
-    layers: nn.ModuleList = module.network.backbone.layers  # type: ignore[assignment, union-attr]
-    hooks = [layers[0].register_forward_pre_hook(enter), layers[-1].register_forward_hook(leave)]
+    layers = module.network.backbone.layers
+    hooks = [layers.register_forward_pre_hook(enter), layers.register_forward_hook(leave)]
     total = torch.zeros(())
     try:
         for index in torch.arange(num_samples, device=module.device).split(batch_size):

@@ -2,14 +2,30 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from elt_lightning.processes.conditioning import Condition
-from elt_lightning.samplers.guidance import Guidance, Predict
+from elt_lightning.samplers.guidance import Guidance
+
+
+class Predict(Protocol):
+    """The network as samplers see it."""
+
+    def __call__(
+        self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
+    ) -> tuple[Mapping[int, Tensor], Tensor]:
+        """Predict from x (B, …), beginning the loop anew or from a state.
+
+        Returns:
+            {r: logits (B, T, V) for tokens x (B, T), or x̂ for noisy latents} for every r in ``exits`` and for
+            ``loops``; and the loop's state (B, T, D) at its end.
+        """
+
 
 Loops = int | Sequence[int]
 """One loop count for every sampling step, or one for each."""
@@ -22,15 +38,20 @@ class Sampler(ABC):
         num_classes: the null class.
         steps: K, sampling steps.
         guidance: classifier-free guidance.
+        carry_state: begin the loop of every step but the first from the state that the step before ended with, in both
+            branches of guidance; this needs a network with recall. None: where the network has recall.
 
     Raises:
         ValueError: fewer than one step.
     """
 
-    def __init__(self, num_classes: int, steps: int, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self, num_classes: int, steps: int, guidance: Guidance | None = None, carry_state: bool | None = None
+    ) -> None:
         if steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {steps}")
         self.num_classes, self.steps, self.guidance = num_classes, steps, guidance or Guidance()
+        self.carry_state = carry_state
 
     @abstractmethod
     def sample(
@@ -45,7 +66,7 @@ class Sampler(ABC):
         """Draw samples.
 
         Args:
-            predict: the network as a function of (x, condition, loops); for diffusion it gives x̂.
+            predict: the network.
             shape: shape of one sample.
             condition: labels (B,).
             loops: a number, or one per sampling step.
@@ -61,6 +82,25 @@ class Sampler(ABC):
         other = copy.copy(self)
         other.guidance = replace(self.guidance, scale=scale)
         return other
+
+    def with_carry_state(self, carry_state: bool | None) -> Self:
+        """Return the same sampler with the state carried from step to step, or not, or as suits the network."""
+        other = copy.copy(self)
+        other.carry_state = carry_state
+        return other
+
+    def suited_to(self, has_recall: bool) -> Self:
+        """Return the same sampler with ``carry_state`` settled for a network that has recall, or has none.
+
+        Raises:
+            ValueError: the state is to be carried, and the network has no recall.
+        """
+        if self.carry_state and not has_recall:
+            raise ValueError(
+                "carry_state needs a network with recall, and this one has none: set the sampler's carry_state to "
+                "false or null, or train a network with recall: true"
+            )
+        return self.with_carry_state(has_recall if self.carry_state is None else self.carry_state)
 
     def loops_per_step(self, loops: Loops) -> list[int]:
         """Write out the loop count of each step.
@@ -79,3 +119,43 @@ class Sampler(ABC):
         """List the loop count of every forward pass that one sample costs, both guidance branches included."""
         per_step = enumerate(self.loops_per_step(loops))
         return [count for step, count in per_step for _ in range(self.guidance.branches(step, self.steps))]
+
+
+class GuidedSteps:
+    """What a sampler asks of the network, step after step: guided predictions, with the loop's state carried along.
+
+    Both branches of guidance go through the network in one batch, and each has a state of its own. Where guidance
+    begins to act after the first step, its null branch begins from the state of the other one, which has seen the same
+    input: both tend to fixed points that differ by the class alone.
+
+    Args:
+        sampler: its steps, guidance and ``carry_state``.
+        predict: the network.
+        loops: a number, or one per sampling step.
+
+    Raises:
+        ValueError: loops that do not fit the steps.
+    """
+
+    def __init__(self, sampler: Sampler, predict: Predict, loops: Loops) -> None:
+        self.sampler, self.predict, self.loops = sampler, predict, sampler.loops_per_step(loops)
+        self.state: Tensor | None = None
+
+    def __call__(self, step: int, x: Tensor, condition: Condition) -> Tensor:
+        """Return the prediction for x (B, …) at a step (0-based): logits (B, T, V) or x̂."""
+        sampler, loops, batch = self.sampler, self.loops[step], len(x)
+        branches = sampler.guidance.branches(step, sampler.steps)
+        if sampler.guidance.acts(step, sampler.steps):
+            null = condition.with_labels(torch.full_like(condition.labels, sampler.num_classes))
+            condition = condition.joined(null) if branches == 2 else null
+            x = x.repeat(branches, *[1] * (x.ndim - 1))
+        state = self.state
+        if state is not None and len(state) != len(x):  # guidance begins or ceases to act
+            state = state[:batch].repeat(branches, 1, 1)
+        predictions, state = self.predict(x, condition, loops, state=state)
+        if sampler.carry_state:
+            self.state = state
+        if branches == 1:
+            return predictions[loops]
+        of_class, of_null = predictions[loops].chunk(2)
+        return sampler.guidance.combine(of_class, of_null, step, sampler.steps)

@@ -15,8 +15,8 @@ from torch import Tensor
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import NoiseSchedule, ShiftedCosine
 from elt_lightning.processes.noise import Stream, normal
-from elt_lightning.samplers.base import Loops, Sampler
-from elt_lightning.samplers.guidance import Guidance, Predict
+from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
+from elt_lightning.samplers.guidance import Guidance
 
 
 class Level(NamedTuple):
@@ -46,6 +46,7 @@ class DiffusionSampler(Sampler):
         schedule: logsnr over time, the same as the objective's.
         clip: x̂ is cut to ±clip after guidance, for data that lie in that range; None for no cut.
         guidance: classifier-free guidance, on x̂.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class DiffusionSampler(Sampler):
         schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, guidance)
+        super().__init__(num_classes, steps, guidance, carry_state)
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be above 0, not {clip}")
         self.schedule, self.clip = schedule or ShiftedCosine(), clip
@@ -100,12 +102,12 @@ class DiffusionSampler(Sampler):
             raise ValueError(f"known has shape {tuple(known.shape)}, the samples {(len(seeds), *shape)}")
         state = normal(seeds, 0, Stream.INITIAL_NOISE, shape)
         levels = self.levels()
-        clean = state
-        for step, step_loops in enumerate(self.loops_per_step(loops)):
+        clean, guided = state, GuidedSteps(self, predict, loops)
+        for step in range(self.steps):
             previous_clean = clean
             time = torch.full((len(seeds),), levels[step].time, device=seeds.device)
             timed = Condition(condition.labels, time)
-            clean = self.guidance.predict(predict, state, timed, self.num_classes, step_loops, step, self.steps).float()
+            clean = guided(step, state, timed).float()
             if self.clip is not None:
                 clean = clean.clamp(-self.clip, self.clip)
             if known is not None:
@@ -135,6 +137,7 @@ class DDPMSampler(DiffusionSampler):
         variance_interpolation: γ in [0, 1]; 0.3 is our default (inferred).
         clip: as in :class:`DiffusionSampler`.
         guidance: classifier-free guidance; the paper uses scale 3.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
 
     def __init__(
@@ -145,8 +148,9 @@ class DDPMSampler(DiffusionSampler):
         variance_interpolation: float = 0.3,
         clip: float | None = None,
         guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance)
+        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
         if not 0 <= variance_interpolation <= 1:
             raise ValueError(f"variance_interpolation must lie in [0, 1], not {variance_interpolation}")
         self.variance_interpolation = variance_interpolation
@@ -172,8 +176,9 @@ class DDIMSampler(DiffusionSampler):
         schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance)
+        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""
@@ -196,8 +201,9 @@ class DPMSolverSampler(DiffusionSampler):
         schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance)
+        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""

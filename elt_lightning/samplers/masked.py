@@ -9,8 +9,8 @@ from torch import Tensor
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import num_still_masked, ranks
 from elt_lightning.processes.noise import Stream, categorical, gumbel, over_steps, uniform
-from elt_lightning.samplers.base import Loops, Sampler
-from elt_lightning.samplers.guidance import Guidance, Predict
+from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
+from elt_lightning.samplers.guidance import Guidance
 
 
 class MaskGITSampler(Sampler):
@@ -31,6 +31,7 @@ class MaskGITSampler(Sampler):
         temperature_scale: what is added to it at the start.
         choice_temperature: noise on the confidence; MaskGIT and MAGVIT use 4.5.
         guidance: classifier-free guidance.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class MaskGITSampler(Sampler):
         temperature_scale: float = 0.8,
         choice_temperature: float = 4.5,
         guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, guidance)
+        super().__init__(num_classes, steps, guidance, carry_state)
         if temperature_bias <= 0 or temperature_scale < 0 or choice_temperature < 0:
             raise ValueError("sampling needs temperature_bias > 0, temperature_scale >= 0 and choice_temperature >= 0")
         self.num_codes = num_codes
@@ -64,11 +66,10 @@ class MaskGITSampler(Sampler):
         num_unknown = (tokens == self.num_codes).sum(1)
         numbers = over_steps(uniform, seeds, self.steps, Stream.SAMPLED_TOKENS, shape)
         noise = over_steps(gumbel, seeds, self.steps, Stream.SAMPLED_CONFIDENCE, shape)
-        for step, step_loops in enumerate(self.loops_per_step(loops)):
+        guided = GuidedSteps(self, predict, loops)
+        for step in range(self.steps):
             masked = tokens == self.num_codes
-            logits = self.guidance.predict(
-                predict, tokens, condition, self.num_classes, step_loops, step, self.steps
-            ).float()
+            logits = guided(step, tokens, condition).float()
             guess = torch.where(masked, categorical(logits / self.temperature(step), numbers[step]), tokens)
             log_probability = logits.log_softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
             confidence = log_probability + self.choice_temperature * self._to_come(step) * noise[step]

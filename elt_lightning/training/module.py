@@ -8,22 +8,18 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
+from elt_lightning.networks.base import LoopedNetwork, Pass
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
-from elt_lightning.training.optimiser import (
-    LearningRateSchedule,
-    parameter_groups,
-    prefer_fused,
-    refuse_state_of_another,
-)
+from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
+from elt_lightning.weights import differences
 
 HELD_OUT_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -33,7 +29,7 @@ class ELTModule(LightningModule):
     """An Elastic Looped Transformer, trained so that every loop count is a usable model.
 
     Args:
-        network: ``network(x, condition, loops, exits) -> {loops: prediction}``.
+        network: predicts at every exit of one pass.
         objective: how a batch is corrupted, and the losses of one prediction.
         distillation: which loop counts a step trains, and how their losses combine.
         sampler: how samples are drawn.
@@ -49,7 +45,7 @@ class ELTModule(LightningModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: LoopedNetwork,
         objective: Objective,
         distillation: ILSD,
         sampler: Sampler,
@@ -67,7 +63,8 @@ class ELTModule(LightningModule):
             raise ValueError(f"seed_everything must lie in [0, 2^31), not {seed}")
         if getattr(objective, "schedule", None) != getattr(sampler, "schedule", None):
             raise ValueError("objective and sampler have different noise schedules: give both the same")
-        self.network, self.objective, self.distillation, self.sampler = network, objective, distillation, sampler
+        self.network, self.objective, self.distillation = network, objective, distillation
+        self.sampler = sampler.suited_to(network.has_recall)
         self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
@@ -79,7 +76,7 @@ class ELTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Compile the loop's body, if it is asked for; models that are built without a trainer are left alone."""
         if self.compile_mode:
-            self.network.backbone.compile_loop(self.compile_mode)  # type: ignore[operator, union-attr]
+            self.network.backbone.compile_loop(self.compile_mode)
 
     def configure_model(self) -> None:
         """Share the weights out over the devices of ``ModelParallelStrategy``, the one strategy that has a mesh."""
@@ -87,20 +84,13 @@ class ELTModule(LightningModule):
             shard(self.network, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network before anything is loaded.
+        """Refuse weights of another network, and broken ones, before anything is loaded.
 
         Raises:
-            UserError: names or shapes of the weights differ.
+            UserError: names, shapes or types of the weights differ, or not all are finite.
         """
-        there = {name: tuple(getattr(weight, "shape", ())) for name, weight in checkpoint["state_dict"].items()}
-        here = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        different = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if different:
-            name = different[0]
-            raise UserError(
-                f"the checkpoint is of another network: {len(different)} weights differ, for example {name} has shape "
-                f"{there.get(name, 'none')} there and {here.get(name, 'none')} here"
-            )
+        if faults := differences(self.state_dict(), checkpoint["state_dict"]):
+            raise UserError(f"the checkpoint is of another network, or its weights are damaged: {faults}")
 
     @property
     def max_loops(self) -> int:
@@ -115,8 +105,7 @@ class ELTModule(LightningModule):
     @property
     def grid(self) -> tuple[int, ...]:
         """The cells that tokens or latents lie in: ([frames], height, width)."""
-        input_shape: tuple[int, ...] = self.network.input_shape  # type: ignore[assignment]
-        return input_shape if self.num_codes is not None else input_shape[1:]
+        return self.network.input_shape if self.num_codes is not None else self.network.input_shape[1:]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch's own generator, which dropout alone uses, from (seed, step, rank, micro-batch)."""
@@ -138,7 +127,7 @@ class ELTModule(LightningModule):
         labels = drop_labels(batch.labels, seeds, step, self.label_drop, self.num_classes)
         corrupted = self.objective.corrupt(batch.x, seeds, step)
         exits = self.distillation.student_exits(self.seed, step)
-        predictions = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
+        predictions, _ = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
         return self.distillation.loss(predictions, corrupted, self.objective, progress)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -171,7 +160,7 @@ class ELTModule(LightningModule):
             return
         corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), HELD_OUT_STEP)
         condition = Condition(batch.labels, corrupted.time)
-        predictions = self.network(corrupted.inputs, condition, max(self.held_out_loops), self.held_out_loops)
+        predictions, _ = self.network(corrupted.inputs, condition, max(self.held_out_loops), self.held_out_loops)
         losses = {
             f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
             for loops, prediction in predictions.items()
@@ -183,9 +172,12 @@ class ELTModule(LightningModule):
         """Draw what a :class:`~elt_lightning.data.base.Request` asks for, at ``prediction_loops``: codes (B, …)."""
         return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.indices), batch.known)
 
-    def predict(self, x: Tensor, condition: Condition, loops: int) -> Tensor:
-        """Call the network as samplers see it: at one loop count, to logits or x̂."""
-        return self.objective.denoised(self.network(x, condition, loops)[loops], x, condition)
+    def predict(
+        self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
+    ) -> Pass:
+        """Call the network as samplers see it: its predictions are logits or x̂."""
+        predictions, state = self.network(x, condition, loops, exits, state)
+        return Pass({r: self.objective.denoised(p, x, condition) for r, p in predictions.items()}, state)
 
     @torch.no_grad()
     def sample(
@@ -207,14 +199,17 @@ class ELTModule(LightningModule):
 
         Returns:
             (B, …) tokens or latents; the data's tokenizer turns them into pixels.
+
+        Raises:
+            ValueError: the sampler carries the state, and the network has no recall.
         """
-        shape: tuple[int, ...] = self.network.sample_shape  # type: ignore[assignment]
-        return (sampler or self.sampler).sample(self.predict, shape, Condition(labels), loops, seeds, known)
+        sampler = (sampler or self.sampler).suited_to(self.network.has_recall)
+        return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known)
 
     def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
         """Multiply–accumulates of drawing one sample: every step, both guidance branches."""
         calls = (sampler or self.sampler).network_calls(loops)
-        return sum(self.network.macs(count) for count in calls)  # type: ignore[operator]
+        return sum(self.network.macs(count) for count in calls)
 
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: of the shared backbone, which the paper's tables report for ELT, and in all."""
@@ -222,7 +217,7 @@ class ELTModule(LightningModule):
         def count(module: nn.Module) -> int:
             return sum(parameter.numel() for parameter in module.parameters())
 
-        return count(self.network.backbone), count(self.network)  # type: ignore[arg-type]
+        return count(self.network.backbone), count(self.network)
 
     @property
     def total_steps(self) -> int:
@@ -238,8 +233,5 @@ class ELTModule(LightningModule):
         try:
             optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
         except (ValueError, TypeError) as error:  # its settings meet it here for the first time
-            raise UserError(f"the optimiser refuses its settings: {error}") from error
-        optimizer.register_load_state_dict_pre_hook(refuse_state_of_another)
-        total_steps = self.total_steps
-        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            raise UserError(f"model.optimizer refuses its settings: {error}") from error
+        return with_schedule(optimizer, self.learning_rate_schedule, self.total_steps)

@@ -5,8 +5,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from elt_lightning.networks.base import LoopedNetwork
 
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+
+def shard(network: LoopedNetwork, mesh: DeviceMesh) -> None:
     """Share out the weights of a network, once.
 
     The looped stack is one unit, so that its weights are gathered once per step and their gradients exchanged once,
@@ -14,12 +16,12 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     the end of the backward pass: they are needed again at once.
 
     Args:
-        network: with the looped stack as its ``backbone``.
+        network: of the looped stack, and what stands around it.
         mesh: (copies of the model, devices that share a copy).
     """
     if not isinstance(network, FSDPModule):
         for unit in (network.backbone, network):
-            fully_shard(unit, mesh=mesh, reshard_after_forward=False)  # type: ignore[arg-type]
+            fully_shard(unit, mesh=mesh, reshard_after_forward=False)
 
 
 def gather_weights(module: nn.Module) -> None:

@@ -1,0 +1,72 @@
+"""What training, samplers, benchmarks and plans ask of a network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from elt_lightning.networks.looped import LoopedStack
+from elt_lightning.processes.conditioning import Condition
+
+
+class Pass(NamedTuple):
+    """What one pass through a network finds.
+
+    Attributes:
+        predictions: {r: prediction} for every exit and for the number of loops: logits (B, T, V), or what a network of
+            noisy latents predicts, (B, C, …).
+        state: (B, T, D) of the loop at its end, from which another pass can begin if the network has recall.
+    """
+
+    predictions: dict[int, Tensor]
+    state: Tensor
+
+
+class LoopedNetwork(nn.Module, ABC):
+    """A network whose shared layers run any number of times, with one head for all exits.
+
+    Attributes:
+        backbone: the looped stack.
+        input_shape: of one sample as the data have it: the token grid ([frames], height, width), or (channels,
+            [frames], height, width).
+        sample_shape: of one sample as the network takes it: (T,) tokens, or that of latents.
+        width: D of the loop's state.
+    """
+
+    backbone: LoopedStack
+    input_shape: tuple[int, ...]
+    sample_shape: tuple[int, ...]
+    width: int
+    __call__: Callable[..., Pass]
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        condition: Condition,
+        loops: int,
+        exits: Sequence[int] = (),
+        state: Tensor | None = None,
+    ) -> Pass:
+        """Predict at each exit of one pass.
+
+        Args:
+            x: (B, …, as ``sample_shape`` says) tokens or noisy latents.
+            condition: labels, and for diffusion the time.
+            loops: L ≥ 1.
+            exits: further loop counts in [1, loops]. What they predict equals a fresh pass of so many loops.
+            state: to begin the loop from, :attr:`Pass.state` of an earlier pass; None to begin anew.
+
+        Raises:
+            ValueError: loops or exits out of range, or a state for a network without recall.
+        """
+
+    @abstractmethod
+    def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
+        """Multiply–accumulates of one pass of one sample, attention products included, and a head for each exit."""
+
+    @property
+    def has_recall(self) -> bool:
+        """Whether every loop reads the input again, so that the loop may begin from a carried state."""
+        return self.backbone.recall is not None
