@@ -250,6 +250,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert len(encoded) == 6 + 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_was(root: Path, tmp_path: Path) -> None:
     elt_encode(root, tmp_path / "whole", "--batch_size=1", tokenizer="test_encode.Stuck")
     code = (
