@@ -3,13 +3,14 @@
 import difflib
 import errno
 import importlib
+import io
 import os
 import re
 import sys
 from collections.abc import Callable
 
 from elt_lightning import __version__
-from elt_lightning.errors import LOST_LOADER, UserError
+from elt_lightning.errors import LOST_LOADER, UserError, printable
 
 SUBCOMMANDS = {
     "fit": "train a model from a config, or go on from a checkpoint",
@@ -65,6 +66,10 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
         program: begins the line.
         debug: let errors through, with their tracebacks.
     """
+    os.environ["MPLBACKEND"] = "agg"  # what is drawn here goes to files; another backend may not even exist
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without × gets all else
     try:
         work()
     except UserError as error:
@@ -85,8 +90,11 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
             raise
         print(f"{program}: error: {one_line(what_failed(error))}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         end = end_of_loader(error)
+        if not debug and (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            print(f"{program}: error: the machine's memory is too small ({one_line(error)})", file=sys.stderr)
+            return 2
         if debug or end is None:
             raise
         print(f"{program}: error: {LOST_LOADER.format(end)}", file=sys.stderr)
@@ -107,11 +115,16 @@ def run_command(name: str, arguments: list[str]) -> None:
     importlib.import_module(_MODULES[name]).run(name, arguments)
 
 
+LONGEST_LINE = 2000
+"""Characters of an error's line."""
+
+
 def with_underscores(argument: str) -> str:
-    """Accept dashes in the names of flags: --ckpt-path becomes --ckpt_path; values are left alone."""
+    """Accept dashes in the names of flags: --ckpt-path becomes --ckpt_path. Of values a shell leaves --x=~/y alone."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
+    value = os.path.expanduser(value) if value.startswith("~/") else value
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
@@ -134,8 +147,8 @@ def end_of_loader(error: BaseException | None) -> str | None:
 
 
 def one_line(message: object) -> str:
-    """Fold an error's message into one line."""
-    return " ".join(str(message).split())
+    """Fold an error's message into one line, fit for a terminal: see :func:`elt_lightning.errors.printable`."""
+    return printable(" ".join(str(message).split()), LONGEST_LINE)
 
 
 if __name__ == "__main__":

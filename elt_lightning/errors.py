@@ -13,3 +13,13 @@ LOST_LOADER = (
     "container more of it; what was finished before is whole: go on from it"
 )
 """What to say of a loader process that ended before its time, and how it did."""
+
+
+def printable(text: str, longest: int = 300) -> str:
+    """Return what a file says, fit for a terminal: control characters escaped, and too much of it cut in the middle.
+
+    A name in a file may hold what a terminal takes for orders, or megabytes.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} […] {text[-longest // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

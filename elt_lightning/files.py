@@ -1,12 +1,16 @@
-"""Writing files so that a reader never meets half of one, and reading JSON that may be anything."""
+"""Writing files so that a reader never meets half of one, and reading files that may be anything."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path, PurePath
 from typing import Any
 
 
@@ -23,10 +27,51 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
+        with suppress(PermissionError):  # file systems without such rights
+            os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what only looks like a file: a FIFO would be waited for without end, and a device read without end.
+
+    Raises:
+        OSError: the path is missing, or is neither a file nor a folder.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device, not a file", str(path))
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file to read its bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is none; see :func:`check_regular`.
+    """
+    check_regular(path)
+    return open(path, "rb")
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Read the lines of a text file that are not blank, stripped; byte-order marks and Windows' line ends are not kept.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open_regular(path) as file:
+        lines = file.read().decode("utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def counted_by_suffix(names: Iterable[str], most: int = 8) -> str:
+    """Count files by what their names end in, the frequent ones first: "12 .txt, 3 .heic, 1 without a suffix"."""
+    counts = Counter(PurePath(name).suffix.lower() or "without a suffix" for name in names)
+    shown = [f"{count} {suffix}" for suffix, count in counts.most_common(most)]
+    return ", ".join(shown + [f"{len(counts) - most} more suffixes"] * (len(counts) > most))
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -54,7 +99,7 @@ def whole_number(value: Any) -> int:
 
 def sha256(path: str | Path) -> str:
     """Hash a file's content: 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -74,3 +119,9 @@ def claim_numbered(folder: str | Path, stem: str) -> Path:
         except FileExistsError:
             continue
         return path
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as Markdown, without a newline at its end."""
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (headings, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])

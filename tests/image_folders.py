@@ -24,7 +24,7 @@ def jpeg(picture: Image.Image) -> bytes:
     return encoded(picture, "JPEG", quality=92)
 
 
-def encoded(picture: Image.Image, kind: str, **settings: int) -> bytes:
+def encoded(picture: Image.Image, kind: str, **settings: object) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, kind, **settings)
     return stream.getvalue()

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +52,17 @@ def write_shards(folder: Path, index: ShardIndex) -> str:
     """Write the shards and the index; picture i has class i mod classes."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
+    shards = []
     for shard in index.shards:
+        crc = 0
         with tarfile.open(folder / shard.name, "w") as tar:
             for _ in range(shard.num_samples):
                 about = {"label": number % len(index.classes), "source": f"{number}.JPEG"}
-                add_member(tar, f"{number:09d}.codes.npy", npy(stored(number, index)))
-                add_member(tar, f"{number:09d}.json", json.dumps(about).encode())
+                members = {"codes.npy": npy(stored(number, index)), "json": json.dumps(about).encode()}
+                crc = zlib.crc32(b"%09d" % number + b"".join(members.values()), crc)
+                for ending, content in members.items():
+                    add_member(tar, f"{number:09d}.{ending}", content)
                 number += 1
-    index.write(folder)
+        shards.append(replace(shard, crc32=crc))
+    replace(index, shards=tuple(shards)).write(folder)
     return str(folder)

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_runs import SMALL, SMALL_SQUARES, train_small_squares
 
-from elt_lightning.cli import main
-from elt_lightning.commands.train import ELTCommandLine
+from elt_lightning.cli import main, with_underscores
+from elt_lightning.commands.train import ELTCommandLine, with_bases
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART, DIGITS = REPOSITORY / "configs" / "quickstart.yaml", REPOSITORY / "configs" / "digits.yaml"
@@ -348,3 +349,15 @@ def test_running_out_of_memory_names_what_to_change(
     assert error.count("\n") == 1
     assert setting in error
     assert "2.00 GiB" in error
+
+
+def test_a_tilde_is_the_home_folder_in_configs_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell writes it out in words alone: in YAML and after an equals sign it would be the name of a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "low.yaml").write_text("data: {init_args: {training_files: [~/a.st, b~/c.st]}}\n")
+    (tmp_path / "high.yaml").write_text("base: low.yaml\nrun_dir: ~/run\ndata: {init_args: {num_classes: 3}}\n")
+    written = with_bases(["--config", str(tmp_path / "high.yaml")], tmp_path)
+    low, high = (yaml.safe_load(Path(path).read_text()) for path in written[1::2])
+    assert low == {"data": {"init_args": {"training_files": [f"{tmp_path}/a.st", "b~/c.st"]}}}
+    assert high == {"run_dir": f"{tmp_path}/run", "data": {"init_args": {"num_classes": 3}}}
+    assert with_underscores("--tokenizer-path=~/x.bin") == f"--tokenizer_path={tmp_path}/x.bin"

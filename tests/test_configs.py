@@ -14,7 +14,9 @@ from elt_lightning.tokenizers.vq_training import VQTraining
 
 ROOT = Path(__file__).parent.parent
 IMAGENET = sorted(
-    path for path in (ROOT / "configs" / "imagenet256").glob("*.yaml") if path.stem not in ("masked", "diffusion")
+    path
+    for path in (ROOT / "configs" / "imagenet256").glob("*.yaml")
+    if path.stem not in ("masked", "diffusion", "smoke")
 )
 
 

@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 
 from elt_lightning.data.base import HeldOutOrder, TensorBatches, TrainingOrder
 from elt_lightning.data.toy.digits import DigitsDataModule
+from elt_lightning.errors import UserError
+from elt_lightning.training.trainer_settings import count_in_steps
 
 
 def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, epoch: int = 0) -> list[list[list[int]]]:
@@ -127,7 +129,9 @@ def test_validation_comes_after_so_many_optimiser_steps_however_they_are_made(
     module = DigitsDataModule(batch_size=16, micro_batch_size=micro)
     every = None if interval == 6 else 1
     trainer = Trainer(logger=False, accelerator="cpu", val_check_interval=interval, check_val_every_n_epoch=every)
-    for _ in range(2):  # a reloaded loader must not count twice
-        assert module.prepare_training(trainer) == (micro or 16)
-        assert trainer.val_check_interval == expected
-        assert trainer.accumulate_grad_batches == 16 // (micro or 16)
+    if micro:
+        with pytest.raises(UserError, match=rf"Trainer\(accumulate_grad_batches={16 // micro}\)"):
+            module.training_micro_batch(trainer)
+    count_in_steps(trainer, module.share_batch(1)[1])
+    assert trainer.val_check_interval == expected
+    assert module.training_micro_batch(trainer) == (micro or 16)

@@ -172,6 +172,18 @@ def test_a_foreign_weight_is_refused() -> None:
         from_dit_state_dict(state)
 
 
+def test_training_checkpoints_and_wrapped_weights_of_dit_are_taken() -> None:
+    """What DiT's train.py saves holds model, ema, opt and args; the averaged weights are the published ones."""
+    state = random_dit_state(1, 8, 2, 2, 3, 3)
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    other = {name: value + 1 for name, value in wrapped.items()}
+    plain = from_dit_state_dict(state)
+    for given in (wrapped, {"model": other, "ema": wrapped, "opt": {}}, {"model": wrapped}):
+        assert all(torch.equal(value, plain[name]) for name, value in from_dit_state_dict(given).items())
+    with pytest.raises(ValueError, match=r"x_embedder\.proj\.weight .* is missing: here is epoch"):
+        from_dit_state_dict({"epoch": 3})
+
+
 def test_sine_positions_number_by_number() -> None:
     rows, columns, width = 3, 5, 16
     table = sine_positions((rows, columns), width)

@@ -115,6 +115,26 @@ def test_the_checkpoint_holds_raw_weights_and_the_average_under_its_own_key(tmp_
         averaged_weights(content)
 
 
+def test_the_average_is_float32_whatever_the_weights_are_and_goes_on_in_another_precision(tmp_path: Path) -> None:
+    """In bfloat16 it would be off by some of 256 parts, and a slow one would stand still."""
+    model, ema = Line(), EMA()
+    initial = model.line.weight.to(torch.bfloat16).item()
+    trainer = fit(model, [ema], tmp_path, precision="bf16-true")
+    assert model.line.weight.dtype == torch.bfloat16
+    assert ema.average["line.weight"].dtype == torch.float32
+    expected = average_by_hand(initial, model.after_steps, 0.999)
+    assert ema.average["line.weight"].item() == pytest.approx(expected, rel=1e-5)
+    assert model.validated == [torch.tensor(expected).bfloat16().item()] * 2
+    assert model.line.weight.item() == model.after_steps[-1]
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    for precision in ("32-true", "bf16-true", "64-true"):
+        resumed, average = Line(), EMA()
+        fit(resumed, [average], tmp_path, str(tmp_path / "half.ckpt"), max_epochs=2, precision=precision)
+        assert average.average["line.weight"].dtype == (torch.float64 if precision == "64-true" else torch.float32)
+        expected = average_by_hand(initial, model.after_steps + resumed.after_steps, 0.999)
+        assert average.average["line.weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
 class SaveWhileValidating(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path

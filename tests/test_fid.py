@@ -305,6 +305,14 @@ def test_wrong_files_are_refused_in_one_clear_line(tmp_path: Path) -> None:
         assert "not finite" in complaint()
     np.savez(path, mu=mean, sigma=covariance + np.triu(np.ones((POOL, POOL))))
     assert "sigma is not symmetric" in complaint()
+    correlated = covariance.copy()  # its variances are 1, but that of the difference of the first two is -1
+    correlated[0, 1] = correlated[1, 0] = 1.5
+    for negative in (-covariance, correlated):
+        np.savez(path, mu=mean, sigma=negative)
+        assert "sigma has variances below 0" in complaint()
+    few = np.random.default_rng(0).normal(size=(3, POOL)).astype(np.float32)
+    np.savez(path, mu=mean, sigma=np.cov(few, rowvar=False).astype(np.float32))  # of rank 2: rounding is no fault
+    read_moments(path)
 
 
 @pytest.mark.usefixtures("small_files")

@@ -22,9 +22,9 @@ from image_folders import (
     write_tar,
     write_tars,
 )
-from PIL import Image
+from PIL import Image, ImageOps, features
 
-from elt_lightning.data.crops import Picture, Request, adm_centre_crop, crop_all, decode_picture
+from elt_lightning.data.crops import UPRIGHT_CROP, Picture, Request, adm_centre_crop, crop_all, decode_picture
 from elt_lightning.data.image_labels import read_labels
 from elt_lightning.data.images import MOST_CLASSES, batches, fingerprint, list_pictures, open_source
 from elt_lightning.errors import UserError
@@ -116,16 +116,39 @@ def test_of_sixteen_bits_the_upper_eight_are_kept() -> None:
     assert np.array_equal(found, (levels // 256)[..., None].repeat(3, 2))
 
 
-def test_transparency_and_the_orientation_tag_change_no_pixel() -> None:
-    colours = draw(3, (40, 30))
-    clear = colours.convert("RGBA")
-    clear.putalpha(0)
-    assert np.array_equal(np.array(decode_picture(encoded(clear, "PNG"))), np.array(colours))
+@pytest.mark.parametrize("alpha", [0, 96, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lets_white_through(mode: str, alpha: int) -> None:
+    colours = draw(3, (40, 30)).convert({"RGBA": "RGB", "LA": "L", "P": "P"}[mode])
+    if mode == "P":
+        content = encoded(colours, "PNG", transparency=bytes([alpha] * 256))
+    else:
+        colours.putalpha(alpha)
+        content = encoded(colours, "PNG")
+    expected = 255 - (255 - np.array(colours.convert("RGB")).astype(float)) * alpha / 255
+    assert np.abs(np.array(decode_picture(content)) - expected).max() <= (0 if alpha in (0, 255) else 1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tag", range(1, 10))
+def test_the_orientation_tag_turns_a_picture_where_that_is_asked_for(kind: str, tag: int) -> None:
     turned = Image.Exif()
-    turned[0x0112] = 6
-    stream = io.BytesIO()
-    colours.save(stream, "JPEG", quality=92, exif=turned)
-    assert np.array_equal(np.array(decode_picture(stream.getvalue())), np.array(decode_picture(jpeg(colours))))
+    turned[0x0112] = tag  # 9 is none
+    content = encoded(draw(3, (40, 30)), kind, exif=turned)
+    stored = Image.open(io.BytesIO(content))
+    assert np.array_equal(np.array(decode_picture(content)), np.array(stored))
+    upright = np.array(ImageOps.exif_transpose(stored))
+    assert np.array_equal(np.array(decode_picture(content, upright=True)), upright)
+    (crops,) = crop_all([Request(0, [])], 16, 0, UPRIGHT_CROP)
+    assert crops.num_tried == 0
+    assert np.array_equal(upright, np.array(stored)) == (tag in (1, 9))
+
+
+def test_numbers_of_no_known_range_are_no_picture() -> None:
+    for levels in (np.linspace(0, 1, 12, dtype=np.float32), np.linspace(0, 2**20, 12, dtype=np.int32)):
+        content = encoded(Image.fromarray(levels.reshape(3, 4)), "TIFF")
+        with pytest.raises(ValueError, match=r"numbers from 0 to 1.*no known range"):
+            decode_picture(content)
 
 
 def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_kept(
@@ -165,9 +188,52 @@ def test_a_folder_lists_its_pictures_in_order_without_hidden_ones(tmp_path: Path
     root.mkdir()
     for name in CLASSES:
         (root / name).symlink_to(tmp_path / "real" / name)
-    listing = list_pictures(str(root))
+    listing, others = list_pictures(str(root))
+    assert others == [f"{CLASSES[0]}/notes.txt"]
     assert [name for name, _ in listing] == sorted([*names, f"{CLASSES[1]}/more/deeper/x.PNG"])
     assert all((root / name).stat().st_size == size for name, size in listing)
+
+
+def test_whatever_pillow_reads_is_taken_and_the_rest_is_counted_by_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = {"a.gif": "GIF", "b.tif": "TIFF", "c.TIFF": "TIFF", "d.ppm": "PPM", "e.jfif": "JPEG", "f.tga": "TGA"}
+    kinds |= {"g": "JPEG", "h": "PNG", "i.jp2": "JPEG2000"} | ({"j.avif": "AVIF"} if features.check("avif") else {})
+    (tmp_path / "cats").mkdir()
+    for name, kind in kinds.items():
+        (tmp_path / "cats" / name).write_bytes(encoded(draw(1, (20, 20)), kind))
+    for name in ("README", "x.txt", "y.TXT", "z.heic", ".hidden"):
+        (tmp_path / "cats" / name).write_text("no picture")
+    os.mkfifo(tmp_path / "cats" / "waits")
+    source = open_source([str(tmp_path)])
+    assert sorted(picture.source for picture in source.part(0)) == [f"cats/{name}" for name in sorted(kinds)]
+    assert caplog.messages == [f"left out of {tmp_path}, as no pictures: 2 without a suffix, 2 .txt, 1 .heic"]
+    (crops,) = crop_all([Request(0, source.part(0))], 20, num_workers=0)
+    assert crops.unreadable == []
+    assert [len(batch) for batch in batches(str(tmp_path), 20, 64, workers=0)] == [len(kinds)]
+    assert caplog.messages[1:] == caplog.messages[:1]
+    (tmp_path / "dogs").mkdir()
+    (tmp_path / "dogs" / "1.heic").touch()
+    with pytest.raises(UserError, match=r"dogs has no pictures, only 1 \.heic: remove it"):
+        open_source([str(tmp_path)])
+    with pytest.raises(UserError, match=r"dogs has no pictures, only 1 \.heic, and it is no folder of \.tar"):
+        list(batches(str(tmp_path / "dogs"), 20, 64, workers=0))
+
+
+def test_what_is_no_file_is_named_and_links_that_lead_round_are_refused(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    os.mkfifo(tmp_path / CLASSES[0] / "waits.jpg")
+    (tmp_path / CLASSES[0] / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / CLASSES[0] / "round.jpg").symlink_to("round.jpg")
+    (crops,) = crop_all([Request(0, open_source([str(tmp_path)]).part(0))], 16, num_workers=0)
+    assert len(crops.pictures) == 15
+    reasons = dict(crops.unreadable)
+    assert "a FIFO" in reasons[f"{CLASSES[0]}/waits.jpg"]
+    assert "a device" in reasons[f"{CLASSES[0]}/endless.jpg"]
+    assert "symbolic links" in reasons[f"{CLASSES[0]}/round.jpg"]
+    (tmp_path / CLASSES[1] / "up").symlink_to("..")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/{CLASSES[1]}/up is a link to a folder that it lies in"):
+        open_source([str(tmp_path)])
 
 
 def test_parts_of_a_folder_hold_every_picture_once_with_its_class(tmp_path: Path) -> None:
@@ -270,8 +336,36 @@ def test_pictures_in_folders_are_found_by_path_or_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        '"1.jpg","tabby, brown"\n"2, new.jpg","dog"\n',
+        '1.jpg,"tabby, brown"\n2, new.jpg,dog\n',
+        '"1.jpg", "tabby, brown"\r\n"2, new.jpg", dog\r\n',
+        "1.jpg\ttabby, brown\n2, new.jpg\tdog\n",
+        '"1.jpg" "tabby, brown"\n"2, new.jpg" dog\n',
+        '"tabby, brown"\n"dog"\n',
+        '"ImageId","PredictionString"\n"1","tabby, brown"\n"2, new","dog 1 2 3 4 "\n',
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_quotes_and_byte_order_marks_are_no_part_of_names(tmp_path: Path, content: str, mark: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes((mark + content).encode())
+    kaggle = "ImageId" in content  # where a class ends at the first space
+    assert read_labels(str(path), ["1.jpg", "2, new.jpg"]) == ["tabby," if kaggle else "tabby, brown", "dog"]
+
+
+def test_lines_of_pictures_that_are_not_there_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("picture,class\n1.jpg,cat\n2.jpg,dog\n3.jpg,dog\n")
+    assert read_labels(str(path), ["1.jpg"]) == ["cat"]
+    assert caplog.messages == [f"{path}: 2 lines are of pictures that are not there, such as 2.jpg"]
+
+
+@pytest.mark.parametrize(
     ("content", "telling"),
     [
+        ('1.jpg,"cat\n2.jpg,dog\n', "double quote"),
         ("1.jpg,cat\n2.jpg,\n", "no class"),
         ("1.jpg,cat\n1.jpg,dog\n2.jpg,cat\n", "two classes"),
         ("1.jpg,cat\n", r"no class for the picture 2\.jpg"),
@@ -313,7 +407,7 @@ def test_tars_give_their_pictures_and_labels(tmp_path: Path, as_folder: bool) ->
 
 def test_numbers_are_unique_even_for_the_smallest_pictures(tmp_path: Path) -> None:
     for number in range(3):
-        members = [(f"{place}.{kind}", b"0") for place in range(20) for kind in ("cls", "jpg")]
+        members = [(f"{place}.{kind}", b"%d" % number) for place in range(20) for kind in ("cls", "jpg")]
         write_tar(tmp_path / f"{number}.tar", members)
     source = open_source([str(tmp_path)])
     numbers = [picture.number for part in range(3) for picture in source.part(part)]
@@ -326,13 +420,30 @@ def one_tar(tmp_path: Path, *members: tuple[str, bytes]) -> str:
     return str(tmp_path / "x.tar")
 
 
-def test_labels_of_tars_may_be_names_that_another_set_knows(tmp_path: Path) -> None:
+def test_labels_of_tars_may_be_names_that_another_set_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = [("a.b.jpg", b""), ("a.png", b""), ("a.json", b'{"label": "dog"}'), ("b.JPG", b""), ("b.cls", b"2")]
     root = one_tar(tmp_path, *members, ("b.json", b'{"label": "dog"}'), ("._b.jpg", b""), ("c.txt", b""))
     pictures = open_source([root], classes=("cat", "dog", "cow")).part(0)
     assert [(picture.source, picture.label) for picture in pictures] == [("x.tar/a.png", 1), ("x.tar/b.JPG", 2)]
+    assert caplog.messages == ["left out of " + root + ", as no pictures: 1 .jpg, 1 .txt"]
     with pytest.raises(UserError, match=r"'dog'.*classes_from"):
         open_source([root]).part(0)
+
+
+def test_a_copy_of_a_tar_is_refused_and_files_beside_tars_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tars(tmp_path, counts=(4, 4, 0, 0))
+    (tmp_path / "train-004.tar.gz").touch()
+    assert open_source([str(tmp_path)]).num_parts == 4
+    assert caplog.messages == [f"left out of {tmp_path}, as no tars: 1 .gz"]
+    (tmp_path / "train-001.tar").write_bytes((tmp_path / "train-000.tar").read_bytes())
+    with pytest.raises(UserError, match=r"train-001\.tar is a copy of .*train-000\.tar"):
+        open_source([str(tmp_path)])
+    (tmp_path / "train-001.tar").unlink()
+    os.mkfifo(tmp_path / "train-001.tar")
+    with pytest.raises(UserError, match=r"train-001\.tar cannot be read: it is a FIFO"):
+        open_source([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

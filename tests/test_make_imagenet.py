@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elt_lightning.reproduce import imagenet
+from elt_lightning.reproduce import commands as experiments
+from elt_lightning.reproduce.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,57 +18,54 @@ ROOT = Path(__file__).parent.parent
 def test_the_whole_chain_runs(tmp_path: Path) -> None:
     # Of the target's environment all is there: nothing is to be installed, whatever the dates of these files say.
     old = ["-o", "pyproject.toml", "-o", "constraints.txt"]
-    settings = ["SMOKE=1", f"SMOKE_DIR={tmp_path}", f"BIN={Path(sys.executable).parent}"]
+    settings = ["SMOKE=1", f"SMALL={tmp_path}", f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(["make", *old, "imagenet", *settings], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "imagenet"
     assert "unreadable, skipped: n01440764/broken_cut.JPEG" in done.stderr
     for name, kind, loops, scales in (
         ("elt_l_8n3l", "tokens", range(1, 6), (1, 2, 3, 4)),
         ("elt_8n4l", "latents", range(1, 7), (3,)),
     ):
-        index = json.loads((tmp_path / "data" / f"train_{kind}" / "index.json").read_text())
+        index = json.loads((folder / "data" / f"train_{kind}" / "index.json").read_text())
         assert (index["num_samples"], len(index["unreadable"]), index["copies"]) == (24, 3, 2)
-        report = json.loads((tmp_path / "runs" / name / "test" / "loops.json").read_text())
+        report = json.loads((folder / "runs" / name / "test" / "loops.json").read_text())
         swept = [(count, scale) for count in loops for scale in scales]
         assert [(row["loops"], row["guidance"]) for row in report["rows"]] == swept
         assert (report["train_mode"], report["train_steps"]) == ("ilsd", 6)
         assert all(row["metrics"]["fid8"]["mean"] > 0 for row in report["rows"])
         for count, scale in swept:
             stem = f"samples_L{count}" + (f"_guidance{scale}" if len(scales) > 1 else "")
-            samples = np.load(tmp_path / "runs" / name / "test" / f"{stem}.npz")["arr_0"]
+            samples = np.load(folder / "runs" / name / "test" / f"{stem}.npz")["arr_0"]
             assert (samples.shape, samples.dtype) == ((8, 64, 64, 3), np.uint8)
-        assert json.loads((tmp_path / "runs" / name / "test" / "reconstruction.json").read_text())["fid9"] > 0
+        assert json.loads((folder / "runs" / name / "test" / "reconstruction.json").read_text())["fid9"] > 0
 
 
 def test_what_an_earlier_step_scored_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = {"global_step": 500}
-    monkeypatch.setattr(imagenet, "read_checkpoint", lambda path, prefixes: steps)
+    monkeypatch.setattr(experiments, "read_checkpoint", lambda path, prefixes: steps)
     test, checkpoint = tmp_path / "test", tmp_path / "last.ckpt"
-    assert not imagenet.is_measured(test, checkpoint)
+    assert not experiments.is_measured(test, checkpoint)
     for trained in (500, 900):
         steps["global_step"] = trained
         report = {"train_steps": trained, "train_mode": "ilsd", "train_loops": 3, "weights": "ema", "rows": [{}]}
         test.mkdir(exist_ok=True)
         (test / "loops.json").write_text(json.dumps(report | {"primary_metric": "fid"}))
-        assert imagenet.is_measured(test, checkpoint)
+        assert experiments.is_measured(test, checkpoint)
         steps["global_step"] = trained + 1
-        assert not imagenet.is_measured(test, checkpoint)
+        assert not experiments.is_measured(test, checkpoint)
         assert not test.exists()
     kept = [json.loads((tmp_path / f"earlier_test_{n}" / "loops.json").read_text())["train_steps"] for n in (0, 1)]
     assert kept == [500, 900]
 
 
-def test_commands_of_a_model_are_those_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loop counts and guidance scales as the paper has them; with --train_only nothing is measured."""
-    noted: list[list[str]] = []
-    monkeypatch.setattr(imagenet, "elt", lambda *words: noted.append([str(word) for word in words]))
+def test_commands_of_a_model_are_those_of_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loop counts and guidance scales as the paper has them."""
 
     def commands(*flags: str) -> dict[str, list[str]]:
-        noted.clear()
-        files = ["--root", "in", "--reference", "r.npz", "--vqgan", "v", "--vae", "a", "--runs", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", ["imagenet", *files, *flags])
-        imagenet.main()
-        return {command[0]: command for command in noted}
+        main(["imagenet", "--vqgan", "v", "--vae", "a", "--runs", str(tmp_path), *flags, "--dry_run"])
+        lines = [line.split()[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ elt ")]
+        return {line[0]: line for line in lines}
 
     masked = commands("--models=elt_l_12n2l")["test"]
     assert masked[masked.index("--loops") + 1] == "1,2,3,4"
@@ -76,15 +74,14 @@ def test_commands_of_a_model_are_those_of_its_row(tmp_path: Path, monkeypatch: p
     assert "--guidance" not in diffusion
     assert diffusion[-2:] == ["--loops", "8"]  # the last one counts
     assert "--loops" not in commands("--models=elt_1n32l")["test"]  # its config names some
-    assert "test" not in commands("--models=dit_16", "--train_only")
     assert set(commands("--models=dit_16")) == {"encode", "fit", "test"}
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "line"),
     [
-        ("imagenet", "--root none --reference none", "imagenet: error: masked models need --vqgan"),
-        ("imagenet", "--root none --reference none --models none", "imagenet: error: there is no model none"),
+        ("__main__", "imagenet", "reproduce: error: masked models need --vqgan"),
+        ("__main__", "imagenet --models none", "reproduce: error: there is no model none"),
         ("curves", ". --output curves", "curves: error: . holds no TensorBoard files of a training"),
         ("ablation", "--config none.yaml", "ablation: error: none.yaml: No such file or directory"),
         ("ablation", "--override loops", "'loops' is not NAME=VALUE"),

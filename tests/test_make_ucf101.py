@@ -21,15 +21,15 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ucf101_smoke")
     # Of the target's environment all is there: nothing is to be installed, whatever the dates of these files say.
     old = ["-o", "pyproject.toml", "-o", "constraints.txt"]
-    settings = ["SMOKE=1", f"VIDEO_SMOKE_DIR={folder}", f"BIN={Path(sys.executable).parent}"]
+    settings = ["SMOKE=1", f"SMALL={folder}", f"BIN={Path(sys.executable).parent}"]
     done = subprocess.run(["make", *old, "ucf101", *settings], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return folder / "ucf101"
 
 
 @pytest.mark.slow
 def test_the_whole_chain_runs(smoke: Path) -> None:
-    index = json.loads((smoke / "data" / "train_tokens" / "index.json").read_text())
+    index = json.loads((smoke / "files" / "videos" / "train_tokens" / "index.json").read_text())
     assert (index["num_samples"], index["input_shape"], index["frames"]) == (60, [4, 4, 4], 16)
     test = smoke / "runs" / "elt_6n4l" / "test"
     report = json.loads((test / "loops.json").read_text())
@@ -45,9 +45,9 @@ def test_the_whole_chain_runs(smoke: Path) -> None:
 
 @pytest.mark.slow
 def test_samples_of_moving_digits_are_judged_by_their_motions(smoke: Path) -> None:
-    tokens, videos = smoke / "data", smoke / "files" / "videos"
+    videos = smoke / "files" / "videos"
     data = MovingDigitsTokensDataModule(
-        str(tokens / "train_tokens"), str(tokens / "test_tokens"), root=str(videos), stride=1
+        str(videos / "train_tokens"), str(videos / "test_tokens"), root=str(videos), stride=1
     )
     assert (data.num_classes, data.input_shape, data.primary_metric) == (10, (4, 4, 4), "recognised")
     data.prepare_data()

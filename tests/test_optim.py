@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups
+from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, state_layouts, with_schedule
 
 
 def network() -> LoopedMaskedTransformer:
@@ -82,6 +83,43 @@ def test_a_warm_up_longer_than_training_never_passes_the_peak(decay: str) -> Non
     assert factors == sorted(factors)
     assert factors[0] > 0
     assert factors[-1] == pytest.approx(0.3)
+
+
+def test_a_schedule_that_goes_on_has_the_peaks_and_the_warm_up_of_now() -> None:
+    def made(peak: float, warmup: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+        both: Any = with_schedule(optimizer, LearningRateSchedule(warmup), 100)
+        return optimizer, both["lr_scheduler"]["scheduler"]
+
+    first, before = made(0.5, 0)
+    for _ in range(9):
+        first.step()
+        before.step()
+    second, after = made(0.1, 40)
+    second.load_state_dict(first.state_dict())
+    after.load_state_dict(before.state_dict())
+    assert second.param_groups[0]["lr"] == after.get_last_lr()[0] == pytest.approx(0.1 * 10 / 40)
+    second.step()
+    after.step()
+    assert second.param_groups[0]["lr"] == pytest.approx(0.1 * 11 / 40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("AdamW", {}), ("AdamW", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("RMSprop", {}), ("Adagrad", {})],
+)
+def test_what_an_optimiser_keeps_is_known_without_a_step_of_its_own(kind: str, settings: dict[str, Any]) -> None:
+    weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(5))]
+    optimizer = getattr(torch.optim, kind)(weights, lr=0.1, **settings)
+    layouts = state_layouts(optimizer)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert layouts is not None
+    for weight, layout in zip(weights, layouts, strict=True):
+        found = {name: value.shape for name, value in optimizer.state[weight].items()}
+        assert found
+        assert {name: value.shape for name, value in layout.items()} == found
 
 
 def test_the_scheduler_of_an_optimiser_gives_both_groups_the_same_rate() -> None:

@@ -206,6 +206,7 @@ def test_memory_of_weights_optimiser_and_average() -> None:
     assert sum(on_two.resident.values()) == sum(plan.resident.values()) + 4 * total
     half = make_plan(module, settings(precision="bf16-true")).resident
     assert (half["weights"], half["the optimiser's state"]) == (2 * total, 4 * total)
+    assert half["averaged weights"] == 4 * total
     module.make_optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)
     plan = make_plan(module, settings())
     assert plan.resident["the optimiser's state"] == 0

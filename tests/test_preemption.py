@@ -1,4 +1,4 @@
-"""Training that is ended from outside, by SIGTERM or by a full disk: what was trained is not lost."""
+"""Training that is ended from outside, by SIGTERM, Ctrl-C or a full disk: what was trained is not lost."""
 
 import os
 import resource
@@ -18,6 +18,8 @@ from small_runs import SMALL
 from test_command_line import assert_same
 
 from elt_lightning.cli import main
+from elt_lightning.training.module import ELTModule
+from elt_lightning.training.preemption import Preemption, handle_signals
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 SETTINGS = ["--config", str(DIGITS), *SMALL, "--data.init_args.batch_size=64", "--data.init_args.micro_batch_size=32"]
@@ -26,19 +28,19 @@ SETTINGS += ["--data.init_args.root=../digits"]
 
 
 class Sender(Callback):
-    """Sends this process SIGTERM in one micro-batch of training, counted from 0, or of validation or test."""
+    """Sends this process a signal in one micro-batch of training, counted from 0, or of validation or test."""
 
-    def __init__(self, training: int | None = None) -> None:
-        self.training, self.seen = training, -1
+    def __init__(self, training: int | None = None, number: int = signal.SIGTERM) -> None:
+        self.training, self.number, self.seen = training, number, -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.seen += 1
         if self.seen == self.training:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.training is None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
     on_test_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
@@ -65,10 +67,10 @@ def folder(whole: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     return path
 
 
-def sending(training: int | None = None) -> str:
+def sending(training: int | None = None, number: int = signal.SIGTERM) -> str:
     """A setting that has a :class:`Sender` among the trainer's callbacks."""
-    number = "null" if training is None else training
-    return f"--trainer.callbacks=[{{class_path: {__name__}.Sender, init_args: {{training: {number}}}}}]"
+    settings = f"training: {'null' if training is None else training}, number: {int(number)}"
+    return f"--trainer.callbacks=[{{class_path: {__name__}.Sender, init_args: {{{settings}}}}}]"
 
 
 def elt(*arguments: str, **settings: Any) -> subprocess.Popen[str]:
@@ -92,15 +94,17 @@ A_LOADER = ["--data.init_args.num_workers=1"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "to_all"),
+    ("settings", "to_all", "number"),
     [
-        pytest.param([], False, id="alone"),
-        pytest.param(A_LOADER, True, id="with its loader process"),
-        pytest.param(TWO_DEVICES, False, id="the first of two", marks=pytest.mark.slow),
+        pytest.param([], False, signal.SIGTERM, id="alone"),
+        pytest.param(A_LOADER, True, signal.SIGTERM, id="with its loader process"),
+        pytest.param(A_LOADER, True, signal.SIGINT, id="with its loader process, Ctrl-C"),
+        pytest.param(TWO_DEVICES, False, signal.SIGTERM, id="the first of two", marks=pytest.mark.slow),
+        pytest.param(TWO_DEVICES, True, signal.SIGINT, id="two, Ctrl-C", marks=pytest.mark.slow),
     ],
 )
 def test_a_terminated_program_saves_its_step_and_resumes_to_the_same_weights(
-    settings: list[str], to_all: bool, whole: Path, folder: Path
+    settings: list[str], to_all: bool, number: signal.Signals, whole: Path, folder: Path
 ) -> None:
     """The signal comes from outside, some time after the fourth of 30 steps, to the program or to all its processes."""
     last = folder / "run" / "checkpoints" / "last.ckpt"
@@ -108,16 +112,16 @@ def test_a_terminated_program_saves_its_step_and_resumes_to_the_same_weights(
     process = elt("fit", *settings)
     try:
         wait_for(last.parent / "step_4.ckpt", process)
-        (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+        (os.killpg if to_all else os.kill)(process.pid, number)
         _, error = process.communicate(timeout=60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 143, error
+    assert process.returncode == 128 + number, error
     assert "Traceback" not in error
     step = torch.load(last, weights_only=True)["global_step"]
     assert 4 <= step < 30
-    (line,) = (line for line in error.splitlines() if line.startswith("elt: "))
+    (line,) = (line for line in error.splitlines() if line.startswith("elt: ended by "))
     assert f"step {step} is saved, go on with --ckpt_path " in line
     assert Path(line.rpartition(" ")[2]).resolve() == last.resolve()
     if TWO_DEVICES[0] not in settings:
@@ -158,21 +162,64 @@ def members(group: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("training", "saved"), [(6, 4), (7, 4), (None, 12)], ids=["first half", "second", "validation"]
+    ("training", "number", "saved"),
+    [(6, signal.SIGTERM, 4), (7, signal.SIGTERM, 4), (7, signal.SIGINT, 4), (None, signal.SIGTERM, 12)],
+    ids=["first half", "second", "Ctrl-C", "validation"],
 )
 def test_a_signal_takes_effect_between_steps(
-    training: int | None, saved: int, whole: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    training: int | None,
+    number: signal.Signals,
+    saved: int,
+    whole: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A step is two micro-batches; the one that the signal comes in is finished. Validation is not."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *SETTINGS, sending(training), "--run_dir=run"])
-    assert ended.value.code == 143
-    assert f"elt: ended by SIGTERM: step {saved} is saved" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+        main(["fit", *SETTINGS, sending(training, number), "--run_dir=run"])
+    assert ended.value.code == 128 + number
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert f"elt: ended by {name}: step {saved} is saved" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     last = folder / "run" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == saved
     resume_and_compare(whole, last)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_sampling_of_a_validation_after_its_batch(
+    number: signal.Signals, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of four loop counts would take two batches."""
+    sample, drawn = ELTModule.sample, 0
+
+    def interrupted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 3:
+            os.kill(os.getpid(), number)
+        return sample(*arguments, **settings)
+
+    monkeypatch.setattr(ELTModule, "sample", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *SETTINGS, "--run_dir=run", "--loop_metrics.batch_size=2"])
+    assert (ended.value.code, drawn) == (128 + number, 3)
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+    resume_and_compare(whole, folder / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    """In a process of its own, which does nothing between the two."""
+    child = os.fork()
+    if child == 0:
+        handle_signals(Preemption()._take_note)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
 def test_a_step_that_is_saved_already_is_not_saved_again(folder: Path) -> None:
@@ -182,11 +229,15 @@ def test_a_step_that_is_saved_already_is_not_saved_again(folder: Path) -> None:
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["last.ckpt", "step_12.ckpt"]
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_what_does_not_train_ends_at_once_with_the_same_status(command: str, whole: Path, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "number"), [("validate", signal.SIGTERM), ("test", signal.SIGTERM), ("test", signal.SIGINT)]
+)
+def test_what_does_not_train_ends_at_once_with_the_same_status(
+    command: str, number: signal.Signals, whole: Path, folder: Path
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([command, "--ckpt_path", str(whole), "--loops=1", sending(), "--run_dir=run"])
-    assert ended.value.code == 143
+        main([command, "--ckpt_path", str(whole), "--loops=1", sending(number=number), "--run_dir=run"])
+    assert ended.value.code == 128 + number
     assert not Path("run/loops.json").exists()
 
 

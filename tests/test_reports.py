@@ -162,6 +162,15 @@ def test_loops_csv_says_the_same_as_loops_json(tmp_path: Path) -> None:
         assert None not in line
 
 
+def test_the_csv_shows_no_more_digits_than_were_measured(tmp_path: Path) -> None:
+    """A score in float32 is not 0.145 when Python prints it whole."""
+    shown = report(repeats=1)
+    shown.rows[0].metrics["valid"] = [float(torch.tensor(0.145))]
+    shown.write(tmp_path)
+    with (tmp_path / "loops.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["valid"] == "0.145"
+
+
 def test_a_single_repeat_leaves_the_deviation_of_the_csv_empty(tmp_path: Path) -> None:
     report(repeats=1).write(tmp_path)
     with (tmp_path / "loops.csv").open(newline="") as file:

@@ -1,6 +1,7 @@
 """Reading shards: equal batches everywhere, nothing twice, exact resuming, damage noticed."""
 
 import json
+import os
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -172,6 +173,66 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_all(where)
 
 
+def rewrite(shard: Path, order: list[int]) -> None:
+    """Write the samples of a shard again, those of these places."""
+    with tarfile.open(shard) as tar:
+        members = [(name, tar.extractfile(name).read()) for name in tar.getnames()]  # type: ignore[union-attr]
+    with tarfile.open(shard, "w") as tar:
+        for place in order:
+            for name, content in members[2 * place : 2 * place + 2]:
+                add_member(tar, name, content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "wrong", ["a copy of another", "of another set", "one twice", "in another order", "one more", "a bit in the codes"]
+)
+def test_a_shard_of_other_samples_is_refused_though_their_number_is_right(
+    tmp_path: Path, wrong: str, num_workers: int
+) -> None:
+    """Training would go on with it, some samples twice and others never."""
+    where, shard = damaged(tmp_path)
+    order = list(range(20))
+    if wrong == "a copy of another":
+        shard.write_bytes((tmp_path / "00000.tar").read_bytes())
+    elif wrong == "of another set":  # whose samples have the same numbers
+        other = replace(token_index([20, 20]), classes=("a", "b"))
+        shard.write_bytes((Path(write_shards(tmp_path / "other", other)) / "00001.tar").read_bytes())
+    elif wrong == "one twice":
+        rewrite(shard, [3, 1, 2, *order[3:]])
+    elif wrong == "in another order":
+        rewrite(shard, order[::-1])
+    elif wrong == "one more":
+        rewrite(shard, [*order, 0])
+    else:
+        content = shard.read_bytes()
+        place = content.index(npy(stored(25, token_index([1]))))
+        shard.write_bytes(content[: place + 130] + b"\x01" + content[place + 131 :])
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read near sample 20 .*other samples than were encoded"):
+        list(ShardLoader(stream(where, batch_size=1, global_batch_size=1, num_workers=num_workers)))
+
+
+def test_shards_without_checksums_are_read_as_ever(tmp_path: Path) -> None:
+    where = write_shards(tmp_path, token_index([20, 20]))
+    index = json.loads((tmp_path / "index.json").read_text())
+    for shard in index["shards"]:
+        del shard["crc32"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert sorted(read_all(where)) == list(range(40))
+
+
+def test_a_shard_or_an_index_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    where, shard = damaged(tmp_path)
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match=r"00001\.tar cannot be read near sample 0 \(OSError it is a FIFO"):
+        read_all(where)
+    (tmp_path / "index.json").unlink()
+    os.mkfifo(tmp_path / "index.json")
+    with pytest.raises(UserError, match=r"index\.json cannot be read .*it is a FIFO"):
+        ShardIndex.read(where)
+
+
 def replace_member(shard: Path, suffix: str, content: bytes | None) -> None:
     """Write one-sample shards again with another member, or without it."""
     with tarfile.open(shard) as tar:
@@ -213,6 +274,7 @@ def test_codes_outside_the_codebook_are_named(tmp_path: Path) -> None:
     index = token_index([1])
     where = write_shards(tmp_path, index)
     replace_member(tmp_path / "00000.tar", "npy", npy(stored(0, index) + 300))
+    index.write(tmp_path)  # without its checksum, which would tell first
     with pytest.raises(UserError, match="codes from 300 to 300"):
         read_all(where)
 
@@ -232,6 +294,17 @@ def test_a_wrong_index_is_named(tmp_path: Path, what: str) -> None:
     if content is not None:
         (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
+        ShardIndex.read(str(tmp_path))
+
+
+def test_a_shard_that_is_named_twice_or_a_sum_that_is_wrong_is_refused(tmp_path: Path) -> None:
+    index = token_index([20, 20])
+    replace(index, shards=index.shards[:1] * 2).write(tmp_path)
+    with pytest.raises(UserError, match=r"names the shard 00000\.tar more than once"):
+        ShardIndex.read(str(tmp_path))
+    index.write(tmp_path)
+    (tmp_path / "index.json").write_text((tmp_path / "index.json").read_text().replace("40", "41"))
+    with pytest.raises(UserError, match="says 41 samples, and its shards have 40"):
         ShardIndex.read(str(tmp_path))
 
 

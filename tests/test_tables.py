@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from small_runs import train_small_squares
 
 from elt_lightning.errors import UserError
+from elt_lightning.reproduce import __main__ as targets
 from elt_lightning.reproduce import figures, tables
 from elt_lightning.reproduce.accounting import count_row
 from elt_lightning.reproduce.published import TABLE_1, TABLE_2, TABLE_4
@@ -34,8 +34,7 @@ def work_in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_table(number: int, folder: Path, *flags: object) -> dict[str, Any]:
     """Render a table with its runs in ``folder``, and give its JSON."""
-    where = ["--measured", folder, "--benchmarks", folder, "--output", folder / "tables"]
-    tables.main([str(word) for word in (number, *where, *flags)])
+    tables.write(number, folder, folder, folder / "tables", small_scale="--small_scale" in flags)
     return json.loads((folder / "tables" / f"table{number}.json").read_text())
 
 
@@ -206,7 +205,7 @@ def test_a_damaged_sweep_is_one_line(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     for make in (make_table, make_figure):
         with pytest.raises(UserError, match=r"loops.json was not written by this version of `elt test`"):
-            make(1 if make is make_table else 4, tmp_path, "--measured", tmp_path)
+            make(1 if make is make_table else 4, tmp_path)
 
 
 def test_a_run_of_another_network_is_named_and_left_out_but_for_a_twin(tmp_path: Path) -> None:
@@ -328,16 +327,16 @@ def test_committed_tables_are_up_to_date(number: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [3, 8])
 def test_committed_tables_of_benchmarks_are_made_of_the_committed_files(number: int, tmp_path: Path) -> None:
-    tables.main([str(number), "--output", str(tmp_path)])
+    tables.write(number, tmp_path, Path("benchmarks"), tmp_path, small_scale=False)
     for ending in ("md", "csv", "json"):
         name = f"table{number}.{ending}"
         assert (tmp_path / name).read_text() == (ROOT / "docs" / "results" / "tables" / name).read_text()
 
 
-def make_figure(number: int, folder: Path, *flags: object) -> list[dict[str, str]]:
+def make_figure(number: int, folder: Path, **sources: Any) -> list[dict[str, str]]:
     """Render a figure, and give the lines of its CSV."""
     output = folder / "figures"
-    figures.main([str(word) for word in (number, "--output", output, *flags)])
+    figures.write(number, figures.Sources(**{"measured": folder} | sources), output)
     with Image.open(output / f"fig{number}.png") as picture:
         assert min(picture.size) > 200
         assert picture.convert("L").getextrema()[0] < 100  # something dark is drawn
@@ -349,7 +348,7 @@ def make_figure(number: int, folder: Path, *flags: object) -> list[dict[str, str
 
 @pytest.mark.parametrize("number", FIGURES)
 def test_figures_without_runs_have_nothing_measured(number: int, tmp_path: Path) -> None:
-    lines = make_figure(number, tmp_path, "--measured", tmp_path)
+    lines = make_figure(number, tmp_path)
     assert not [line for line in lines if line.get("source") == "measured"]
     assert (number in (4, 5, 7)) == any(line.get("source") == "paper" for line in lines)
 
@@ -357,7 +356,7 @@ def test_figures_without_runs_have_nothing_measured(number: int, tmp_path: Path)
 @pytest.mark.parametrize("number", [4, 5, 7, 8, 13])
 def test_twins_draw_the_committed_ablations_alone(number: int, tmp_path: Path) -> None:
     """Each ablation in a panel of its own: runs of different lengths and tasks are not compared."""
-    lines = make_figure(number, tmp_path, "--measured", "docs/results", "--small_scale")
+    lines = make_figure(number, tmp_path, measured=Path("docs/results"), small_scale=True)
     assert {line["source"] for line in lines} == {"measured"}
     modes = {8: ("ilsd", "vanilla"), 13: figures.MODES}.get(number, ("ilsd",))
     for name, family in figures.ABLATIONS.items():
@@ -386,8 +385,7 @@ def test_twins_draw_the_committed_ablations_alone(number: int, tmp_path: Path) -
 @pytest.mark.parametrize("number", FIGURES)
 @pytest.mark.parametrize("small_scale", [True, False])
 def test_titles_of_twins_say_so(number: int, small_scale: bool) -> None:
-    nothing = {"measured": Path("nowhere"), "ilsd": None, "vanilla": None, "norms": None}
-    drawing, _ = figures.render(Namespace(number=number, small_scale=small_scale, **nothing))
+    drawing, _ = figures.render(number, figures.Sources(Path("nowhere"), small_scale=small_scale))
     title = drawing.get_suptitle()
     assert title.startswith(f"Figure {number}")
     assert ("small-scale twin" in title) == small_scale
@@ -416,7 +414,7 @@ def test_figures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     write_run(tmp_path / "elt_16n2l", rows("elt_16n2l", 1), train_loops=2, sampling_steps=512, weights="raw")
     papers_no_protocol = {"sampling_steps": 12, "feature_network": "I3D, protocol styleganv-2048"}
     write_run(tmp_path / "elt_6n4l", rows("elt_6n4l", 1), train_loops=4, **papers_no_protocol)
-    measured = make_figure(8, tmp_path, "--measured", tmp_path)
+    measured = make_figure(8, tmp_path)
     assert {(line["family"], line["series"]) for line in measured} == {
         ("masked", "elt_l_8n3l, ILSD"),
         ("masked", "elt_l_8n3l, vanilla looping"),
@@ -424,7 +422,7 @@ def test_figures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     }
     masked = [float(line["value"]) for line in measured if line["series"] == "elt_l_8n3l, ILSD"]
     assert masked == [9, 5, 3, 4]
-    budgets = [line for line in make_figure(5, tmp_path, "--measured", tmp_path) if line["source"] == "measured"]
+    budgets = [line for line in make_figure(5, tmp_path) if line["source"] == "measured"]
     assert {(line["family"], line["series"], float(line["value"])) for line in budgets} == {
         ("masked", "looped", 3.0),
         ("masked", "unlooped", 4.0),
@@ -432,9 +430,9 @@ def test_figures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     }
     points = figures.read_runs(tmp_path)
     front = figures.pareto_front(points)
-    assert [point.value for point in front] == [2.0]  # all cost the same here
+    assert list(front["value"]) == [2.0]  # all cost the same here
     assert capsys.readouterr().out.count("is left out: ") == 6 * 3  # for each time that they were read
-    assert len(make_figure(4, tmp_path, "--measured", tmp_path)) == 21 + len(points)
+    assert len(make_figure(4, tmp_path)) == 21 + len(points)
 
 
 def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,43 +440,74 @@ def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monke
     shutil.copytree(latin_squares_root, tmp_path / "data" / "latin_squares")
     checkpoint = train_small_squares(ROOT / "configs" / "quickstart.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    lines = make_figure(1, tmp_path, "--ilsd", checkpoint, "--vanilla", checkpoint, "--num", 2)
+    lines = make_figure(1, tmp_path, ilsd=checkpoint, vanilla=checkpoint, num=2)
     assert [(line["row"], line["loops"]) for line in lines] == [
         (label, str(loops)) for label in ("ILSD", "vanilla") for loops in (1, 2, 3, 4, 5)
     ]
     (tmp_path / "ilsd").symlink_to(checkpoint.parent.parent)
-    curves = make_figure(6, tmp_path, "--measured", tmp_path, "--small_scale")
+    curves = make_figure(6, tmp_path, small_scale=True)
     assert {(line["metric"], line["loops"]) for line in curves} == {("valid_squares", "4")}
     norms = tmp_path / "update_norms.csv"
     norms.write_text("step,loop,update_norm\n1,1,3.0\n1,2,2.0\n2,1,1.5\n2,2,0.5\n")
-    assert len(make_figure(14, tmp_path, "--norms", norms)) == 4
+    assert len(make_figure(14, tmp_path, norms=norms)) == 4
 
 
-def test_help_lists_every_target() -> None:
+def test_help_fits_a_screen_and_names_every_target() -> None:
     help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = ["tables", "figures", *(f"table{number}" for number in NUMBERS), *(f"fig{number}" for number in FIGURES)]
-    for name in names:
-        line = re.search(rf"^  make {name} +(.+)$", help_text, re.MULTILINE)
-        assert line, name
-        if name not in ("tables", "figures"):
-            assert "SMOKE=1" in line[1]
-            assert "GPU-hours" in line[1] or "runs of" in line[1] or "a GPU" in line[1]
+    assert len(help_text.splitlines()) <= 24
+    assert max(map(len, help_text.splitlines())) <= 120
+    names = {f"table{number}" for number in NUMBERS} | {f"fig{number}" for number in FIGURES}
+    assert names <= set(re.findall(r"\w+", help_text))
+    assert (tuple(targets.TABLES), tuple(targets.FIGURES)) == (NUMBERS, FIGURES)
 
 
-@pytest.mark.parametrize("smoke", [(), ("SMOKE=1",)])
-def test_targets_render_what_is_there(smoke: tuple[str, ...], tmp_path: Path) -> None:
-    """What make would do, without training: SMOKE=1 is told apart in every command."""
-    old = ["-o", "pyproject.toml", "-o", "constraints.txt", "-n"]
-    done = subprocess.run(
-        ["make", *old, "tables", "figures", *smoke], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    commands = [line for line in done.stdout.splitlines() if "reproduce.tables" in line or "reproduce.figures" in line]
-    assert len(commands) == len(NUMBERS) + len(FIGURES)
-    assert all(("--small_scale" in command) == bool(smoke) for command in commands)
-    assert smoke or "elt fit" not in done.stdout
+def test_variables_reach_the_program_and_unknown_ones_are_refused() -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-n", "-o", "pyproject.toml", "-o", "constraints.txt", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    shown = make("table1", "VQGAN=a file", "TEST_FLAGS=--loops 3", "SMOKE=1").stdout
+    assert "reproduce table 1 " in shown
+    assert "--VQGAN='a file'" in shown
+    assert "--TEST_FLAGS='--loops 3'" in shown
+    assert shown.strip().endswith("--smoke")
+    assert "there is no variable VQGN" in make("table1", "VQGN=file").stderr
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    names = re.search(r"^VARIABLES := (.*)", makefile, re.MULTILINE)
+    assert names
+    flags = [f"--{name.lower()}=1" for name in names[1].split()]
+    assert targets.build_parser().parse_args(["imagenet", *flags])  # refuses what it does not know
 
 
-def test_a_target_renders(tmp_path: Path) -> None:
-    old = ["-o", "pyproject.toml", "-o", "constraints.txt", f"SMALL={tmp_path}", "SMOKE=1"]
-    subprocess.run(["make", *old, "fig8"], cwd=ROOT, capture_output=True, text=True, check=True)
+def commands_of(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    """The commands of a dry run."""
+    targets.main([*map(str, words), "--dry_run"])
+    return [line.removeprefix("$ elt ") for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+
+
+def test_what_a_table_or_figure_lacks_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def first_words(commands: list[str]) -> list[str]:
+        return [command.split()[0] for command in commands]
+
+    where = ["--RUNS", tmp_path, "--SMALL", tmp_path]  # as the Makefile has them
+    assert commands_of(capsys, "figure", 8, *where) == []  # without data
+    found = commands_of(capsys, "figure", 8, "--vqgan", "v", *where)
+    assert first_words(found) == ["encode", "encode", "fit", "test"] * 2
+    assert f"--run_dir {tmp_path}/vanilla/elt_l_8n3l" in found[6]
+    assert "--model.distillation.mode=vanilla" in found[6]
+    assert first_words(commands_of(capsys, "figure", 14, "--vae", "v", *where)) == ["encode", "encode", "fit"]
+    (tmp_path / "UCF-101").mkdir()
+    found = commands_of(capsys, "table", 4, "--ucf101", tmp_path, "--i3d", "i3d.pt", *where)
+    assert first_words(found) == ["fit", "encode", "encode", "fit", "test", "sample"] * 2
+    assert "--data.init_args.i3d_path=i3d.pt" in found[4]
+    assert "--repeats=4" in found[4]
+    for number, models in ((1, ["ilsd", "vanilla"]), (6, ["ilsd", "unlooped"]), (14, ["diffusion"])):
+        found = commands_of(capsys, "figure", number, "--smoke", *where)
+        assert [command.split("--run_dir ")[1] for command in found] == [f"{tmp_path}/{name}" for name in models]
+    found = commands_of(capsys, "table", 8, "--smoke", *where)
+    assert found[0].startswith("bench train --scale tiny,tiny_dit")
+
+
+def test_a_figure_is_rendered_at_small_scale(tmp_path: Path) -> None:
+    targets.main(["figure", "8", "--smoke", "--small", str(tmp_path)])
     assert (tmp_path / "figures" / "fig8.png").stat().st_size > 10_000

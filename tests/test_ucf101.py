@@ -1,6 +1,7 @@
 """Clips of UCF-101's layout: the right moments of the right videos, in an order that can be resumed."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,24 @@ def test_lists_are_read_as_they_are_published(layout: tuple[Path, Path]) -> None
 def test_all_takes_every_video(layout: tuple[Path, Path]) -> None:
     for held_out in (False, True):
         assert len({number_of(video) for video in list_videos(*layout, "all", held_out)}) == 12
+
+
+def test_lists_and_names_may_come_from_windows(own_layout: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    root, lists = own_layout
+    before = {held_out: list_videos(root, lists, 1, held_out) for held_out in (False, True)}
+    for path in lists.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    for number in (0, 2):
+        (root / video_name(number)).rename((root / video_name(number)).with_suffix(".AVI"))
+    assert read_classes(lists) == CLASSES
+    for held_out, videos in before.items():
+        found = list_videos(root, lists, 1, held_out)
+        assert [(video.name, video.label) for video in found] == [(video.name, video.label) for video in videos]
+        assert all(Path(video.path).is_file() for video in found)
+    assert caplog.messages == []
+    (root / video_name(5)).rename((root / video_name(5)).with_suffix(".mp4"))
+    assert len(list_videos(root, lists, "all", held_out=False)) == 11
+    assert caplog.messages == [f"left out of {root}, as no .avi: 1 .mp4"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +254,16 @@ def test_in_measuring_a_broken_video_is_left_out(broken_layout: tuple[list[Video
     assert nothing.pixels.shape == (0, 3, 6, 64, 64)
 
 
+def test_what_is_no_file_is_a_broken_video(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "waits.avi")
+    (tmp_path / "endless.avi").symlink_to("/dev/zero")
+    for name in ("waits.avi", "endless.avi"):
+        with pytest.raises(BrokenClipError, match="FIFO, a socket or a device"):
+            num_frames(tmp_path / name)
+        with pytest.raises(BrokenClipError, match="FIFO, a socket or a device"):
+            SHAPE.read(tmp_path / name, 0)
+
+
 def test_too_short_videos_are_broken_ones(videos: list[Video]) -> None:
     (shortest,) = (video for video in videos if number_of(video) == 0)
     assert num_frames(shortest.path) == 20
@@ -334,7 +363,7 @@ def test_training_shows_the_same_global_batches_however_they_are_split(
     for micro_batch_size in (None, 2, 1):
         model = Recorder()
         data = data_module(layout, micro_batch_size=micro_batch_size, num_workers=num_workers)
-        trainer(tmp_path, max_steps=6).fit(model, data)
+        trainer(tmp_path, max_steps=6, accumulate_grad_batches=4 // (micro_batch_size or 4)).fit(model, data)
         pairs = [pair for batch in model.shown for pair in zip(*batch, strict=True)]
         shown.append([sorted(pairs[4 * step : 4 * step + 4]) for step in range(6)])
     assert shown[0] == shown[1] == shown[2]

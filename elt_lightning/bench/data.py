@@ -210,6 +210,7 @@ def pictures(count: int, num_workers: int, batch_size: int, at_once: int) -> Ite
 def training(data: BatchedDataModule) -> Epoch:
     """Let a data module give its training batches, as in the first epoch of a training."""
     data.trainer = _trainer()
+    data.trainer.accumulate_grad_batches = data.share_batch(1)[1]
     data.setup("fit")
     return lambda: (batch.labels for batch in data.train_dataloader())
 

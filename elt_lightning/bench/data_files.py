@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,7 +38,7 @@ def random_shards(index: ShardIndex) -> Iterator[str]:
     generator = np.random.default_rng(0)
     shape = (index.copies, *index.stored_shape)
     with TemporaryDirectory() as location:
-        folder, number = ShardFolder(Path(location), {}), 0
+        folder, number, shards = ShardFolder(Path(location), {}), 0, []
         for place, shard in enumerate(index.shards):
             with folder.writing(place) as writer:
                 for _ in range(shard.num_samples):
@@ -50,7 +51,8 @@ def random_shards(index: ShardIndex) -> Iterator[str]:
                         Picture(f"n{label:08d}/n{label:08d}_{number}.JPEG", "", label=label, number=number), codes
                     )
                     number += 1
-        index.write(location)
+            shards.append(replace(shard, crc32=writer.finished.crc32))
+        replace(index, shards=tuple(shards)).write(location)
         yield location
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.bench.timing import half_spread
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import markdown_table, written_aside
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -25,8 +25,7 @@ class Lines:
 
     def markdown(self) -> str:
         """Lay it out."""
-        lines = [self.headings, ("---",) * len(self.headings), *self.cells]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return f"**{self.title}**\n\n{markdown_table(self.headings, self.cells)}\n"
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

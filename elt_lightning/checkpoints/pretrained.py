@@ -96,6 +96,8 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     Raises:
         UserError: the model cannot be built, has other weights than the checkpoint, or these are not in it.
     """
+    if "class_path" in checkpoint["elt"]["model"]:
+        raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
     state = chosen_weights(checkpoint, weights)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ELTModule, "model")

@@ -1,5 +1,6 @@
 """The recipe in a checkpoint: how to build the model, the data module and the tokenizer again, as plain data."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 class Recipe(Callback):
-    """Store ``checkpoint["elt"]``, which :mod:`elt_lightning.checkpoints.store` reads.
+    """Store ``checkpoint["elt"]`` for :mod:`elt_lightning.checkpoints.store`; relative paths are of its ``folder``.
 
     Args:
         model: resolved ``model`` section of the config, with what was linked from the data filled in.
@@ -22,7 +23,7 @@ class Recipe(Callback):
     """
 
     def __init__(self, model: dict[str, Any], data: dict[str, Any], tokenizer: Callable[[], dict[str, Any]]) -> None:
-        self.recipe = {"version": FORMAT_VERSION, "model": model, "data": data}
+        self.recipe = {"version": FORMAT_VERSION, "folder": os.getcwd(), "model": model, "data": data}
         self.tokenizer = tokenizer
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: D102
@@ -38,20 +39,45 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
     layout = {"model": dict, "data": {"class_path": str}, "tokenizer": dict}
     if not (is_laid_out(recipe, layout) and "version" in recipe):
         raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
-    if not isinstance(recipe["version"], int) or recipe["version"] > FORMAT_VERSION:
+    if not is_count(recipe["version"]) or recipe["version"] == 0:
+        raise UserError(f"{path} is damaged: its format has versions from 1 on, not {recipe['version']!r:.20}")
+    if recipe["version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
             f"{FORMAT_VERSION}): upgrade to read it"
         )
 
 
+def found(recipe: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return a section of a checkpoint's recipe whose relative paths lie where the run was made, or else here.
+
+    What the run's folder has is named by an absolute path; the rest is left to the current folder.
+    """
+    folder = str(recipe.get("folder", ""))
+    return recipe[section] if folder in ("", os.getcwd()) else _found_in(folder, recipe[section])
+
+
+def _found_in(folder: str, settings: Any) -> Any:
+    if isinstance(settings, dict):
+        return {key: value if key == "class_path" else _found_in(folder, value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_found_in(folder, value) for value in settings]
+    is_there = isinstance(settings, str) and settings and os.path.exists(os.path.join(folder, settings))
+    return os.path.join(folder, settings) if is_there else settings
+
+
+def is_count(value: Any) -> bool:
+    """Say whether a value is a whole number from 0 up."""
+    return type(value) is int and value >= 0
+
+
 def is_laid_out(value: Any, layout: Any) -> bool:
-    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of all items, or of names those it lists.
+    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of items, or of names those it lists.
 
     The name ``...`` stands for all names.
     """
     if isinstance(layout, list):
-        return isinstance(value, list) and all(is_laid_out(item, layout[0]) for item in value)
+        return isinstance(value, list) and bool(value) and all(is_laid_out(item, layout[0]) for item in value)
     if isinstance(layout, dict):
         if not isinstance(value, dict):
             return False

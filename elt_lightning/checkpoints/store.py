@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints.recipe import check_recipe, is_laid_out
+from elt_lightning.checkpoints.recipe import check_recipe, is_count, is_laid_out
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharded_checkpoints import META, read_folder
 
@@ -33,13 +33,13 @@ def is_weight(value: Any) -> bool:
 
 
 LAYOUT: dict[str, Any] = {
-    "epoch": int,
-    "global_step": int,
+    "epoch": is_count,
+    "global_step": is_count,
     "pytorch-lightning_version": str,
     "state_dict": {...: is_weight},
-    "ema": {"updates": int, "weights": {...: is_weight}},
+    "ema": {"updates": is_count, "weights": {...: is_weight}},
     "optimizer_states": [{"state": {...: dict}, "param_groups": [{"params": list}]}],
-    "lr_schedulers": [{"last_epoch": int, "lr_lambdas": list}],
+    "lr_schedulers": [{"last_epoch": is_count}],
     "loops": {"fit_loop": dict},
     "callbacks": {...: dict},
 }

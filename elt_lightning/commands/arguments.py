@@ -18,12 +18,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}")
 
 
-def number_from(smallest: int) -> Callable[[str], int]:
-    """Make a type of arguments that are whole numbers from ``smallest`` up."""
+SEEDS = 2**31 - 1
+"""The largest seed: noise hashes seeds as 32-bit integers."""
+
+
+def number_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
+    """Make a type of arguments that are whole numbers from ``smallest`` to ``largest``."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} up")
+        # More digits than any number here has: Python itself refuses to read thousands of them.
+        if not text.isdecimal() or len(text) > 99 or not smallest <= int(text) <= largest:
+            limit = f"to {largest}" if text.isdecimal() and len(text) > 9 else "up"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} {limit}")
         return int(text)
 
     return parse
@@ -63,9 +69,9 @@ def file_path(text: str) -> Path:
     return Path(text)
 
 
-def numbers_from(smallest: int) -> Callable[[str], list[int]]:
+def numbers_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], list[int]]:
     """Make a type of arguments that are lists such as 1,2,4."""
-    parse = number_from(smallest)
+    parse = number_from(smallest, largest)
     return lambda text: [parse(part) for part in text.split(",")]
 
 

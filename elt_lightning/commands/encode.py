@@ -5,21 +5,21 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elt_lightning.commands.arguments import Parser, device_of, number_from
-from elt_lightning.data.crops import Crops, default_workers
+from elt_lightning.commands.arguments import SEEDS, Parser, device_of, number_from
+from elt_lightning.data.crops import CROPS, Crops, default_workers
 from elt_lightning.data.encode import Encoding, ShardFolder
 from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import ImageSource, open_source
 from elt_lightning.data.shards import INDEX, ShardIndex
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, printable
+from elt_lightning.meter import Meter
 from elt_lightning.tokenizers.base import ImageTokenizer
 
 TOKENIZERS = {
@@ -45,19 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = Parser(prog="elt encode", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is encoded")
-    imagenet = kinds.add_parser(
-        "imagenet", help="pictures in class folders, in folders with a list of labels, or in tars", allow_abbrev=False
-    )
-    add_imagenet_arguments(imagenet)
+    for kind, orientation, what in (
+        ("images", "upright", "pictures in class folders, in folders with a list of labels, or in tars"),
+        ("imagenet", "stored", "the same by ImageNet's protocol: cameras' orientation tags are not followed"),
+    ):
+        add_image_arguments(kinds.add_parser(kind, help=what, allow_abbrev=False), orientation)
     encode_ucf101.add_arguments(
         kinds.add_parser("ucf101", help="clips of UCF-101, or laid out like it", allow_abbrev=False)
     )
     return parser
 
 
-def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command line of `elt encode imagenet`."""
-    parser.set_defaults(run=encode_imagenet)
+def add_image_arguments(parser: argparse.ArgumentParser, orientation: str) -> None:
+    """Describe the command line of `elt encode images` and `imagenet`, which differ in the default orientation."""
+    parser.set_defaults(run=encode_images)
     parser.add_argument(
         "--root",
         required=True,
@@ -71,6 +72,12 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
     parser.add_argument(
         "--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)"
+    )
+    parser.add_argument(
+        "--orientation",
+        choices=CROPS,
+        default=orientation,
+        help=f"upright, as cameras' tags say, or as pixels are stored (default {orientation})",
     )
     add_shared_arguments(parser, "picture", size=256, samples_per_shard=10_000, batch_size=64)
 
@@ -109,10 +116,12 @@ def add_shared_arguments(
     parser.add_argument(
         "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
     )
-    parser.add_argument("--seed", type=number_from(0), default=0, help="of the order of a folder's files (default 0)")
+    parser.add_argument(
+        "--seed", type=number_from(0, SEEDS), default=0, help="of the order of a folder's files (default 0)"
+    )
 
 
-def encode_imagenet(options: argparse.Namespace) -> None:
+def encode_images(options: argparse.Namespace) -> None:
     """Encode pictures.
 
     Raises:
@@ -124,7 +133,8 @@ def encode_imagenet(options: argparse.Namespace) -> None:
     classes = read_classes(options.classes_from) if options.classes_from else None
     tokenizer = build_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
     source = open_source(options.root, options.labels, classes, options.samples_per_shard, options.seed)
-    encode_into_shards(ImageEncoding(source, tokenizer, options.size, options.mirrored), options, device)
+    encoding = ImageEncoding(source, tokenizer, options.size, options.mirrored, CROPS[options.orientation])
+    encode_into_shards(encoding, options, device)
 
 
 def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: torch.device) -> None:
@@ -170,41 +180,20 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     """
     done = num_unreadable = 0
     began = time.perf_counter()
-    with progress(total, encoding) as show:
+    with Meter(total, encoding.thing) as meter:
         for crops in batches:
             for name, reason in crops.unreadable:
-                print(f"unreadable, skipped: {name} ({' '.join(reason.split())})", file=sys.stderr, flush=True)
+                print(
+                    f"unreadable, skipped: {printable(name)} ({printable(' '.join(reason.split()))})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             done += crops.num_tried
             num_unreadable += len(crops.unreadable)
-            show(done)
+            meter.show(done)
     speed = done / (time.perf_counter() - began)
     encoded = f"{done - num_unreadable} {encoding.thing}s encoded now"
     return f"{encoded}, {num_unreadable} unreadable, {speed:.1f} {encoding.unit}"
-
-
-@contextmanager
-def progress(total: int | None, encoding: Encoding, every_seconds: float = 15.0) -> Iterator[Callable[[int], None]]:
-    """Give what to tell how much is done: a bar on a terminal, a line now and then elsewhere."""
-    began = time.perf_counter()
-    last = began
-
-    def show_line(done: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last >= every_seconds:
-            last = now
-            of_total = "" if total is None else f"/{total}"
-            print(f"{done}{of_total} {encoding.thing}s  {done / (now - began):.1f} {encoding.unit}", flush=True)
-
-    if not sys.stdout.isatty():
-        yield show_line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda done: bars.update(
-            task, completed=done, description=f"{done / (time.perf_counter() - began):.1f} {encoding.unit}"
-        )
 
 
 def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:

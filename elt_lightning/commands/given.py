@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.clips import ClipShape
-from elt_lightning.data.crops import adm_centre_crop, decode_picture
+from elt_lightning.data.crops import Picture, adm_centre_crop, decode_picture
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.known import grey_out
 from elt_lightning.tokenizers.base import Tokenizer
@@ -98,7 +98,8 @@ def read_pixels(path: Path, shape: torch.Size, stride: int) -> Tensor:
         if len(shape) == 4:
             pixels = ClipShape(shape[1], size, stride).read(path, start=0)
         else:
-            pixels = torch.from_numpy(adm_centre_crop(decode_picture(path.read_bytes()), size)).permute(2, 0, 1)
+            picture = decode_picture(Picture(str(path), str(path)).read(), upright=True)
+            pixels = torch.from_numpy(adm_centre_crop(picture, size)).permute(2, 0, 1)
     except UserError:
         raise
     except Exception as error:  # whatever a decoder raises

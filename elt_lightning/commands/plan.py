@@ -21,9 +21,9 @@ from rich.text import Text
 
 from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
 from elt_lightning.commands.planning import Plan, Settings, make_plan
+from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
     ELTCommandLine,
-    explain,
     find_section,
     long_flags,
     quieten_libraries,

@@ -214,6 +214,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     network = module.network
     backbone, parameters = module.num_parameters()
     weights = parameters * types.weights.itemsize
+    average = parameters * torch.promote_types(types.weights, torch.float32).itemsize
     state = round(weights * optimizer_bytes_per_byte(module, types.weights))
     kept = rehearse(module, types)
     resident = {
@@ -221,7 +222,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         "gradients": weights,
         "gradients again, to exchange them (DDP)": weights if settings.devices > 1 else 0,
         "the optimiser's state": state,
-        "averaged weights": weights,
+        "averaged weights": average,
         f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
     }
     fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
@@ -250,7 +251,7 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         memory_recomputing=fixed + settings.micro_batch_size * kept.recomputing,
         largest_batch=max(0, available - fixed) // kept.per_sample,
         largest_batch_recomputing=max(0, available - fixed) // kept.recomputing,
-        checkpoint_bytes=2 * weights + state,
+        checkpoint_bytes=weights + average + state,
         training_hours=hours(image * settings.steps * settings.batch_size),
         validation_hours=hours(validation * settings.num_validations),
         test_hours={

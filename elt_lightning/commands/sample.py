@@ -1,13 +1,15 @@
 """`elt sample`: a picture from a checkpoint alone, one row for each loop count."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
-from elt_lightning.commands.arguments import Parser, device_of, finite_from_0, number_from, numbers_from
+from elt_lightning.checkpoints.recipe import found
+from elt_lightning.commands.arguments import SEEDS, Parser, device_of, finite_from_0, number_from, numbers_from
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
@@ -36,7 +38,7 @@ def run(name: str, arguments: list[str]) -> None:
     checkpoint = read_pretrained(options.ckpt_path)
     module = build_module(checkpoint, options.weights)
     device = device_of(options.device)
-    tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(device)
+    tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), options.tokenizer_path).to(device)
     module.to(device)
     classes = options.classes or list(range(module.num_classes))
     if max(classes) >= module.num_classes:
@@ -59,10 +61,17 @@ def run(name: str, arguments: list[str]) -> None:
         known = given.known.expand(options.num, *given.known.shape[1:])
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
     for loops in options.loops or [module.max_loops]:
+        macs = options.num * module.macs_per_sample(loops, sampler)
+        if macs > LONG:
+            print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
+
+
+LONG = 10**14
+"""Multiply–accumulates that a CPU takes minutes for: said beforehand."""
 
 
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
@@ -97,9 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
     parser.add_argument("--classes", type=numbers_from(0), metavar="3,7", help="classes, taken in turn; all by default")
-    parser.add_argument("--num", type=number_from(1), default=8, help="samples in a row (default 8)")
+    parser.add_argument("--num", type=number_from(1, 10**5), default=8, help="samples in a row (default 8)")
     parser.add_argument(
-        "--loops", type=numbers_from(1), metavar="1,2,4", help="a row each; by default the count of training"
+        "--loops", type=numbers_from(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training"
     )
     parser.add_argument("--guidance", type=finite_from_0, help="guidance scale; by default the model's")
     parser.add_argument(
@@ -107,8 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("true", "false"),
         help="begin each step's loop where the last one stopped; by default as the model's sampler does",
     )
-    parser.add_argument("--steps", type=number_from(1), help="sampling steps; by default the model's")
-    parser.add_argument("--seed", type=number_from(0), default=0, help="decides every sample (default 0)")
+    parser.add_argument("--steps", type=number_from(1, 10**6), help="sampling steps; by default the model's")
+    parser.add_argument("--seed", type=number_from(0, SEEDS), default=0, help="decides every sample (default 0)")
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones"
     )

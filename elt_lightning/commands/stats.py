@@ -1,11 +1,13 @@
 """`elt stats`: the Inception moments of a folder of images, which FID compares samples with."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from elt_lightning.commands.arguments import Parser, device_of, number_from
-from elt_lightning.data.crops import default_workers
+from elt_lightning.data.crops import CROPS, default_workers
 from elt_lightning.data.images import batches
+from elt_lightning.data.shards import ShardIndex
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.inception import WEIGHTS_URL, FIDInception
 from elt_lightning.metrics.reference import compute_moments, write_moments
@@ -22,10 +24,17 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     device = device_of(options.device)
     network = FIDInception.load(options.inception_path).to(device)
-    images = batches(options.images, options.size, options.batch_size, options.num_workers)
+    size, crop = options.size, CROPS[options.orientation or "stored"]
+    if options.like is not None:
+        if options.orientation is not None:
+            raise UserError("--orientation is what the shards of --like have: leave it out")
+        index = ShardIndex.read(options.like)
+        size, crop = index.image_size, index.crop
+    images = batches(options.images, size, options.batch_size, options.num_workers, crop)
     moments = compute_moments(images, network)
-    write_moments(options.output, moments)
-    print(f"{options.output}: {moments.num_images} images")
+    made_with = {"size": size, "crop": crop} | moments.made_with
+    write_moments(options.output, replace(moments, made_with=made_with))
+    print(f"{options.output}: {moments.num_images} images, {size}×{size}, {crop}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}, or download"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the .npz file to write")
-    parser.add_argument("--size", type=number_from(1), default=256, help="side of the centre crop (default 256)")
+    prepared = parser.add_mutually_exclusive_group(required=True)
+    prepared.add_argument("--like", metavar="DIR", help="shards that a model is trained on: prepare images like them")
+    prepared.add_argument("--size", type=number_from(1), help="side of the centre crop, that of the samples")
+    parser.add_argument(
+        "--orientation",
+        choices=CROPS,
+        help="with --size: upright, as cameras' tags say, or as pixels are stored (default stored)",
+    )
     parser.add_argument("--batch_size", type=number_from(1), default=64, help="images read at once (default 64)")
     parser.add_argument(
         "--num_workers",

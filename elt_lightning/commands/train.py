@@ -1,15 +1,15 @@
 """`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
 
 import argparse
+import importlib
 import inspect
 import logging
 import os
+import pkgutil
 import pydoc
-import re
-import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,34 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning import data, networks, objectives, samplers
+from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
+from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
-from elt_lightning.files import claim_numbered, next_numbered, written_aside
+from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.finite_steps import FiniteSteps
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import cache_weight_casts
-from elt_lightning.training.preemption import Preemption
-from elt_lightning.training.progress import PlainProgress, TerminalProgress
+from elt_lightning.training.preemption import Preemption, ending_on_interrupt, saved_checkpoint
+from elt_lightning.training.progress import Progress, ValidationScores
+from elt_lightning.training.runs import LOCK, choose_run_dir, locked
 from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
+from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
@@ -52,6 +57,11 @@ FROM_DATA = {
     ),
 }
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
+
+SEEDS = ("model.seed", "data.init_args.seed", "model.init_args.seed")
+LINKED = dict.fromkeys(SEEDS, "seed_everything")
+LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in targets}
+"""{setting: what decides it}: given otherwise it would have no effect."""
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
@@ -74,8 +84,13 @@ SHORT_FLAGS = {
 SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
 """Settings that a bare flag turns on."""
 
-RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
-"""What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
+LIMITS = {
+    "fit": "limit_train_batches",
+    "validate": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+"""Of each command the setting that limits its batches; of 0 batches Lightning makes a run that does nothing."""
 
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
@@ -95,13 +110,11 @@ def run(name: str, arguments: list[str]) -> None:
         print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
-            if trains_tokenizer(arguments):
-                TokenizerCommandLine.for_arguments([name, *arguments])
-                return
             arguments = with_stored_config(arguments, Path(scratch))
-            ELTCommandLine.for_arguments([name, *arguments])
+            command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
+            command.for_arguments([name, *arguments])
     except ArgumentError as error:
         raise UserError(explain(str(error))) from error
     except (MisconfigurationException, SafetensorError, ValueError) as error:
@@ -119,6 +132,24 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"the device ran out of memory: lower {what} ({str(error).splitlines()[0]})") from error
 
 
+def import_classes() -> None:
+    """Import all that a config may name, so that the name of a class is enough, without its module."""
+    for package in (data, networks, objectives, samplers):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+SAYS_NOTHING = (
+    "💡 Tip",
+    "TPU available",
+    "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped: `max_",
+    "Restored all states from",
+    "Loaded model weights from",
+)
+"""How lines of Lightning's log begin that advertise, or that say what this program's own lines say."""
+
+
 def quieten_libraries() -> None:
     """Leave out what the libraries print that tells a user of this program nothing."""
     for message in (
@@ -129,18 +160,28 @@ def quieten_libraries() -> None:
         ".*`IterableDataset` has `__len__` defined.*",
         ".*Be aware that when using `ckpt_path`, callbacks.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen ones are meant to be
+        "The number of training batches .* is smaller than the logging interval",  # steps are counted over epochs
+        "Checkpoint directory .* exists and is not empty",  # as it is wherever training goes on
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+        lambda record: not record.getMessage().startswith(SAYS_NOTHING)
     )
 
 
 def long_flags(name: str, arguments: list[str]) -> list[str]:
-    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2]."""
+    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2].
+
+    Raises:
+        UserError: a flag of what links decide, which would have no effect.
+    """
     written: list[str] = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
+        target = flag.removeprefix("--")
+        if target in LINKED:
+            raise UserError(f"{target} is decided by {LINKED[target]}: leave it out")
         flag = SHORT_FLAGS[name].get(flag, flag)
         if written and written[-1] in LISTS:
             written[-1] += f"={bracketed(argument)}"
@@ -158,6 +199,15 @@ def bracketed(value: str) -> str:
     return value if value.startswith("[") else f"[{value}]"
 
 
+class EventLogger(TensorBoardLogger):
+    """TensorBoard's events, without the ``hparams.yaml`` that Lightning lays beside them: ours would be empty."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out the events."""
+        self.experiment.flush()
+
+
 class RunCommandLine(LightningCLI):
     """LightningCLI with what every run of this project has: a run folder, its config, progress, errors of one line."""
 
@@ -165,6 +215,12 @@ class RunCommandLine(LightningCLI):
     datamodule_class: type[BatchedDataModule]
     names_model_class: bool
     """Whether a config's ``model`` section names a class, or holds the settings of ``model_class`` itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        import_classes()
+        self.command: str = kwargs["args"][0]
+        with ExitStack() as self.held:  # Lightning's constructor does everything, to the end of the command
+            super().__init__(*args, **kwargs)
 
     @classmethod
     def for_arguments(cls, arguments: list[str]) -> "RunCommandLine":
@@ -179,21 +235,34 @@ class RunCommandLine(LightningCLI):
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": "elt"}
-            | {
-                name: {"exit_on_error": False, "allow_abbrev": False} for name in ("fit", "validate", "test", "predict")
-            },
+            | {arguments[0]: {"exit_on_error": False, "allow_abbrev": False}},
             trainer_defaults={
                 "max_epochs": -1,
                 "use_distributed_sampler": False,
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 20,
+                "enable_model_summary": False,  # a line of this program's own says how large the model is
             },
             args=arguments,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the one command that was called: a parser for each of the others would cost as much again."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what :func:`run` prepared; Lightning's own version warns when ``sys.argv`` is not what it is given."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(explain(str(error), known=self._parser(self.command).get_defaults().keys())) from error
+        config = self.config[self.command]
+        for name, default in vars(self._parser(self.command).get_defaults()).items():
+            if isinstance(default, Namespace) and not isinstance(config[name], Namespace):
+                raise UserError(f"{name}: expected a section of settings, not {config[name]}")
+        for target, source in LINKED.items():
+            if source == "the data" and config.get(target) is not None:
+                raise UserError(f"{target} is decided by {source}: leave it out")
         seed = self.config[self.config.subcommand].seed_everything
         if type(seed) is not int or not 0 <= seed < 2**31:
             raise UserError(f"seed_everything must be a whole number in [0, 2^31), not {seed}")
@@ -211,10 +280,14 @@ class RunCommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.max_steps < 0 and config.trainer.max_epochs == -1:
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
-        if config.trainer.val_check_interval == 0:
-            raise UserError("val_check_interval must be above 0; to train without validation, limit_val_batches is 0")
+        if self.subcommand == "fit":
+            check_trainer_settings(config.trainer)
+        limit = LIMITS[str(self.subcommand)]
+        if config.trainer[limit] == 0:
+            raise UserError(f"{limit} is 0: elt {self.subcommand} would have nothing to do")
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
+        self.held.enter_context(locked(self.run_dir))
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
@@ -226,9 +299,14 @@ class RunCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
+            if self.subcommand == "fit":
+                count_in_steps(self.trainer, self.datamodule.share_batch(self.trainer.world_size)[1])
+                watch_monitored(self.trainer)
         except Exception as error:
             with suppress(OSError):
-                self.run_dir.rmdir()  # the folder was made for this run, and nothing is in it
+                if os.listdir(self.run_dir) == [LOCK]:  # the folder was made for this run
+                    (self.run_dir / LOCK).unlink()
+                    self.run_dir.rmdir()
             if isinstance(error, UserError | ArgumentError | OSError | torch.OutOfMemoryError):
                 raise
             # A class refused its settings, or broke on them: which of the two, its author alone knows.
@@ -243,20 +321,28 @@ class RunCommandLine(LightningCLI):
         logger = config.trainer.logger
         if logger in (None, True):
             # An empty name and version: TensorBoard's files lie in the run's folder itself.
-            kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
-        callbacks = self.own_callbacks()
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(TerminalProgress() if sys.stdout.isatty() else PlainProgress())
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            kwargs["logger"] = EventLogger(str(self.run_dir), name="", version="")
+        callbacks = [*self.own_callbacks(), ValidationScores()]
+        asked = config.trainer.callbacks
+        if not any(isinstance(callback, ProgressBar) for callback in (asked if isinstance(asked, list) else [asked])):
+            if config.trainer.enable_progress_bar is not False:
+                callbacks.append(Progress())
+            kwargs["enable_progress_bar"] = False  # it is Lightning's
         callbacks.append(Preemption())  # last: the work of a step belongs into the checkpoint that it saves
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
+        kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
-        """Give the callbacks that have no settings."""
-        return []
+        """Return the callbacks that have no settings: one puts the recipe into checkpoints."""
+        return [Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+
+    def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the resolved ``model`` and ``data`` sections as plain data."""
+        resolved = self.resolved_config()
+        return resolved["model"], resolved["data"]
 
     def resolved_config(self) -> dict[str, Any]:
         """Every setting of this command after defaults, configs and flags, as plain data."""
@@ -274,13 +360,34 @@ class RunCommandLine(LightningCLI):
         with written_aside(path) as aside:
             aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
+        if self.subcommand == "fit":
+            print(sizes(self.model), flush=True)
+
+    def before_fit(self) -> None:
+        """Say what a limit of time counts, which Lightning keeps counting over all runs of a training."""
+        config = self.config[self.subcommand]
+        if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
+            timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
+            done = timer.get("time_elapsed", {}).get("train", 0)
+            print(
+                f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s of it are over", flush=True
+            )
 
     def after_fit(self) -> None:
         """Say where the model is, and what to do with it."""
-        if self.trainer.is_global_zero and self.trainer.state.finished:
-            last = self.run_dir / "checkpoints" / "last.ckpt"
-            print(f"trained {self.trainer.global_step} steps: {last}")
-            print(f"next: {self.next_command(last)}")
+        if not (self.trainer.is_global_zero and self.trainer.state.finished):
+            return
+        step, path = self.trainer.global_step, saved_checkpoint(self.trainer)
+        steps, started_from = f"{step} {'step' if step == 1 else 'steps'}", self.config[self.subcommand].ckpt_path
+        if path is not None:
+            print(f"trained {steps}: {path}")
+        elif started_from is not None and isinstance(self.trainer.checkpoint_callback, Checkpoint):
+            path = started_from  # what this program saves at the end of any training
+            print(f"nothing was left to train: {path} has {steps}")
+        else:
+            print(f"trained {steps}, and wrote no checkpoint, as it was told")
+        if path is not None:
+            print(f"next: {self.next_command(Path(path))}")
 
     def next_command(self, checkpoint: Path) -> str:
         """Say what a finished training is there for."""
@@ -314,22 +421,22 @@ class ELTCommandLine(RunCommandLine):
         if self.subcommand == "predict":
             config.return_predictions = False  # they are written as they come, not kept in memory
         if self.subcommand in ("validate", "test"):
-            config.verbose = False  # the sweep prints a table of its own
+            config.verbose = False  # scores are printed by this program
 
     def own_callbacks(self) -> list[Callback]:
-        """Measure speed, and put the recipe into checkpoints."""
-        return [Throughput(), Recipe(*self.recipe(), self.datamodule.tokenizer_description)]
+        """Measure speed too."""
+        return [Throughput(), *super().own_callbacks()]
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the resolved ``model`` and ``data`` sections as plain data, with what the data said filled in."""
-        resolved = self.resolved_config()
+        """Return both sections with what the data said filled in."""
+        model, data = super().recipe()
         for source, targets in FROM_DATA.items():
             value = getattr(self.datamodule, source)
             for target in targets:
-                section, last = find_section(resolved, target)
+                section, last = find_section({"model": model}, target)
                 if section is not None:
                     section[last] = list(value) if isinstance(value, tuple) else value
-        return resolved["model"], resolved["data"]
+        return model, data
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt test --ckpt_path {checkpoint}"
@@ -346,38 +453,25 @@ class TokenizerCommandLine(RunCommandLine):
         """Train alone; what a tokenizer is worth, `elt test --reconstruction` says on what it encoded."""
         if self.subcommand != "fit":
             raise UserError(f"elt {self.subcommand} is not for tokenizers: elt fit trains one, elt encode uses it")
+        if str(self.config.fit.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
+            raise UserError(
+                "the average of a tokenizer needs weights in float32: --trainer.precision=bf16-mixed has them"
+            )
         super().before_instantiate_classes()
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
 
 
-def choose_run_dir(config: Namespace, subcommand: str) -> Path:
-    """Choose the folder of a run, so that nothing that is there is overwritten.
-
-    ``--run_dir`` decides. Otherwise a fit from a checkpoint in ``RUN/checkpoints`` goes on in ``RUN``, any other
-    command on such a checkpoint works in ``RUN/<command>_<n>``, and a fresh fit in ``runs/<name of the config>_<n>``.
-
-    Raises:
-        UserError: the folder asked for already holds another run.
-    """
-    checkpoint = config.get("ckpt_path")
-    run_of_checkpoint = Path(checkpoint).resolve().parent.parent if checkpoint else None
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir)
-        # Of several processes the first decides; the others meet its config here.
-        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-        taken = first and any(os.path.lexists(run_dir / result) for result in RESULTS)
-        if taken and run_dir.resolve() != run_of_checkpoint:
-            raise UserError(f"--run_dir {run_dir} already holds a run: choose another folder, or remove it")
-        return run_dir
-    # Of several processes the first makes the folder; the others take it over broadcasts.
-    choose = claim_numbered if rank_zero_only.rank == 0 else next_numbered  # type: ignore[attr-defined]
-    if run_of_checkpoint is None:
-        configs = [str(path) for path in config.get("config") or []]
-        return choose("runs", Path(configs[-1]).stem if configs else subcommand)
-    run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
-    return run_of_checkpoint if subcommand == "fit" else choose(run_of_checkpoint, subcommand)
+def sizes(model: LightningModule) -> str:
+    """Return how many parameters each part of a model has, and which parts are not trained."""
+    parts = []
+    for name, part in model.named_children():
+        parameters = list(part.parameters())
+        if parameters:
+            frozen = "" if any(parameter.requires_grad for parameter in parameters) else " (frozen)"
+            parts.append(f"{name} {sum(parameter.numel() for parameter in parameters):,}{frozen}")
+    return f"parameters: {', '.join(parts)}"
 
 
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
@@ -392,17 +486,23 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     if checkpoint in (None, "null"):
         return arguments
     recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-    stored = scratch / "checkpoint.yaml"
-    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": recipe["data"]})))
+    stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
+    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": found(recipe, "data")})))
     return ["--config", str(stored), *arguments]
 
 
 def trains_tokenizer(arguments: list[str]) -> bool:
-    """Say whether a config names a class as its model, as those of tokenizers do."""
+    """Return whether the configs name a class as their model, as those of tokenizers do.
+
+    Raises:
+        UserError: one does and another, or the checkpoint, does not.
+    """
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    configs = [yaml.safe_load(Path(path).read_text()) for path in paths]
-    models = [config.get("model") for config in configs]
-    return any(isinstance(model, dict) and "class_path" in model for model in models)
+    models = [yaml.safe_load(Path(path).read_text()).get("model") for path in paths]
+    kinds = {bool(model.keys() & {"class_path", "init_args"}) for model in models if isinstance(model, dict)}
+    if len(kinds) > 1:
+        raise UserError("of the configs and the checkpoint one trains a tokenizer, another a model of its codes")
+    return True in kinds
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:
@@ -424,7 +524,10 @@ def with_bases(arguments: list[str], scratch: Path) -> list[str]:
 
 
 def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """List the files that make up a config, the lowest layer first; where it names a base, a copy without that line."""
+    """List the files that make up a config, the lowest layer first.
+
+    Where it names a base or has paths below ``~``, a copy without that line, and with whole paths.
+    """
     if path in seen:
         raise UserError(f"the config {path} is its own base")
     named = f"the config {path}{f', the base of {seen[-1]},' if seen else ''}"
@@ -438,12 +541,28 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
     if config.get("ckpt_path") is not None:
         raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
-    if "base" not in config:
+    for target in SEEDS:
+        value: Any = config
+        for key in target.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, config.get("seed_everything", 0)):
+            raise UserError(f"{target} is decided by seed_everything: leave it out")
+    written = with_home(config)
+    if "base" not in config and written == config:
         return [path]
-    base = path.parent / str(config.pop("base"))
+    base = written.pop("base", None)
     copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # its name becomes the run's
-    copy.write_text(yaml.safe_dump(config))
-    return [*config_and_bases(base, scratch, (*seen, path)), copy]
+    copy.write_text(yaml.safe_dump(written))
+    return [*(config_and_bases(path.parent / str(base), scratch, (*seen, path)) if base is not None else ()), copy]
+
+
+def with_home(tree: Any) -> Any:
+    """Write the home folder in place of ``~`` at the beginning of settings, which a shell does in flags alone."""
+    if isinstance(tree, dict):
+        return {name: with_home(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_home(value) for value in tree]
+    return os.path.expanduser(tree) if isinstance(tree, str) and tree.startswith("~/") else tree
 
 
 def is_larger(tree: Any, limit: int) -> bool:
@@ -458,11 +577,7 @@ def is_larger(tree: Any, limit: int) -> bool:
 
 def without_links(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out the settings that links fill in, which a config may not hold."""
-    for target in (
-        "model.seed",
-        "data.init_args.seed",
-        *(target for targets in FROM_DATA.values() for target in targets),
-    ):
+    for target in LINKED:
         section, last = find_section(config, target)
         if section is not None:
             section.pop(last, None)
@@ -483,19 +598,3 @@ def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | 
         if not callable(kind) or last not in inspect.signature(kind).parameters:
             return None, last
     return section, last
-
-
-def explain(message: str) -> str:
-    """Pick the telling part of the parser's message, which lists every type that it tried."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    place = re.match(r'Parser key "([^"]+)"', lines[0])
-    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
-    unknown = re.search(
-        r"Expected a dot import path string: *(\S+)|No module named (\S+)|has no attribute (\S+)", message
-    )
-    if unknown:
-        name = next(part for part in unknown.groups() if part).strip("'.")
-        reasons = [f"there is no class {name!r}: a class_path is written package.module.Class"]
-    if not reasons:
-        return " ".join(lines)
-    return f"{place.group(1)}: {reasons[0]}" if place else reasons[0]

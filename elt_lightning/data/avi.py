@@ -7,6 +7,8 @@ import os
 import struct
 from pathlib import Path
 
+from elt_lightning.files import open_regular
+
 INDEX_ENTRY = struct.Struct("<2s2sIII")
 """Of ``idx1``: number and kind of the stream, flags, offset and bytes of the chunk."""
 
@@ -27,7 +29,7 @@ def indexed_frames(path: str | Path) -> int | None:
         BrokenClipError: the file ends before the chunks that it announces, or is missing.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             riff, _, form = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
             if (riff, form) != (b"RIFF", b"AVI "):

@@ -202,19 +202,23 @@ class BatchedDataModule(LightningDataModule):
             num_workers,
             seed,
         )
-        self._val_check_interval: int | float | None = None
 
-    def prepare_training(self, trainer: Trainer) -> int:
-        """Tell the trainer to accumulate micro-batches, and give the samples of one.
+    def tokenizer_description(self) -> dict[str, Any]:
+        """Describe the tokenizer of the data, as :meth:`Tokenizer.description` does; nothing where they are pixels."""
+        return {}
 
-        Lightning counts ``val_check_interval`` in micro-batches; here it is in optimiser steps, however they are made.
+    def training_micro_batch(self, trainer: Trainer) -> int:
+        """Return the samples of a forward pass of one device in training.
+
+        Raises:
+            UserError: the trainer accumulates another number of them than make up a batch.
         """
         micro_batch_size, accumulation = self.share_batch(trainer.world_size)
-        trainer.accumulate_grad_batches = accumulation
-        if self._val_check_interval is None:
-            self._val_check_interval = trainer.val_check_interval
-        if isinstance(self._val_check_interval, int):
-            trainer.val_check_interval = self._val_check_interval * accumulation
+        if trainer.accumulate_grad_batches != accumulation:
+            raise UserError(
+                f"a batch of {self.batch_size} is {accumulation} of {micro_batch_size} on each device: tell the "
+                f"trainer so, as `elt fit` does, Trainer(accumulate_grad_batches={accumulation})"
+            )
         return micro_batch_size
 
     def share_batch(self, world_size: int) -> tuple[int, int]:
@@ -239,14 +243,14 @@ class BatchedDataModule(LightningDataModule):
         return self.share_batch(world_size)[0]
 
     def training_order(self, num_samples: int) -> TrainingOrder:
-        """Give the order of a training set, of micro-batches that the trainer is told to accumulate.
+        """Give the order of a training set, in micro-batches.
 
         Raises:
             UserError: there are fewer samples than in a global batch.
         """
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size = self.prepare_training(trainer)
+        micro_batch_size = self.training_micro_batch(trainer)
         if num_samples < self.batch_size:
             raise UserError(f"the training set has {num_samples} samples, fewer than batch_size {self.batch_size}")
         return TrainingOrder(

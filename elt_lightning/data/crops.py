@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +14,39 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from elt_lightning.data.workers import Loader, end_where_batches_are_lost
+from elt_lightning.files import open_regular
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""What a picture may be, whatever its ending: ImageNet has a PNG that is called JPEG. Pillow knows formats that start
-other programs; they are not asked for."""
+_ENDINGS = Image.registered_extensions()  # which loads Pillow's plugins
+FORMATS = tuple(
+    sorted(
+        set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"},
+        key=lambda kind: (Image.OPEN[kind][1] is None, kind),  # those without a signature are tried last
+    )
+)
+"""What a picture may be, whatever its ending: ImageNet has a PNG that is called JPEG. These are all that Pillow reads
+by itself; for the others it starts programs, or knows no more than their names."""
 
-CROP = "adm-centre"
+SUFFIXES = tuple(suffix for suffix, kind in _ENDINGS.items() if kind in FORMATS)
+"""Endings of pictures, in small or capital letters."""
+
+WITHOUT_SUFFIX = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF")
+"""Formats that are looked for in files without an ending: those with a signature that no text begins with."""
+
+CROP, UPRIGHT_CROP = "adm-centre", "adm-centre-upright"
+CROPS = {"stored": CROP, "upright": UPRIGHT_CROP}
+"""How pictures are brought to their size, see :func:`adm_centre_crop`: as their pixels are stored, which is ImageNet's
+protocol; or turned first as the camera's orientation tag says, which is how people see them."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by its orientation tag (CIPA DC-008, Exif 2.32, tag 0x0112)."""
 
 _Item = TypeVar("_Item")
 
@@ -45,27 +72,52 @@ class Picture(NamedTuple):
 
     def read(self) -> bytes:
         """Read its bytes, still compressed."""
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self.offset)
             return file.read(self.num_bytes)
 
 
-def decode_picture(content: bytes) -> Image.Image:
+def begins_as_picture(file: IO[bytes]) -> bool:
+    """Look at the beginning of a file without an ending: is it of one of :data:`WITHOUT_SUFFIX`?"""
+    try:
+        with warnings.catch_warnings(), Image.open(file, formats=WITHOUT_SUFFIX):
+            return True
+    except Exception:  # Pillow's plugins raise whatever a file leads them to
+        return False
+
+
+def decode_picture(content: bytes, upright: bool = False) -> Image.Image:
     """Decode a picture to RGB, as ADM does (guided-diffusion/image_datasets.py).
 
-    Grey, palette and CMYK pictures are converted, transparency is dropped, of 16 bits the upper 8 are kept, of an
-    animation the first frame. The camera's orientation tag is ignored: pixels stay as they are stored.
+    Grey, palette and CMYK pictures are converted, what is transparent lets white through, of 16 bits the upper 8 are
+    kept, of an animation the first frame.
+
+    Args:
+        content: of the file.
+        upright: turn it as the camera's orientation tag says; otherwise pixels stay as they are stored.
 
     Raises:
-        Exception: whatever Pillow raises for a picture that is damaged, cut short, of another format or huge.
+        Exception: whatever Pillow raises for a picture that is damaged, cut short, of another format or huge; or its
+            pixels are numbers of no known range.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # thousands of pictures have odd metadata, which nothing here uses
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
-            if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            turn = TURNS.get(image.getexif().get(0x0112, 1)) if upright else None
+            return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow would clip at 0 and 255
+        levels = np.asarray(image)
+        if image.mode == "F" or not 0 <= levels.min() <= levels.max() < 2**16:
+            raise ValueError(f"its pixels are numbers from {levels.min():g} to {levels.max():g}, of no known range")
+        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        clear = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), clear)
+    return image.convert("RGB")
 
 
 def adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -123,20 +175,23 @@ class Crops(NamedTuple):
         return len(self.pictures) + len(self.unreadable)
 
 
-def crop_all(requests: Iterable[Request], size: int, num_workers: int) -> Iterator[Crops]:
+def crop_all(requests: Iterable[Request], size: int, num_workers: int, crop: str = CROP) -> Iterator[Crops]:
     """Decode and crop, in the order of the requests; they are taken as they are needed.
 
     Args:
         requests: what to decode.
         size: height and width of the crops, in pixels.
         num_workers: processes that decode; 0 decodes in this one.
+        crop: :data:`CROP` or :data:`UPRIGHT_CROP`.
     """
-    yield from Loader(_Cropper(size), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged)
+    yield from Loader(
+        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged
+    )
 
 
 class _Cropper(Dataset[Crops]):
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, upright: bool) -> None:
+        self.size, self.upright = size, upright
 
     def __getitem__(self, request: Request) -> Crops:
         crops = np.empty((len(request.pictures), self.size, self.size, 3), np.uint8)
@@ -144,7 +199,7 @@ class _Cropper(Dataset[Crops]):
         unreadable: list[tuple[str, str]] = []
         for picture in request.pictures:
             try:
-                crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read()), self.size)
+                crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read(), self.upright), self.size)
                 pictures.append(picture)
             except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
                 unreadable.append((picture.source, f"{type(error).__name__}: {error}"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elt_lightning.data.avi import BrokenClipError, indexed_frames
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import check_regular, written_aside
 
 __all__ = ["BrokenClipError", "default_decoder", "num_frames", "read_clip", "write_clip"]
 
@@ -83,6 +83,10 @@ def read_clip(path: str | Path, first: int, count: int, stride: int = 1, decoder
     """
     if first < 0 or count < 1 or stride < 1:
         raise ValueError(f"first must be at least 0, count and stride at least 1, not {first}, {count}, {stride}")
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise BrokenClipError(error.strerror) from error
     wanted = range(first, first + (count - 1) * stride + 1, stride)
     frames = _DECODERS[decoder or default_decoder()].frames(str(path), wanted)
     if len(frames) < count:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from elt_lightning.data.crops import Crops, Picture, Request, chunks
 from elt_lightning.data.images import ImageSource
-from elt_lightning.data.shards import Shard, ShardIndex
+from elt_lightning.data.shards import Shard, ShardIndex, checksum
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json, whole_number, written_aside
 
@@ -45,16 +45,19 @@ class FinishedShard:
         num_samples: pictures in it.
         highest_label: the highest class number in it, −1 where it is empty.
         unreadable: pictures that were skipped.
+        crc32: :func:`~elt_lightning.data.shards.checksum` of its samples; None where an earlier version made it.
     """
 
     num_samples: int = 0
     highest_label: int = -1
     unreadable: list[str] = field(default_factory=list)
+    crc32: int | None = None
 
     def __post_init__(self) -> None:
         """Check what may come from a damaged file."""
         whole_number(self.num_samples)
         whole_number(self.highest_label)
+        whole_number(self.crc32 or 0)
         if not (isinstance(self.unreadable, list) and all(isinstance(name, str) for name in self.unreadable)):
             raise ValueError(f"{self.unreadable} is no list of names")
 
@@ -155,11 +158,12 @@ class ShardWriter:
         """Put in one sample: ``codes`` (copies, …)."""
         stream = io.BytesIO()
         np.lib.format.write_array(stream, codes, allow_pickle=False)
-        about = {"label": picture.label, "source": picture.source}
-        for ending, content in (("codes.npy", stream.getvalue()), ("json", json.dumps(about).encode())):
-            member = tarfile.TarInfo(f"{picture.number:09d}.{ending}")
+        number, about = f"{picture.number:09d}", json.dumps({"label": picture.label, "source": picture.source}).encode()
+        for ending, content in (("codes.npy", stream.getvalue()), ("json", about)):
+            member = tarfile.TarInfo(f"{number}.{ending}")
             member.size = len(content)
             self.tar.addfile(member, io.BytesIO(content))
+        self.finished.crc32 = checksum(self.finished.crc32 or 0, number, stream.getvalue(), about)
         self.finished.num_samples += 1
         self.finished.highest_label = max(self.finished.highest_label, picture.label)
 
@@ -189,7 +193,6 @@ class Encoding(ABC):
         mirrored: keep the codes of each picture's mirror image too.
         thing: what one of them is called.
         unit: of speed.
-        crop: how they are brought to their size.
         frames: of a clip; None for pictures.
         latent_scale: of the tokenizer; None for tokens.
 
@@ -204,11 +207,15 @@ class Encoding(ABC):
 
     thing: ClassVar[str]
     unit: ClassVar[str]
-    crop: ClassVar[str]
 
     def __post_init__(self) -> None:
         if (self.tokenizer.num_codes or 0) > 2**15:
             raise UserError(f"shards keep tokens in 16 bits: {self.tokenizer.num_codes} codes are too many")
+
+    @property
+    @abstractmethod
+    def crop(self) -> str:
+        """How they are brought to their size."""
 
     @property
     @abstractmethod
@@ -339,7 +346,9 @@ class Encoding(ABC):
             tokenizer=folder.settings["tokenizer"],
             crop=self.crop,
             shards=tuple(
-                Shard(shard_name(number), shard.num_samples) for number, shard in shards.items() if shard.num_samples
+                Shard(shard_name(number), shard.num_samples, shard.crc32)
+                for number, shard in shards.items()
+                if shard.num_samples
             ),
             unreadable=unreadable,
             frames=self.frames,

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +118,7 @@ class ClipEncoding(Encoding):
     stride: int
 
     thing, unit = "clip", "clips/s"
-    crop = CROP
+    crop: str = field(default=CROP, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

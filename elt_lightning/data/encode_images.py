@@ -12,12 +12,16 @@ from elt_lightning.tokenizers.base import ImageTokenizer
 
 @dataclass(frozen=True)
 class ImageEncoding(Encoding):
-    """Pictures, to tokens or latents. The attributes are those of :class:`Encoding`."""
+    """Pictures, to tokens or latents. The other attributes are those of :class:`Encoding`.
+
+    Attributes:
+        crop: :data:`~elt_lightning.data.crops.CROP` or :data:`~elt_lightning.data.crops.UPRIGHT_CROP`.
+    """
 
     tokenizer: ImageTokenizer
+    crop: str = CROP
 
     thing, unit = "picture", "images/s"
-    crop = CROP
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,4 +47,4 @@ class ImageEncoding(Encoding):
         return self.tokenizer.latent_scale
 
     def read(self, requests: Iterable[Request], num_workers: int) -> Iterator[Crops]:  # noqa: D102
-        return crop_all(requests, self.size, num_workers)
+        return crop_all(requests, self.size, num_workers, self.crop)

@@ -76,7 +76,7 @@ class EncodedDataModule(GenerativeDataModule):
     def train_dataloader(self) -> ShardLoader:  # noqa: D102
         trainer = self.trainer
         assert trainer is not None
-        micro_batch_size = self.prepare_training(trainer)
+        micro_batch_size = self.training_micro_batch(trainer)
         if self.training_index.num_samples < self.batch_size:
             raise UserError(
                 f"{self.training_shards} holds {self.training_index.num_samples} samples, fewer than batch_size "
@@ -142,7 +142,7 @@ def check_same_codes(first: str, one: ShardIndex, second: str, other: ShardIndex
     Raises:
         UserError: they do not.
     """
-    for name in ("classes", "image_size", "input_shape", "stored_shape", "num_codes", "latent_scale"):
+    for name in ("classes", "image_size", "crop", "input_shape", "stored_shape", "num_codes", "latent_scale"):
         here, there = getattr(one, name), getattr(other, name)
         if here != there:
             described = (f"{len(here)} and {len(there)}, or in another order",) if name == "classes" else (here, there)

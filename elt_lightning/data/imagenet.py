@@ -10,7 +10,13 @@ from elt_lightning.data.images import batches, fingerprint
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.fid import InceptionScores
 from elt_lightning.metrics.inception import FIDInception
-from elt_lightning.metrics.reference import InceptionMoments, ReferenceImages, load_or_compute, read_moments
+from elt_lightning.metrics.reference import (
+    PREPARATION,
+    InceptionMoments,
+    ReferenceImages,
+    load_or_compute,
+    read_moments,
+)
 
 REFERENCE_BATCH = 64
 
@@ -79,11 +85,16 @@ class ImageNetDataModule(EncodedDataModule):
 
     def load_reference(self, network: FIDInception) -> InceptionMoments | None:
         """Give the moments that FID compares with."""
-        if self.reference is None or self.reference.endswith(".npz"):
-            return None if self.reference is None else read_moments(self.reference)
-        root, size = self.reference, self.training_index.image_size
+        if self.reference is None:
+            return None
+        root, size, crop = self.reference, self.training_index.image_size, self.training_index.crop
+        made_with = {"size": size, "crop": crop}
+        if root.endswith(".npz"):
+            moments = read_moments(root)
+            moments.check(root, made_with | {"network": network.sha256, "preparation": PREPARATION})
+            return moments
         images = ReferenceImages(
-            lambda: batches(root, size, REFERENCE_BATCH, self.num_workers), fingerprint(root), {"size": size}
+            lambda: batches(root, size, REFERENCE_BATCH, self.num_workers, crop), fingerprint(root), made_with
         )
         return load_or_compute(images, network, self.cache)
 

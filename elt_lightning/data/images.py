@@ -4,6 +4,7 @@ A source is cut into parts that never change, each of which becomes one shard: s
 without talking to each other, and what a killed one had finished stays finished. Nothing is extracted or unpickled.
 """
 
+import filecmp
 import hashlib
 import logging
 import os
@@ -13,20 +14,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from webdataset.shardlists import expand_urls
 
-from elt_lightning.data.crops import Picture, Request, chunks, crop_all, default_workers
+from elt_lightning.data.crops import (
+    CROP,
+    CROPS,
+    SUFFIXES,
+    Picture,
+    Request,
+    begins_as_picture,
+    chunks,
+    crop_all,
+    default_workers,
+)
 from elt_lightning.data.image_labels import read_labels
 from elt_lightning.errors import UserError
-from elt_lightning.files import parse_json, sha256
+from elt_lightning.files import counted_by_suffix, open_regular, parse_json, sha256
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Endings of pictures, in small or capital letters."""
 
 MOST_PADDING = 2**20
 """Bytes of zeros that may end a tar; programs fill up to a multiple of 10 KiB, or of what they were told."""
@@ -85,7 +93,7 @@ def open_source(
     Raises:
         UserError: there is nothing there, or pictures and labels do not go together.
     """
-    tars = find_tars(roots)
+    tars = find_tars(roots, report_others=True)
     if not tars:
         return FolderSource(roots[0], labels, classes, samples_per_shard, seed)
     if labels is not None:
@@ -105,10 +113,11 @@ class FolderSource(ImageSource):
     def __init__(
         self, root: str, labels: str | None, classes: Sequence[str] | None, samples_per_shard: int, seed: int
     ) -> None:
-        listing = list_pictures(root)
+        listing, others = list_pictures(root)
+        name_others(root, others)
         names = [name for name, _ in listing]
         if labels is None:
-            class_names = _class_folders(root, names, may_be_empty=classes is not None)
+            class_names = _class_folders(root, names, None if classes is not None else others)
         else:
             class_names = read_labels(labels, names)
         self.classes = _in_order(set(class_names)) if classes is None else tuple(classes)
@@ -147,7 +156,7 @@ class FolderSource(ImageSource):
 
 
 class TarSource(ImageSource):
-    """WebDataset tars of pictures: ``x.jpg`` (or another of :data:`SUFFIXES`) with ``x.cls`` or ``x.json`` beside it.
+    """WebDataset tars of pictures: ``x.jpg`` (or another suffix of pictures) with ``x.cls`` or ``x.json`` beside it.
 
     ``.cls`` holds the class number; ``.json`` holds it under ``"label"``, or a name that ``classes`` has. A tar is one
     part, and is opened only when its turn comes.
@@ -157,7 +166,8 @@ class TarSource(ImageSource):
         classes: as for :func:`open_source`.
 
     Raises:
-        UserError: two have the same name, one is cut short, or all together are too large to number their pictures.
+        UserError: two have the same name or content, one is cut short, or all together are too large to number their
+            pictures.
     """
 
     def __init__(self, tars: Sequence[str], classes: Sequence[str] | None) -> None:
@@ -165,6 +175,7 @@ class TarSource(ImageSource):
         twice = [name for name, count in Counter(name for name, _ in listing).items() if count > 1]
         if twice:
             raise UserError(f"two tars are called {twice[0]}: samples could not be told apart by their source")
+        refuse_copies(tars)
         for tar in tars:
             check_end(tar)  # now, before hours of work: a whole tar would not be the file that the work began with
         # No two pictures begin in the same KiB, as a header and a content take half of one each at least: where a
@@ -180,7 +191,8 @@ class TarSource(ImageSource):
     def part(self, number: int) -> list[Picture]:
         """Read the headers and labels of one tar; a picture's number tells where it begins, in KiB over all tars."""
         tar = self.tars[number]
-        pictures, labels = read_tar(tar)
+        pictures, labels, others = read_tar(tar)
+        name_others(tar, others)
         found = []
         for key, picture in pictures.items():
             if key not in labels:
@@ -212,52 +224,101 @@ def _in_order(classes: set[str]) -> tuple[str, ...]:
     return tuple(sorted(classes))
 
 
-def _class_folders(root: str, names: Sequence[str], may_be_empty: bool) -> list[str]:
-    """Give each picture's class: the first folder on its way from the root."""
+def _class_folders(root: str, names: Sequence[str], others: Sequence[str] | None) -> list[str]:
+    """Return each picture's class: the first folder on its way from the root.
+
+    Folders without pictures are refused, and what of ``others`` lies in them is named, unless that is None.
+    """
     for name in names:
         if "/" not in name:
             raise UserError(f"{root}/{name} lies in no class folder: move it, or give a file of labels with --labels")
     classes = [name.partition("/")[0] for name in names]
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
     empty = sorted(folders - set(classes))
-    if empty and not may_be_empty:
+    if empty and others is not None:
+        inside = [name for name in others if name.startswith(f"{empty[0]}/")]
+        only = f", only {counted_by_suffix(inside)}" if inside else ""
         raise UserError(
-            f"the class folder {root}/{empty[0]} has no pictures: remove it, or take the classes with --classes_from"
+            f"the class folder {root}/{empty[0]} has no pictures{only}: remove it, or take the classes with "
+            "--classes_from"
         )
     return classes
 
 
-def list_pictures(root: str) -> list[tuple[str, int]]:
-    """Find the pictures below a folder, links followed: (name below it, bytes), sorted by name.
+def name_others(where: str, others: Sequence[str], wanted: str = "pictures") -> None:
+    """Count in the log what is left out of a folder or a tar, by suffix."""
+    if others:
+        logger.warning("left out of %s, as no %s: %s", where, wanted, counted_by_suffix(others))
+
+
+class Listing(NamedTuple):
+    """What lies below a folder.
+
+    Attributes:
+        pictures: (name below it, bytes) of each, sorted by name.
+        others: names of all other files.
+    """
+
+    pictures: list[tuple[str, int]]
+    others: list[str]
+
+
+def list_pictures(root: str) -> Listing:
+    """Find the pictures below a folder, links followed: by their suffix, or without one by how they begin.
 
     Hidden files and folders are left out, and so are the ``._x`` that macOS puts beside a file x.
 
     Raises:
-        UserError: the folder is missing or cannot be read, or has no pictures.
+        UserError: the folder is missing or cannot be read, links lead round in it, or it has no pictures.
     """
+    listing = Listing([], [])
     try:
-        listing = sorted(_walk(root, ""))
+        _walk(root, "", (), listing)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror} ({error.filename})") from error
-    if not listing:
-        raise UserError(f"{root} has no pictures ({', '.join(SUFFIXES)}), and it is no folder of .tar files")
+    listing.pictures.sort()
+    listing.others.sort()
+    if not listing.pictures:
+        only = f", only {counted_by_suffix(listing.others)}" if listing.others else ""
+        raise UserError(f"{root} has no pictures{only}, and it is no folder of .tar files alone")
     return listing
 
 
-def _walk(folder: str, below: str) -> Iterator[tuple[str, int]]:
+def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...], listing: Listing) -> None:
+    found = os.stat(folder)
+    if (found.st_dev, found.st_ino) in above:
+        raise UserError(f"{folder} is a link to a folder that it lies in: remove it")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{below}{entry.name}/")
-            elif entry.name.lower().endswith(SUFFIXES):
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                _walk(entry.path, f"{below}{entry.name}/", (*above, (found.st_dev, found.st_ino)), listing)
+            elif _is_picture(entry):
                 # A dangling link has no size; it is listed all the same, to be named as unreadable.
-                yield below + entry.name, entry.stat().st_size if os.path.exists(entry.path) else -1
+                size = entry.stat().st_size if os.path.exists(entry.path) else -1
+                listing.pictures.append((below + entry.name, size))
+            else:
+                listing.others.append(below + entry.name)
 
 
-def find_tars(roots: Sequence[str]) -> list[str]:
+def _is_picture(entry: os.DirEntry[str]) -> bool:
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix:
+        return suffix in SUFFIXES
+    try:
+        with open_regular(entry.path) as file:
+            return begins_as_picture(file)
+    except OSError:
+        return False
+
+
+def find_tars(roots: Sequence[str], report_others: bool = False) -> list[str]:
     """Find the tars that are meant by a folder that has nothing else, or by names, in the order given.
+
+    Args:
+        roots: one folder, or tars.
+        report_others: count in the log which files of a folder of tars are left out.
 
     Returns:
         their paths; nothing where ``roots`` is one folder of another kind.
@@ -270,9 +331,13 @@ def find_tars(roots: Sequence[str]) -> list[str]:
             paths = sorted(os.path.join(roots[0], name) for name in os.listdir(roots[0]) if not name.startswith("."))
         except OSError as error:
             raise UserError(f"the folder {roots[0]} cannot be read: {error.strerror}") from error
-        tars = [path for path in paths if path.endswith(".tar")]
-        others = [path for path in paths if os.path.isdir(path) or path.lower().endswith(SUFFIXES)]
-        return [] if others else tars
+        tars = [path for path in paths if path.lower().endswith(".tar")]
+        others = [path for path in paths if path not in tars]
+        if not tars or any(os.path.isdir(path) or path.lower().endswith(SUFFIXES) for path in others):
+            return []
+        if report_others:
+            name_others(roots[0], others, "tars")
+        return tars
     try:
         tars = [path for root in roots for path in ([root] if os.path.exists(root) else expand_urls(root))]
     except ValueError as error:
@@ -285,35 +350,58 @@ def find_tars(roots: Sequence[str]) -> list[str]:
     return tars
 
 
-def read_tar(path: str) -> tuple[dict[str, Picture], dict[str, int | str]]:
+def refuse_copies(tars: Sequence[str]) -> None:
+    """Refuse a tar that is a copy of another: its pictures would count twice.
+
+    Raises:
+        UserError: there is one, or a tar cannot be read.
+    """
+    alike: dict[tuple[int, bytes], str] = {}
+    for tar in tars:
+        try:
+            with open_regular(tar) as file:
+                beginning = file.read(2**16)
+            other = alike.setdefault((os.path.getsize(tar), hashlib.sha256(beginning).digest()), tar)
+            if other != tar and any(beginning) and filecmp.cmp(other, tar, shallow=False):
+                raise UserError(f"{tar} is a copy of {other}: its pictures would count twice, remove it")
+        except OSError as error:
+            raise UserError(f"{tar} cannot be read: {error.strerror}") from error
+
+
+def read_tar(path: str) -> tuple[dict[str, Picture], dict[str, int | str], list[str]]:
     """List a tar's pictures and read its labels; a sample's key is its members' name up to the first dot.
 
     Returns:
-        the first picture of each key, with the header's place in bytes as its number; and the labels by key.
+        the first picture of each key, with the header's place in bytes as its number; the labels by key; and the names
+        of the members that are neither.
 
     Raises:
         UserError: the file is compressed, damaged or cut short, or a label cannot be read.
     """
     pictures: dict[str, Picture] = {}
     labels: dict[str, int | str] = {}
+    others: list[str] = []
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 stem, dot, ending = name.name.partition(".")
                 key, ending = str(name.with_name(stem)) if stem else "", dot + ending.lower()
-                if not member.isfile() or not key:
+                if member.isdir() or not key:
                     continue
-                if ending in SUFFIXES:
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is None:
+                    others.append(member.name)
+                elif key not in pictures and (ending in SUFFIXES or (not ending and begins_as_picture(content))):
                     source = f"{Path(path).name}/{member.name}"
                     picture = Picture(source, path, member.offset_data, member.size, number=member.offset)
-                    pictures.setdefault(key, picture)
+                    pictures[key] = picture
                 elif ending in (".cls", ".json"):
-                    content = tar.extractfile(member)
-                    assert content is not None
                     label = _parsed_label(content.read(), ending, f"{path}/{member.name}")
                     if label is not None and (ending == ".cls" or key not in labels):
                         labels[key] = label
+                else:
+                    others.append(member.name)
             # The library takes a damaged header for the end, and a hole that a download left. Behind a true end come
             # zeros alone, and few of them.
             file.seek(tar.offset)
@@ -322,7 +410,7 @@ def read_tar(path: str) -> tuple[dict[str, Picture], dict[str, int | str]]:
                 raise tarfile.ReadError(f"at byte {tar.offset} there is neither a header nor the end")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path} is compressed, damaged or cut short: {error}") from error
-    return pictures, labels
+    return pictures, labels, others
 
 
 def check_end(path: str) -> None:
@@ -333,7 +421,7 @@ def check_end(path: str) -> None:
     """
     block = tarfile.BLOCKSIZE
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - block, 0))
             is_whole = size % block == 0 and file.read() == bytes(block)
@@ -356,7 +444,7 @@ def _parsed_label(content: bytes, ending: str, source: str) -> int | str | None:
     return label
 
 
-def batches(root: str, size: int, batch_size: int, workers: int | None = None) -> Iterator[Tensor]:
+def batches(root: str, size: int, batch_size: int, workers: int | None = None, crop: str = CROP) -> Iterator[Tensor]:
     """Read all pictures of a folder of any layout, or of tars, in the order of their names; no labels are needed.
 
     What cannot be read is left out, named in the log, and counted there at the end.
@@ -366,16 +454,19 @@ def batches(root: str, size: int, batch_size: int, workers: int | None = None) -
         size: height and width of the crops, in pixels.
         batch_size: pictures at once; fewer come where some cannot be read, and at the end.
         workers: processes that decode; None for one per core.
+        crop: as for :func:`~elt_lightning.data.crops.crop_all`.
 
     Yields:
         (B, 3, size, size) uint8, B from 1 to ``batch_size``.
 
     Raises:
-        UserError: there is no such folder or tar, or not one picture can be read.
+        UserError: there is no such folder, tar or crop, or not one picture can be read.
     """
+    if crop not in CROPS.values():
+        raise UserError(f"pictures are brought to their size by {' or '.join(CROPS.values())}, not by {crop!r}")
     num_read = num_unreadable = 0
     requests = (Request(0, chunk) for chunk in chunks(_all_pictures(root), batch_size))
-    for crops in crop_all(requests, size, default_workers() if workers is None else workers):
+    for crops in crop_all(requests, size, default_workers() if workers is None else workers, crop):
         for name, reason in crops.unreadable:
             logger.warning("%s cannot be read and is left out: %s", name, reason)
         num_read += len(crops.pictures)
@@ -389,11 +480,15 @@ def batches(root: str, size: int, batch_size: int, workers: int | None = None) -
 
 
 def _all_pictures(root: str) -> Iterator[Picture]:
-    tars = find_tars([root])
+    tars = find_tars([root], report_others=True)
     for tar in tars:
-        yield from read_tar(tar)[0].values()
+        pictures, _, others = read_tar(tar)
+        name_others(tar, others)
+        yield from pictures.values()
     if not tars:
-        for name, _ in list_pictures(root):
+        listing, others = list_pictures(root)
+        name_others(root, others)
+        for name, _ in listing:
             yield Picture(name, os.path.join(root, name))
 
 
@@ -404,7 +499,7 @@ def fingerprint(root: str) -> str:
         UserError: there is no such folder or tar, or no picture in it.
     """
     tars = find_tars([root])
-    return _hash([(Path(tar).name, os.path.getsize(tar)) for tar in tars] if tars else list_pictures(root))
+    return _hash([(Path(tar).name, os.path.getsize(tar)) for tar in tars] if tars else list_pictures(root).pictures)
 
 
 def _hash(listing: Iterable[tuple[str, int]]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from elt_lightning.data.base import Batch
-from elt_lightning.data.shards import Shard, ShardIndex, join
+from elt_lightning.data.shards import Shard, ShardIndex, check_local, checksum, join
 from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json, whole_number
@@ -229,18 +229,27 @@ def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop:
     """Read samples [start, stop) of a shard.
 
     Raises:
-        UserError: the shard is missing or damaged, or holds something else than its index says.
+        UserError: the shard is missing or damaged, or holds something else than its index says. That other samples are
+            in their place is known from the checksum when the last one is reached.
     """
     url, again = join(location, shard.name), "delete it and run the same `elt encode` again"
-    count = 0
+    count = crc = 0
     try:
-        for count, members in enumerate(webdataset.tarfile_to_samples()([{"url": url}]), start=1):
-            if count > start:
-                yield read_sample(members, index)
+        check_local(url)
+        samples = iter(webdataset.tarfile_to_samples()([{"url": url}]))
+        for count, members in enumerate(samples, start=1):
+            sample = read_sample(members, index) if count > start else None
+            if shard.crc32 is not None:
+                crc = checksum(crc, members["__key__"], members.get("codes.npy", b""), members.get("json", b""))
+            if count == shard.num_samples and (crc != (shard.crc32 or 0) or next(samples, None)):
+                raise ValueError("it holds other samples than were encoded into it")
+            if sample is not None:
+                yield sample
             if count == stop:
                 return
     except Exception as error:  # of damaged bytes the libraries make whatever they can
-        reason = f"{type(error).__name__} {error.args[0] if error.args else ''}"
+        told = error.strerror if isinstance(error, OSError) else error.args[0] if error.args else ""
+        reason = f"{type(error).__name__} {told}"
         raise UserError(f"{url} cannot be read near sample {count} ({reason}): {again}") from error
     raise UserError(f"{url} is damaged, it ends after {count} of {shard.num_samples} samples: {again}")
 

@@ -4,6 +4,7 @@ Source: "UCF101: A dataset of 101 human actions classes from videos in the wild"
 2012; www.crcv.ucf.edu/data/UCF101.php.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -14,6 +15,9 @@ from elt_lightning.data.base import BatchedDataModule
 from elt_lightning.data.clip_batches import ClipBatch, ClipLoader, FixedClips, TrainingClips
 from elt_lightning.data.clips import ClipShape, Video
 from elt_lightning.errors import UserError
+from elt_lightning.files import counted_by_suffix, read_lines
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["all"] | int
 
@@ -126,18 +130,18 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, held_ou
         UserError: a list or a video is missing, or a class is unknown.
     """
     labels = {name: label for label, name in enumerate(read_classes(annotations))}
-    present = set(_present(Path(root)))
+    present = {with_small_suffix(name): name for name in _present(Path(root))}
     if split == "all":
         where, names = str(root), sorted(present)
     else:
         path = Path(annotations) / f"{'test' if held_out else 'train'}list{split:02d}.txt"
-        where, names = str(path), sorted({line.split()[0] for line in _lines(path)})
+        where, names = str(path), sorted({with_small_suffix(line.split()[0]) for line in _lines(path)})
     videos = []
     for name in names:
         class_name = name.partition("/")[0]
         if class_name not in labels:
             raise UserError(f"{where}: {name} is of a class that {annotations}/classInd.txt does not have")
-        videos.append(Video(name, os.path.join(root, name), labels[class_name]))
+        videos.append(Video(name, os.path.join(root, present.get(name, name)), labels[class_name]))
     missing = [name for name in names if name not in present]
     if missing:
         raise UserError(
@@ -148,22 +152,33 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, held_ou
     return videos
 
 
+def with_small_suffix(name: str) -> str:
+    """Write a file's suffix in small letters: lists and file systems need not agree on them."""
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
+
+
 def _present(root: Path) -> Iterator[str]:
-    """Find the videos below a root: their names, ``<Class>/<file>``."""
+    """Find the videos below a root: their names, ``<Class>/<file>``. Other files there are counted in the log."""
+    others: list[str] = []
     try:
         for folder in os.scandir(root):
             if folder.is_dir() and not folder.name.startswith("."):
                 for file in os.scandir(folder):
-                    if file.name.endswith(".avi") and not file.name.startswith("."):
+                    if file.name.lower().endswith(".avi") and not file.name.startswith("."):
                         yield f"{folder.name}/{file.name}"
+                    elif not file.name.startswith("."):
+                        others.append(file.name)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): it takes {WHERE}") from error
+    if others:
+        logger.warning("left out of %s, as no .avi: %s", root, counted_by_suffix(others))
 
 
 def _lines(path: Path) -> list[str]:
     """Read the lines of a text file that are not empty."""
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UserError(f"{path} cannot be read ({reason}): it takes {WHERE}") from error

@@ -44,6 +44,13 @@ class Loader(DataLoader[Batch]):
             dataset, batch_size=None, sampler=order, num_workers=num_workers, worker_init_fn=begin, **settings
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: where a pass begins is asked of the trainer, which is how Lightning knows it can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing, see :meth:`state_dict`."""
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Give batch after batch.
 
@@ -104,7 +111,7 @@ def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def obey_parent_alone(worker: int) -> None:
-    """Let a loader process of a training go on when a scheduler sends SIGTERM to all processes of a job.
+    """Let a loader process of a training go on when a scheduler sends SIGTERM, or Ctrl-C SIGINT, to all processes.
 
     The main process then finishes its step and saves (:class:`~elt_lightning.training.preemption.Preemption`), for
     which it may wait for a batch. SIGTERM from the main process itself ends a loader process as ever, and so does the
@@ -112,6 +119,7 @@ def obey_parent_alone(worker: int) -> None:
     changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
     """
     end_where_batches_are_lost(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_parent_says, daemon=True).start()

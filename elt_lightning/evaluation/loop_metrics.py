@@ -2,16 +2,14 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
@@ -23,6 +21,9 @@ from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.preemption import end_if_asked
+from elt_lightning.training.progress import meter
+from elt_lightning.training.runs import log_picture, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -102,19 +103,19 @@ class LoopMetrics(Callback):
             self._samplers(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score a few samples at each loop count, and log them."""
-        if trainer.sanity_checking or self.num_validation_samples < 2:
+        """Score a few samples at each loop count, and log them; before training as few as possible."""
+        if self.num_validation_samples < 2:
             return
         module = cast(ELTModule, pl_module)
-        sweep = self._sweep(trainer, self.num_validation_samples, repeats=1)
-        rows = [self._measure(trainer, module, sweep, loops, module.sampler) for loops in self._loops(module)]
+        num_samples = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
+        sweep = self._sweep(trainer, min(num_samples, self.num_validation_samples), repeats=1)
+        rows = self._run_sweep(trainer, module, sweep, [module.sampler])
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        if trainer.is_global_zero and not trainer.sanity_checking:
             picture = torch.cat([picture_row(pictures) for pictures in labelled_pictures(rows).values()])
-            layout = "HW" if picture.ndim == 2 else "HWC"
-            trainer.logger.experiment.add_image("val/samples", picture, trainer.global_step, dataformats=layout)
+            log_picture(trainer, "val/samples", picture)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
@@ -143,7 +144,7 @@ class LoopMetrics(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the sweep, print its table and write its files."""
         module = cast(ELTModule, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked of the first rank by all of them
+        folder = run_folder(trainer)
         reconstruction: dict[str, float] = {}
         if self.reconstruction:
             for metric in self._metrics_on(trainer, module.device):
@@ -152,7 +153,8 @@ class LoopMetrics(Callback):
                 write_reconstruction(folder, reconstruction)
         if not self._has_model:
             return
-        rows = self._run_sweep(trainer, module, folder)
+        sweep = self._sweep(trainer, self.num_samples, self.repeats)
+        rows = self._run_sweep(trainer, module, sweep, self._samplers(module), folder)
         if _data(trainer).primary_metric == HELD_OUT_LOSS:
             for row in rows:
                 row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
@@ -167,27 +169,37 @@ class LoopMetrics(Callback):
                 pictures = best.pictures.to(_with_float64(module.device))
                 write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
 
-    def _run_sweep(self, trainer: Trainer, module: ELTModule, folder: Path) -> list[Row]:
-        """Measure every loop count with every setting of the sampler, with a progress bar."""
-        sweep = self._sweep(trainer, self.num_samples, self.repeats)
-        settings = [(loops, sampler) for loops in self._loops(module) for sampler in self._samplers(module)]
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("sampling at {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, disable=not (console.is_terminal and trainer.is_global_zero)) as bar:
-            task = bar.add_task("", total=len(settings) * self.repeats * self.num_samples)
-            rows = []
+    def _run_sweep(
+        self, trainer: Trainer, module: ELTModule, sweep: Sweep, samplers: list[Sampler], folder: Path | None = None
+    ) -> list[Row]:
+        """Measure every loop count with every sampler, show how far that is, and end between batches if asked to.
+
+        Args:
+            trainer: that runs it.
+            module: in eval mode, on its device.
+            sweep: how each is measured.
+            samplers: the settings of the sampler.
+            folder: where samples are saved, if any are; None to save none.
+        """
+        settings = [(loops, sampler) for loops in self._loops(module) for sampler in samplers]
+        costs = [module.macs_per_sample(loops, sampler) for loops, sampler in settings]
+        of_each, drawn = sweep.num_samples * sweep.repeats, 0
+        rows: list[Row] = []
+
+        def after_batch(count: int) -> None:
+            nonlocal drawn
+            place = len(rows)
+            loops, sampler = settings[place]
+            drawn = min(drawn + count, (place + 1) * of_each)
+            share = (sum(costs[:place]) + costs[place] * (drawn / of_each - place)) / sum(costs)
+            carried = ", state carried" if sampler.carry_state else ""
+            shown.show(drawn, lambda: f"loops {loops}, guidance {sampler.guidance.scale:g}{carried}", share)
+            end_if_asked(trainer, module)
+
+        with meter(trainer, of_each * len(settings), "sample") as shown:
             for loops, sampler in settings:
-                carried = ", state carried" if sampler.carry_state else ""
-                bar.update(task, description=f"loops {loops}, guidance {sampler.guidance.scale:g}{carried}")
-                archive = self._archive(trainer, folder, loops, sampler)
-                rows.append(
-                    self._measure(trainer, module, sweep, loops, sampler, lambda n: bar.advance(task, n), archive)
-                )
+                archive = self._archive(trainer, folder, loops, sampler) if folder and self.save_samples else None
+                rows.append(self._measure(trainer, module, sweep, loops, sampler, after_batch, archive))
                 if archive is not None:
                     trainer.strategy.barrier()
                     if trainer.is_global_zero:
@@ -205,10 +217,8 @@ class LoopMetrics(Callback):
             for carry_state in carried
         ]
 
-    def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive | None:
-        if self.save_samples is None:
-            return None
-        asked = folder / self.save_samples
+    def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive:
+        asked = folder / str(self.save_samples)
         name = f"{asked.stem}_L{loops}"
         if len(self.guidance or ()) > 1:
             name += f"_guidance{sampler.guidance.scale:g}"
@@ -230,8 +240,8 @@ class LoopMetrics(Callback):
         sweep: Sweep,
         loops: int,
         sampler: Sampler,
-        progress: Any = lambda n: None,
-        archive: SampleArchive | None = None,
+        progress: Callable[[int], None],
+        archive: SampleArchive | None,
     ) -> Row:
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()

@@ -10,6 +10,7 @@ from torch import Tensor
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.evaluation.pictures import nearest_figure
 from elt_lightning.files import written_aside
+from elt_lightning.meter import counted
 from elt_lightning.metrics.nearest import Nearest, nearest_items
 
 
@@ -29,6 +30,7 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         batch_size: training samples decoded at once.
     """
     real = decoded(data, held_out=False, batch_size=batch_size, device=samples.device)
+    real = counted(real, "training sample", None)
     held_out = next(decoded(data, held_out=True, batch_size=len(samples), device=samples.device))
     both = nearest_items(torch.cat([samples, held_out]), real)  # one search: the training samples are decoded once
     found, of_held_out = (

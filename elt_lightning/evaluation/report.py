@@ -21,6 +21,12 @@ from elt_lightning.files import written_aside
 
 matplotlib.use("Agg")
 
+OF_THE_SWEEP = (
+    *("primary_metric", "higher_is_better", "feature_network", "num_samples", "parts_given", "seed"),
+    *("train_loops", "train_mode", "train_steps", "sampling_steps", "recall", "weights"),
+)
+"""What ``loops.json`` has beside its rows."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -83,19 +89,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as plain data: the content of ``loops.json``."""
-        return {
-            "primary_metric": self.primary_metric,
-            "higher_is_better": self.higher_is_better,
-            "feature_network": self.feature_network,
-            "num_samples": self.num_samples,
-            "parts_given": self.parts_given,
-            "seed": self.seed,
-            "train_loops": self.train_loops,
-            "train_mode": self.train_mode,
-            "train_steps": self.train_steps,
-            "sampling_steps": self.sampling_steps,
-            "recall": self.recall,
-            "weights": self.weights,
+        return {name: getattr(self, name) for name in OF_THE_SWEEP} | {
             "rows": [
                 {
                     "loops": row.loops,
@@ -165,19 +159,18 @@ class Report:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
 
     def _write_csv(self, path: Path) -> None:
+        lines = []
+        for row in self.as_dict()["rows"]:
+            parts = (("", "mean"), ("_std", "std"))
+            scores = {f"{name}{end}": score[part] for name, score in row["metrics"].items() for end, part in parts}
+            places = [scores.items() if name == "metrics" else [(name, value)] for name, value in row.items()]
+            lines.append(dict(pair for pairs in places for pair in pairs))
         with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            names = list(self.rows[0].metrics)
-            writer.writerow(
-                ["loops", "effective_depth", "guidance", "carry_state"]
-                + [column for name in names for column in (name, f"{name}_std")]
-                + ["params_backbone", "params_total", "macs_per_sample", "samples_per_second"]
-            )
-            for row in self.as_dict()["rows"]:
-                scores = [row["metrics"][name][part] for name in names for part in ("mean", "std")]
-                costs = [row[k] for k in ("params_backbone", "params_total", "macs_per_sample", "samples_per_second")]
-                setting = [row[k] for k in ("loops", "effective_depth", "guidance", "carry_state")]
-                writer.writerow([*setting, *scores, *costs])
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            # Seven digits are what float32 holds; the JSON has all.
+            for line in lines:
+                writer.writerow({k: f"{value:.7g}" if isinstance(value, float) else value for k, value in line.items()})
 
     def pareto_figure(self, rows: Sequence[Row]) -> Figure:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""

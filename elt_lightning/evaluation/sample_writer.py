@@ -1,11 +1,9 @@
 """Writes samples at scale: what `elt predict` does, over any number of devices."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, cast
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+import torch
+from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
@@ -13,9 +11,11 @@ from elt_lightning.data.base import GenerativeDataModule, Request
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
 from elt_lightning.training.module import ELTModule
+from elt_lightning.training.progress import meter
+from elt_lightning.training.runs import run_folder
 
 
-class SampleWriter(BasePredictionWriter):
+class SampleWriter(Callback):
     """Draw samples and write them into the run's folder: sample i is of class i mod num_classes.
 
     Args:
@@ -33,7 +33,6 @@ class SampleWriter(BasePredictionWriter):
         batch_size: int = 250,
         format: Literal["npz", "png"] = "npz",  # noqa: A002
     ) -> None:
-        super().__init__(write_interval="batch")
         if num_samples < 1 or batch_size < 1 or (loops is not None and loops < 1):
             raise ValueError(f"need num_samples, batch_size and loops >= 1, not {num_samples}, {batch_size}, {loops}")
         self.num_samples, self.loops, self.batch_size, self.format = num_samples, loops, batch_size, format
@@ -44,41 +43,56 @@ class SampleWriter(BasePredictionWriter):
             _data(trainer).request_samples(self.num_samples, self.batch_size)
             module = cast(ELTModule, pl_module)
             module.prediction_loops = self.loops or module.max_loops
-            self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 
-    def write_on_batch_end(
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count: the trainer may be told to draw fewer samples than were asked for."""
+        devices = trainer.world_size
+        limit = trainer.num_predict_batches[0] * self.batch_size * devices
+        self._written = 0
+        self._meter = meter(trainer, int(min(self.num_samples, limit)), "sample").__enter__()
+
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: Tensor,
-        batch_indices: Sequence[int] | None,
+        outputs: Tensor,
         batch: Request,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Decode a batch and write it: as pictures, or into the archive."""
-        pixels = _data(trainer).tokenizer.to(pl_module.device).decode(prediction)
+        pixels = _data(trainer).tokenizer.to(pl_module.device).decode(outputs)
         pictures = picture_array(pixels)
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self.format == "npz":
             self.archive.add(pictures, labels)
-            return
-        for picture, label, number in zip(pictures, labels, indices, strict=True):
-            with written_aside(self.folder / "samples" / f"{number:08d}_class_{label}.png") as aside:
-                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(aside)
+        else:
+            for picture, label, number in zip(pictures, labels, indices, strict=True):
+                with written_aside(self.folder / "samples" / f"{number:08d}_class_{label}.png") as aside:
+                    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(aside)
+        self._written += len(labels)
+        loops = cast(ELTModule, pl_module).prediction_loops
+        self._meter.show(self._written * trainer.world_size, lambda: f"loops {loops}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts of all devices."""
-        trainer.strategy.barrier()
+        """Join the parts of all devices, and say how many samples they are."""
+        self._meter.__exit__(None, None, None)
+        written = int(trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum"))
         if not trainer.is_global_zero:
             return
-        if self.format == "png":
-            print(f"{self.num_samples} pictures in {self.folder / 'samples'}")
-            return
-        self.archive.finish()
-        print(f"{self.num_samples} samples in {self.folder / 'samples.npz'}")
+        if self.format == "npz":
+            self.archive.finish()
+        path = self.folder / ("samples.npz" if self.format == "npz" else "samples")
+        fewer = f", of {self.num_samples} asked for," if written < self.num_samples else ""
+        print(f"{written} {'samples' if self.format == 'npz' else 'pictures'}{fewer} in {path}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        if hasattr(self, "_meter"):
+            self._meter.__exit__(None, None, None)
 
 
 def _data(trainer: Trainer) -> GenerativeDataModule:

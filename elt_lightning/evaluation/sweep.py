@@ -1,5 +1,6 @@
 """The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -99,7 +100,8 @@ class Sweep:
             loops: loop count.
             request: of the data module: the labels of the samples with these numbers (B,), and what is given of them.
             context: the precision to run in.
-            progress: called with the number of samples drawn since the last call, over all ranks.
+            progress: called with the number of samples drawn since the last call, over all ranks; as often on every
+                rank, so that it may speak with the others.
             archive: takes the pictures of the first repeat.
         """
         row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
@@ -107,7 +109,8 @@ class Sweep:
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
-            for index in self._share(module.device):
+            share = self._share(module.device)
+            for index in share:
                 labels, _, known = request(index)
                 began = _now(module.device)
                 with context():
@@ -125,11 +128,18 @@ class Sweep:
                 if archive is not None and repeat == 0:
                     archive.add(picture_array(pixels), labels.cpu().numpy())
                 progress(len(labels) * self.world_size)
+            for _ in range(len(share), self._most_batches):
+                progress(0)
             for metric in metrics:
                 for name, value in metric.compute().items():
                     row.metrics.setdefault(name, []).append(float(value))
         row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
+
+    @property
+    def _most_batches(self) -> int:
+        """Count the batches of the rank that has most of them, the first."""
+        return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
 
     def _share(self, device: torch.device) -> Sequence[Tensor]:
         """Give the numbers of this rank's samples in batches (B,)."""

@@ -3,7 +3,6 @@
 It plays the part that Inception plays for FID. A distance over its features is called ``fd_digits``, never FID.
 """
 
-import logging
 from pathlib import Path
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from elt_lightning.files import written_aside
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.handwriting import SIDE, Handwriting
-
-logger = logging.getLogger(__name__)
 
 
 class DigitNetwork(nn.Module):
@@ -53,9 +50,9 @@ def load_or_train_digit_network(path: Path, training: Handwriting, held_out: Han
         train_digit_network(network, training)
         with torch.no_grad():
             accuracy = (network(held_out.images).argmax(1) == held_out.labels).float().mean()
-        logger.info("trained the digit network: it reads %.1f %% of the held-out digits", 100 * accuracy)
         with written_aside(path) as aside:
             save_file(network.state_dict(), aside)
+        print(f"made {path}: the digit network, which reads {accuracy:.1%} of the held-out digits", flush=True)
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)
 

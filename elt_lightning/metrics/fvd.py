@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.meter import counted
 from elt_lightning.metrics.c3d import C3D
 from elt_lightning.metrics.fid import name_with_count, rank_and_world_size
 from elt_lightning.metrics.frechet import FixedPrecisionMetric, Moments, MomentSums, frechet_distance
@@ -20,7 +21,6 @@ from elt_lightning.metrics.reference import (
     ReferenceImages,
     cached_file,
     read_moments,
-    with_progress,
     write_moments,
 )
 from elt_lightning.metrics.video_protocols import VideoProtocol
@@ -155,13 +155,14 @@ def load_or_compute_real(
     if not path.is_file():
         sums_device = torch.device("cpu") if i3d.device.type == "mps" else i3d.device  # Apple's GPUs lack float64
         sums = MomentSums.zeros(I3D.num_outputs, sums_device)
-        for batch in with_progress(clips.batches(), "reading real clips", clips.num_images):
+        for batch in counted(clips.batches(), "real clip", clips.num_images):
             sums.add(i3d.features(batch.to(i3d.device), protocol.tensorflow_resize))
         count = int(sums.count)
         if count < 2:
             raise UserError(f"FVD needs at least 2 real clips, not {count}")
         moments = protocol.moments(sums).to(torch.device("cpu"))
         write_moments(path, InceptionMoments(moments, num_images=count))
+        print(f"made {path}: the real clips' moments", flush=True)
     stored = read_moments(path, I3D.num_outputs)
     assert stored.num_images is not None
     return RealClips(stored.pool, stored.num_images)

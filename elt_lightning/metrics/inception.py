@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
 from elt_lightning.tokenizers.base import to_bytes
+from elt_lightning.weights import differences
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -224,18 +225,11 @@ class FIDInception(nn.Module):
         state = _read_tensors(Path(path))
         expected = _without_counters(network.state_dict())
         given = _without_counters(state)
-        missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
-        if missing or unknown:
+        if faults := differences(expected, given):
             raise UserError(
-                f"{path} does not hold the Inception weights of FID: it lacks {len(missing)} tensors and has "
-                f"{len(unknown)} unknown ones, such as {min(missing or unknown)}; they are published at {WEIGHTS_URL}"
+                f"{path} does not hold the Inception weights of FID (tensors: {faults}); they are published at "
+                f"{WEIGHTS_URL}"
             )
-        for name, tensor in given.items():
-            if tensor.shape != expected[name].shape:
-                raise UserError(
-                    f"{path} does not hold the Inception weights of FID: {name} has shape {tuple(tensor.shape)}, not "
-                    f"{tuple(expected[name].shape)}; they are published at {WEIGHTS_URL}"
-                )
         network.load_state_dict(given, strict=False)
         network.sha256 = sha256(path)
         return network
@@ -281,6 +275,7 @@ def download_inception(folder: str | Path) -> Path:
             torch.hub.download_url_to_file(WEIGHTS_URL, str(aside), WEIGHTS_SHA256, progress=sys.stderr.isatty())
     except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(f"cannot download {WEIGHTS_URL} to {path} ({error}): fetch it by hand") from error
+    print(f"made {path}: Inception's weights, downloaded", flush=True)
     return path
 
 

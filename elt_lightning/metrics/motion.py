@@ -3,7 +3,6 @@
 It plays the part that I3D plays for FVD. A distance over its features is called ``fd_motion``, never FVD.
 """
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +27,6 @@ AT_ONCE = 64
 
 BLURS = ((1, 1), (1, 3), (1, 5), (3, 5))
 """How clips are blurred in training: averages over so many frames, and so many pixels along height and width."""
-
-logger = logging.getLogger(__name__)
 
 
 class MotionNetwork(nn.Module):
@@ -96,9 +93,9 @@ def load_or_train_motion_network(
         train_motion_network(network, clips, labels)
         with torch.no_grad():
             accuracy = (network(held_out_clips).argmax(1) == held_out_labels).float().mean()
-        logger.info("trained the motion network: it reads %.1f %% of the held-out clips", 100 * accuracy)
         with written_aside(path) as aside:
             save_file(network.state_dict(), aside)
+        print(f"made {path}: the motion network, which reads {accuracy:.1%} of the held-out clips", flush=True)
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)
 

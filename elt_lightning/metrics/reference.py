@@ -2,22 +2,28 @@
 
 import hashlib
 import json
+import logging
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.meter import counted
 from elt_lightning.metrics.frechet import Moments, MomentSums
 from elt_lightning.metrics.inception import FIDInception
+
+logger = logging.getLogger(__name__)
+
+MADE_WITH = ("size", "crop", "network", "preparation")
+"""What a file of moments says of how they were made: side of the pictures, how they were brought to it, SHA-256 of the
+network's weights, :data:`PREPARATION`."""
 
 PREPARATION = "bytes, TensorFlow 1 bilinear to 299"
 """How pictures are prepared; part of the names of cached files, so that they go stale when it changes."""
@@ -31,11 +37,37 @@ class InceptionMoments:
         pool: of the 2048 pooled features, for FID.
         spatial: of the 2023 spatial ones, for sFID; None where a file does not hold them.
         num_images: how many there were; None where a file does not say.
+        made_with: what they follow from beside the pictures, by the names in :data:`MADE_WITH`, where a file says it.
     """
 
     pool: Moments
     spatial: Moments | None = None
     num_images: int | None = None
+    made_with: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, name: str, expected: dict[str, Any]) -> None:
+        """Check that samples are prepared and read as these pictures were; the log names what a file does not say.
+
+        Args:
+            name: of the file.
+            expected: of the samples, see :data:`MADE_WITH`.
+
+        Raises:
+            UserError: something differs.
+        """
+        for key, value in expected.items():
+            if self.made_with.get(key, value) != value:
+                raise UserError(
+                    f"{name} is of pictures with {key} {self.made_with[key]}, the samples have {value}: make it anew "
+                    "with `elt stats --like` and the shards that the model is trained on"
+                )
+        unknown = [key for key in expected if key not in self.made_with]
+        if unknown:
+            logger.warning(
+                "%s does not say %s of its pictures: that they suit the samples is taken on trust",
+                name,
+                ", ".join(unknown),
+            )
 
 
 @dataclass(frozen=True)
@@ -47,7 +79,7 @@ class ReferenceImages:
             are (B, 3, F, H, W).
         fingerprint: identifies their content: it changes when an image is added, altered or left out.
         settings: what was done to them that changes pixels, such as the size; plain data.
-        num_images: how many there are, for the progress bar; None if unknown.
+        num_images: how many there are, to show how far it is; None if unknown.
     """
 
     batches: Callable[[], Iterable[Tensor]]
@@ -76,7 +108,9 @@ def load_or_compute(
     identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
     path = cached_file(cache_folder, "inception_moments", identity)
     if not path.is_file():
-        write_moments(path, compute_moments(source.batches(), network, source.num_images))
+        moments = compute_moments(source.batches(), network, source.num_images)
+        write_moments(path, replace(moments, made_with=source.settings | moments.made_with))
+        print(f"made {path}: the reference's moments", flush=True)
     return read_moments(path)
 
 
@@ -94,7 +128,7 @@ def compute_moments(
     Args:
         batches: the images.
         network: reads them, on its own device.
-        num_images: how many there are, for the progress bar; None if unknown.
+        num_images: how many there are, to show how far it is; None if unknown.
 
     Raises:
         UserError: there are fewer than two.
@@ -102,7 +136,7 @@ def compute_moments(
     device = next(network.parameters()).device
     sums_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs lack float64
     pool, spatial = (MomentSums.zeros(size, sums_device) for size in (network.num_pool, network.num_spatial))
-    for images in with_progress(batches, "reading real images", num_images):
+    for images in counted(batches, "real image", num_images):
         features = network.features(images.to(device))
         pool.add(features.pool)
         spatial.add(features.spatial)
@@ -110,31 +144,23 @@ def compute_moments(
     if count < 2:
         raise UserError(f"reference moments need at least 2 images, not {count}")
     cpu = torch.device("cpu")
-    return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count)
-
-
-def with_progress(batches: Iterable[Tensor], what: str, total: int | None) -> Iterator[Tensor]:
-    """Pass batches on, counting their items in a progress bar on a terminal; None: nobody knows how many there are."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
+    made_with = {"network": network.sha256, "preparation": PREPARATION}
+    return InceptionMoments(pool.moments().to(cpu), spatial.moments().to(cpu), count, made_with)
 
 
 def write_moments(path: str | Path, moments: InceptionMoments) -> None:
     """Write a NumPy file with the names that the ADM evaluator uses.
 
     They are ``mu`` (2048,) and ``sigma`` (2048, 2048) float64, of the pooled features; ``mu_s`` (2023,) and ``sigma_s``
-    (2023, 2023) float64, of the spatial ones; and ``num_images`` (). What is None is left out.
+    (2023, 2023) float64, of the spatial ones; ``num_images`` () and those of :data:`MADE_WITH` (). What is None or not
+    known is left out.
     """
     arrays: dict[str, Any] = {"mu": moments.pool.mean.numpy(), "sigma": moments.pool.covariance.numpy()}
     if moments.spatial is not None:
         arrays |= {"mu_s": moments.spatial.mean.numpy(), "sigma_s": moments.spatial.covariance.numpy()}
     if moments.num_images is not None:
         arrays["num_images"] = np.array(moments.num_images)
+    arrays |= {name: np.array(value) for name, value in moments.made_with.items()}
     with written_aside(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -168,7 +194,9 @@ def read_moments(path: str | Path, num_features: int | None = None) -> Inception
             spatial = (
                 _moments(path, file["mu_s"], file["sigma_s"], FIDInception.num_spatial, "_s") if has_spatial else None
             )
-            return InceptionMoments(pool, spatial, int(file["num_images"]) if "num_images" in names else None)
+            num_images = int(file["num_images"]) if "num_images" in names else None
+            made_with = {name: file[name].item() for name in MADE_WITH if name in names}
+            return InceptionMoments(pool, spatial, num_images, made_with)
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is not a NumPy .npz file of plain arrays ({type(error).__name__}): `elt stats` makes one"
@@ -188,4 +216,8 @@ def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: i
     asymmetry = (moments.covariance - moments.covariance.T).abs().max()
     if asymmetry > 1e-6 * moments.covariance.abs().max():
         raise UserError(f"{path}: sigma{suffix} is not symmetric, so it is no covariance: make the file anew")
+    # Of fewer samples than features some variances are 0, and rounding puts them below: so far it is still one.
+    slack = 1e-5 * moments.covariance.diagonal().abs().max().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
+    if torch.linalg.cholesky_ex(moments.covariance + slack).info:
+        raise UserError(f"{path}: sigma{suffix} has variances below 0, so it is no covariance: make the file anew")
     return moments

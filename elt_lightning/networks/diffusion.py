@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from elt_lightning.networks.embeddings import TimeClassEmbedding, patchify, sine
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock, ModulatedBlock
 from elt_lightning.networks.recall import ResidualRecall
-from elt_lightning.networks.scales import check_sizes, layer_shape
+from elt_lightning.networks.scales import check_possible, check_sizes, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": AdaptiveNormBlock, "film": FiLMBlock}
@@ -78,6 +78,7 @@ class LoopedDiT(LoopedNetwork):
     ) -> None:
         super().__init__()
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        check_possible(num_layers, width, mlp_width)
         check_sizes(1, condition_width=condition_width, out_channels=out_channels)
         if not 0 <= class_std < math.inf:
             raise ValueError(f"class_std must be at least 0 and finite, not {class_std}")
@@ -217,15 +218,23 @@ _DIT_NAMES = (
 )
 
 
-def from_dit_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the weights of a facebookresearch/DiT checkpoint for a :class:`LoopedDiT` of as many layers.
 
     The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in
     the order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
 
+    Args:
+        state: the weights, or a checkpoint of DiT's training, of which the averaged ones, ``ema``, are taken; names may
+            begin as those of wrapped modules do, with ``module.`` or ``_orig_mod.``.
+
     Raises:
-        ValueError: a name that no DiT has.
+        ValueError: a name that no DiT has, or no weights where DiT's patches are embedded.
     """
+    state = next((state[part] for part in ("ema", "model") if isinstance(state.get(part), Mapping)), state)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    if "x_embedder.proj.weight" not in state:
+        raise ValueError(f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}")
     patch = state["x_embedder.proj.weight"].shape[2:]
     renamed = {}
     for name, value in state.items():

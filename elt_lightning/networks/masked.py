@@ -12,7 +12,7 @@ from elt_lightning.networks.blocks import PostNormBlock
 from elt_lightning.networks.embeddings import MaskedTokenEmbedding, initialise_truncated_normal
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.recall import AdditiveRecall
-from elt_lightning.networks.scales import layer_shape
+from elt_lightning.networks.scales import check_possible, layer_shape
 from elt_lightning.processes.conditioning import Condition
 
 
@@ -72,6 +72,7 @@ class LoopedMaskedTransformer(LoopedNetwork):
                 f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
             )
         width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        check_possible(num_layers, width, mlp_width)
         self.width, self.input_shape = width, tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
         self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)

@@ -59,3 +59,24 @@ def check_sizes(smallest: int, **sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < smallest:
             raise ValueError(f"{name} must be at least {smallest}, not {size}")
+
+
+MOST_BYTES = 2**50
+"""Of weights: a pebibyte, beyond any machine."""
+
+MOST_LAYERS = 100_000
+"""As objects of Python these take gigabytes and minutes before the first of them is run."""
+
+
+def check_possible(num_layers: int, width: int, mlp_width: int) -> None:
+    """Check that the layers can exist at all, before one of them is built: by their matrices in float32.
+
+    Raises:
+        ValueError: no machine has the memory.
+    """
+    weights = num_layers * (4 * width**2 + 2 * width * mlp_width)
+    if 4 * weights > MOST_BYTES or num_layers > MOST_LAYERS:
+        raise ValueError(
+            f"no machine has the memory for num_layers {num_layers}, width {width} and mlp_width {mlp_width}: at most "
+            f"{MOST_LAYERS} layers and {MOST_BYTES / 1e12:.0f} TB of weights, not {4 * weights / 1e12:.2g} TB"
+        )

@@ -16,6 +16,9 @@ from elt_lightning.processes.noise import Stream, integer
 
 Mode = Literal["ilsd", "vanilla", "ground_truth", "distillation", "deep_supervision"]
 
+MOST_LOOPS = 10**6
+"""What anybody waits for; the activations of so many are beyond any machine in training."""
+
 
 class ILSD:
     """Choose the exits of a training step, and combine their losses.
@@ -40,6 +43,8 @@ class ILSD:
             raise ValueError(
                 f"need 1 <= min_loops < max_loops (or both 1), not min_loops {min_loops}, max_loops {max_loops}"
             )
+        if max_loops > MOST_LOOPS:
+            raise ValueError(f"max_loops must be at most {MOST_LOOPS}, not {max_loops}")
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
         self.max_loops, self.min_loops, self.mode = max_loops, min_loops, mode

@@ -1,6 +1,6 @@
 """`make ablation`: train every arm over several seeds, sweep each over loop counts, gather one JSON and one figure.
 
-`make ablation-NAME` does the same with another file of ``experiments/``, whose name is also that of the folders of
+`make NAME` does the same with another file of ``experiments/``, whose name is also that of the folders of
 runs and results. It says which config every arm trains (``config``), with which ``settings`` and ``seeds``, the
 ``arms``, which ``metrics`` to show, and under ``prepare`` the module, with its flags, that makes data which are not
 there, where there is a run to do.
@@ -35,7 +35,7 @@ from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import markdown_table, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -359,17 +359,14 @@ def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
     is_distance = metric.startswith("fd_")
-    counts = " | ".join(f"L = {loops}" for loops in columns)
-    lines = [
-        f"| {metric}{'' if is_distance else ', %'} | backbone parameters | {counts} |",
-        "|---|---|" + "---|" * len(columns),
-    ]
+    write = with_spread if is_distance else percentage
+    lines = []
     for label, measured in (curve for arm in arms for curve in curves(summary, arm)):
         rows = {row["loops"]: row for row in measured}
-        write = with_spread if is_distance else percentage
         cells = [write(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
-        lines.append(f"| {label} | {next(iter(rows.values()))['params_backbone']:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append((label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
+    headings = [metric + ("" if is_distance else ", %"), "backbone parameters", *(f"L = {loops}" for loops in columns)]
+    return markdown_table(headings, lines) + "\n"
 
 
 def percentage(values: list[float]) -> str:

@@ -7,7 +7,6 @@ multiply–accumulates (MACs).
 import math
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.networks.scales import SCALES
 from elt_lightning.reproduce.published import Row
-
-CONFIGS = {1: Path("configs/imagenet256"), 2: Path("configs/imagenet256"), 4: Path("configs/ucf101")}
-"""Where the models of each table are."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def count_row(row: Row) -> Count | None:
     """
     if row.name is None or row.num_layers is None:
         return None
-    module = read(["--config", str(CONFIGS[row.table] / f"{row.name}.yaml")])[2]
+    module = read(["--config", str(row.config)])[2]
     module.sampler.steps = row.steps  # Table 4 has one model at two numbers of steps
     return count(module.network, row.loops, len(module.sampler.network_calls(row.loops)))
 

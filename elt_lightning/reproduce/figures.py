@@ -1,26 +1,21 @@
 """`make fig4` and its like: a figure of the paper from what was measured here, and the CSV behind it.
 
-python -m elt_lightning.reproduce.figures 8 --measured runs/imagenet256 --output docs/results/figures
-
 Figures 4, 5, 7, 8 and 13 read ``<measured>/<model>/test*/loops.json``, and of other ways of training than ILSD
-``<measured>/<mode>/<model>/test*/loops.json``; with ``--small_scale`` they read ``<measured>/ablation*/ablation.json``:
+``<measured>/<mode>/<model>/test*/loops.json``; at small scale they read ``<measured>/ablation*/ablation.json``:
 Latin squares and sudokus, and moving digits for clips.
 Figure 6 reads the TensorBoard files of ``<measured>/<model>``. Figure 14 reads ``update_norms.csv``, Figure 1 draws
 samples of two checkpoints. Only what is marked so in the legend is the paper's.
 """
 
-import argparse
-import csv
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
-from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
@@ -82,56 +77,74 @@ CONVERGENCE_METRICS = ("fid", "fvd", "valid_squares", "loss")
 
 
 @dataclass(frozen=True)
-class Point:
-    """A point of a figure, and a line of the CSV behind it.
+class Sources:
+    """What a figure is drawn of.
 
     Attributes:
-        source: "measured", or "paper".
-        family: "masked", "diffusion" or "video", at small scale a value of :data:`ABLATIONS`; with the metric it
-            decides the panel.
-        metric: its name.
-        higher_is_better: its direction.
-        series: the line that the point is of.
-        mode: way of training, a key of :data:`MODES`.
-        train_loops: L_max, 1 for unlooped models.
-        value: of the metric, a mean where there is a spread; not a number until something was measured.
-        spread: standard deviation over repeats or seeds.
-        is_compared: whether all that sets its run apart from ILSD's is the way of training.
-        loops: L.
-        step: optimiser step.
-        params: of the shared backbone; the paper's own count in its points.
-        gmacs_per_sample: 10⁹ multiply–accumulates of drawing a sample.
+        measured: folder of runs, or of ablation*/ablation.json at small scale.
+        ilsd: Figure 1's checkpoint trained with ILSD.
+        vanilla: Figure 1's checkpoint trained by vanilla looping.
+        tokenizer_path: of these, if the tokenizer's file has moved.
+        num: Figure 1's samples in a row.
+        norms: Figure 14's ``update_norms.csv``.
+        small_scale: small models, of the ablations: titles say so.
     """
 
-    source: str
-    family: str
-    metric: str
-    higher_is_better: bool
-    series: str
-    mode: str
-    train_loops: int
-    value: float = math.nan
-    spread: float | None = None
-    is_compared: bool = False
-    loops: int | None = None
-    step: int | None = None
-    params: float | None = None
-    gmacs_per_sample: float | None = None
-
-    def at(self, row: dict[str, Any], mean: float, std: float | None) -> "Point":
-        """Put a value in, measured at the loop count and cost of a row of ``loops.json``."""
-        cost = row["macs_per_sample"] / 1e9
-        return replace(
-            self, value=mean, spread=std, loops=row["loops"], params=row["params_backbone"], gmacs_per_sample=cost
-        )
+    measured: Path
+    ilsd: Path = Path("none")
+    vanilla: Path = Path("none")
+    tokenizer_path: str | None = None
+    num: int = 8
+    norms: Path = Path("none")
+    small_scale: bool = False
 
 
-def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
+COLUMNS = (
+    "source",  # "measured", or "paper"
+    "family",  # "masked", "diffusion" or "video", at small scale a value of ABLATIONS; with the metric it is a panel
+    "metric",
+    "higher_is_better",
+    "series",  # the line that the point is of
+    "mode",  # of training, a key of MODES
+    "train_loops",  # L_max, 1 for unlooped models
+    "value",  # of the metric, a mean where there is a spread
+    "spread",  # standard deviation over repeats or seeds
+    "is_compared",  # whether all that sets its run apart from ILSD's is the way of training
+    "loops",
+    "step",  # of the optimiser
+    "params",  # of the shared backbone; the paper's own count in its points
+    "gmacs_per_sample",  # 10⁹ multiply–accumulates of drawing a sample
+)
+"""Of a table of points: a line is a point of a figure, and of the CSV behind it."""
+
+
+def points_of(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Lay points out as a table with all of :data:`COLUMNS`."""
+    return pd.DataFrame(lines, columns=list(COLUMNS))
+
+
+def goodness(points: pd.DataFrame) -> pd.Series:
+    """Return what orders points from the best on: the smallest is best."""
+    return points["value"].where(points["higher_is_better"] != True, -points["value"])  # noqa: E712
+
+
+def best_first(points: pd.DataFrame) -> pd.DataFrame:
+    """Order points from the best on."""
+    return points.assign(order=goodness(points)).sort_values("order", kind="stable").drop(columns="order")
+
+
+def cost_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return loop count and costs of a row of ``loops.json``."""
+    gmacs = row["macs_per_sample"] / 1e9
+    return {"loops": row["loops"], "params": row["params_backbone"], "gmacs_per_sample": gmacs}
+
+
+def read_runs(folder: Path, mode: str = "ilsd") -> pd.DataFrame:
     """Read the runs of the paper's models below a folder: of each loop count the best guidance, in the primary metric.
 
     What is no model of the paper, or differs from it, is left out and named.
     """
-    points = []
+    lines: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*/test*/loops.json")):
         report, model = read_sweep(path), path.parents[1].name
         papers = rows_of(model)
@@ -142,25 +155,25 @@ def read_runs(folder: Path, mode: str = "ilsd") -> list[Point]:
         metric = report["primary_metric"]
         name = [model, *([MODES[mode]] if report["train_loops"] > 1 else [])]
         name += [path.parent.name] if path.parent.name != "test" else []  # of several sweeps each is a line of its own
-        of_run = Point(
-            source="measured",
-            family=FAMILIES[papers[0].table],
-            metric=metric,
-            higher_is_better=report["higher_is_better"],
-            series=", ".join(name),
-            mode=mode,
-            train_loops=report["train_loops"],
-            is_compared=model in COMPARED,
-        )
-        rows = [of_run.at(row, **row["metrics"][metric]) for row in report["rows"]]
-        best: dict[Any, Point] = {point.loops: point for point in sorted(rows, key=goodness, reverse=True)}
-        points += [best[loops] for loops in sorted(best)]
-    return points
+        of_run = {
+            "source": "measured",
+            "family": FAMILIES[papers[0].table],
+            "metric": metric,
+            "higher_is_better": report["higher_is_better"],
+            "series": ", ".join(name),
+            "mode": mode,
+            "train_loops": report["train_loops"],
+            "is_compared": model in COMPARED,
+        }
+        for row in report["rows"]:
+            score = row["metrics"][metric]
+            lines.append(of_run | cost_of(row) | {"value": score["mean"], "spread": score["std"]})
+    return best_first(points_of(lines)).drop_duplicates(["series", "loops"]).sort_index()
 
 
-def read_ablations(folder: Path) -> list[Point]:
+def read_ablations(folder: Path) -> pd.DataFrame:
     """Read the results of `make ablation` and its like that are there: mean and deviation over seeds."""
-    points = []
+    lines = []
     for name_of_folder, family in ABLATIONS.items():
         path = folder / name_of_folder / "ablation.json"
         if not path.is_file():
@@ -168,106 +181,115 @@ def read_ablations(folder: Path) -> list[Point]:
         summary = json.loads(path.read_text())
         metric, arms = summary["primary_metric"], summary["config"]["arms"]
         for name, arm in summary["arms"].items():
-            of_arm = Point(
-                source="measured",
-                family=family,
-                metric=metric,
-                higher_is_better=summary["higher_is_better"],
-                series=arm["label"],
-                mode=arms[name]["mode"],
-                train_loops=arms[name]["max_loops"],
-                is_compared=setup_of(arms[name]) == setup_of(arms["ilsd"]),
-            )
+            of_arm = {
+                "source": "measured",
+                "family": family,
+                "metric": metric,
+                "higher_is_better": summary["higher_is_better"],
+                "series": arm["label"],
+                "mode": arms[name]["mode"],
+                "train_loops": arms[name]["max_loops"],
+                "is_compared": setup_of(arms[name]) == setup_of(arms["ilsd"]),
+            }
             for row in arm["rows"]:
-                seeds = row["metrics"][metric]
-                points.append(of_arm.at(row, mean(seeds), stdev(seeds) if len(seeds) > 1 else None))
-    return points
+                seeds = pd.Series(row["metrics"][metric])
+                lines.append(of_arm | cost_of(row) | {"value": seeds.mean(), "spread": seeds.std()})
+    return points_of(lines)
 
 
 def setup_of(arm: dict[str, Any]) -> tuple[Any, ...]:
-    """Give what an arm of an ablation trains: network, loops, settings of its own."""
+    """Return what an arm of an ablation trains: network, loops, settings of its own."""
     return arm["num_layers"], arm["max_loops"], arm.get("settings")
 
 
-def read_points(options: argparse.Namespace, modes: Sequence[str] = ("ilsd",)) -> list[Point]:
+def read_points(sources: Sources, modes: Sequence[str] = ("ilsd",)) -> pd.DataFrame:
     """Read what was measured of some ways of training; unlooped models always come with it."""
-    if options.small_scale:
-        return [point for point in read_ablations(options.measured) if point.mode in modes or point.train_loops == 1]
-    others = [point for mode in modes if mode != "ilsd" for point in read_runs(options.measured / mode, mode)]
-    return read_runs(options.measured) + others
+    if sources.small_scale:
+        points = read_ablations(sources.measured)
+        return points[points["mode"].isin(modes) | (points["train_loops"] == 1)]
+    others = [read_runs(sources.measured / mode, mode) for mode in modes if mode != "ilsd"]
+    return pd.concat([read_runs(sources.measured), *others], ignore_index=True)
 
 
-def goodness(point: Point) -> float:
-    """Order points from the best on."""
-    return -point.value if point.higher_is_better else point.value
+def of_the_paper(series: str, value: float, **places: Any) -> dict[str, Any]:
+    """Return a point of a published FID."""
+    paper = {"source": "paper", "family": "masked", "metric": "fid", "higher_is_better": False, "mode": "ilsd"}
+    return paper | {"series": f"paper, {series}", "train_loops": 1, "value": value, "is_compared": False} | places
 
 
-def of_the_paper(series: str, value: float, **places: Any) -> Point:
-    """Make a point of a published FID."""
-    return Point("paper", places.pop("family", "masked"), "fid", False, f"paper, {series}", "ilsd", 1, value, **places)
+def with_paper(points: pd.DataFrame, sources: Sources, paper: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Put the paper's points behind ours, but at small scale."""
+    return points if sources.small_scale else pd.concat([points, points_of(paper)], ignore_index=True)
 
 
-def pareto_points(options: argparse.Namespace) -> list[Point]:
+def pareto_points(sources: Sources) -> pd.DataFrame:
     """Figure 4: quality against compute, beside the paper's fit (second-hand)."""
     fit = [10 ** (2 + 0.1 * place) for place in range(21)]
     name = "second-hand fit, compute as the paper counts it"
     paper = [of_the_paper(name, FIGURE_4.fid(gflops), gmacs_per_sample=gflops) for gflops in fit]
-    return read_points(options) + ([] if options.small_scale else paper)
+    return with_paper(read_points(sources), sources, paper)
 
 
-def budget_points(options: argparse.Namespace) -> list[Point]:
+def budget_points(sources: Sources) -> pd.DataFrame:
     """Figure 5: each model at its best loop count, in order of parameters, beside Tables 1 and 2."""
-    best: dict[tuple[str, str, str], Point] = {}
-    for point in sorted(read_points(options), key=goodness):
-        looped = "looped" if point.train_loops > 1 else "unlooped"
-        best.setdefault((point.family, point.metric, point.series), replace(point, series=looped))
+    best = best_first(read_points(sources)).drop_duplicates(["family", "metric", "series"])
+    best["series"] = ["looped" if loops > 1 else "unlooped" for loops in best["train_loops"]]
     paper = [
         of_the_paper(f"Table {row.table}", row.fid.value, family=family, params=row.params.value, loops=row.loops)
         for family, rows in (("masked", TABLE_1), ("diffusion", TABLE_2))
         for row in rows
         if row.fid is not None
     ]
-    points = [*best.values(), *([] if options.small_scale else paper)]
-    return sorted(points, key=lambda point: point.params or 0)
+    return with_paper(best, sources, paper).sort_values("params", kind="stable")
 
 
-def convergence_points(options: argparse.Namespace) -> list[Point]:
+def convergence_points(sources: Sources) -> pd.DataFrame:
     """Figure 6: validation over training, each model at its largest loop count."""
-    models = ("unlooped", "ilsd") if options.small_scale else ("dit_32", *FIGURE_6)
-    points = []
+    models = ("unlooped", "ilsd") if sources.small_scale else ("dit_32", *FIGURE_6)
+    lines = []
     for model in models:
-        if not list((options.measured / model).glob("events.out.tfevents.*")):
+        if not list((sources.measured / model).glob("events.out.tfevents.*")):
             continue
         logged: dict[str, dict[int, list[tuple[int, float]]]] = {}
-        for name, curve in read_curves(options.measured / model).items():
+        for name, curve in read_curves(sources.measured / model).items():
             if parts := re.fullmatch(r"val/(\w+)@L(\d+)", name):
                 logged.setdefault(parts[1], {})[int(parts[2])] = curve
         metric = next((m for start in CONVERGENCE_METRICS for m in logged if m.startswith(start)), None)
         if metric is None:
             continue
         loops, curve = max(logged[metric].items())
-        series = f"{model} (paper: {FIGURE_6[model].text} sooner)" if model in FIGURE_6 else model
-        family, upwards = "masked" if options.small_scale else "diffusion", metric.startswith("valid")
-        of_run = Point("measured", family, metric, upwards, series, "ilsd", loops, loops=loops)
-        points += [replace(of_run, step=step, value=value) for step, value in curve]
-    return points
+        of_run = {
+            "source": "measured",
+            "family": "masked" if sources.small_scale else "diffusion",
+            "metric": metric,
+            "higher_is_better": metric.startswith("valid"),
+            "series": f"{model} (paper: {FIGURE_6[model].text} sooner)" if model in FIGURE_6 else model,
+            "mode": "ilsd",
+            "train_loops": loops,
+            "loops": loops,
+            "is_compared": False,
+        }
+        lines += [of_run | {"step": step, "value": value} for step, value in curve]
+    return points_of(lines)
 
 
-def clip_points(options: argparse.Namespace) -> list[Point]:
+def clip_points(sources: Sources) -> pd.DataFrame:
     """Figure 7: one model at every loop count, beyond those of training too."""
-    measured = [point for point in read_points(options) if point.train_loops > 1 and point.family == "video"]
-    best = of_the_paper("best", FIGURE_7.fvd.value, family="video", loops=FIGURE_7.loops)
-    return measured + ([] if options.small_scale else [replace(best, metric="fvd", train_loops=FIGURE_7.train_loops)])
+    points = read_points(sources)
+    best = {"family": "video", "metric": "fvd", "loops": FIGURE_7.loops, "train_loops": FIGURE_7.train_loops}
+    measured = points[(points["train_loops"] > 1) & (points["family"] == "video")]
+    return with_paper(measured, sources, [of_the_paper("best", FIGURE_7.fvd.value, **best)])
 
 
-def looped_points(*modes: str) -> Callable[[argparse.Namespace], list[Point]]:
+def looped_points(*modes: str) -> Callable[[Sources], pd.DataFrame]:
     """Figures 8 and 13: quality per loop count for some ways of training."""
 
-    def read(options: argparse.Namespace) -> list[Point]:
-        points = [point for point in read_points(options, modes) if point.train_loops > 1 and point.is_compared]
+    def read(sources: Sources) -> pd.DataFrame:
+        points = read_points(sources, modes)
+        points = points[(points["train_loops"] > 1) & (points["is_compared"] == True)]  # noqa: E712
         # Where one way alone was trained there is nothing to compare; at full size the others are still to come.
-        ways = {family: {p.mode for p in points if p.family == family} for family in {p.family for p in points}}
-        return [point for point in points if not options.small_scale or len(ways[point.family]) > 1]
+        ways = points.groupby("family")["mode"].transform("nunique")
+        return points[ways > 1] if sources.small_scale else points
 
     return read
 
@@ -277,7 +299,7 @@ class Axis:
     """What a figure of points has across.
 
     Attributes:
-        name: of the attribute of :class:`Point`.
+        name: of a column of points.
         label: for readers.
         logarithmic: its scale.
     """
@@ -288,7 +310,7 @@ class Axis:
 
 
 LOOPS = Axis("loops", "loops at inference (dashed: the loop count of training)")
-POINTS: dict[int, tuple[Axis, Callable[[argparse.Namespace], list[Point]]]] = {
+POINTS: dict[int, tuple[Axis, Callable[[Sources], pd.DataFrame]]] = {
     4: (Axis("gmacs_per_sample", "compute per sample (10⁹ multiply–accumulates)", True), pareto_points),
     5: (Axis("params", "parameters", True), budget_points),
     6: (Axis("step", "optimiser step"), convergence_points),
@@ -299,16 +321,15 @@ POINTS: dict[int, tuple[Axis, Callable[[argparse.Namespace], list[Point]]]] = {
 """Of each figure of points: what it has across, and where its points are from."""
 
 
-def draw(points: Sequence[Point], axis: Axis, title: str) -> Figure:
+def draw(points: pd.DataFrame, axis: Axis, title: str) -> Figure:
     """Draw a panel for each family and metric, in it a line for each series."""
-    panels = sorted({(point.family, point.metric) for point in points})
+    panels = list(points.groupby(["family", "metric"]))
     drawing = Figure(figsize=(6 * max(1, len(panels)), 4.4), dpi=120)
     all_axes = drawing.subplots(1, max(1, len(panels)), squeeze=False)[0]
-    for panel, axes in zip(panels, all_axes, strict=False):
-        here = [point for point in points if (point.family, point.metric) == panel]
+    for ((family, _), here), axes in zip(panels, all_axes, strict=False):
         draw_panel(axes, here, axis)
-        axes.set_title(panel[0], fontsize=9)
-    if not any(point.source == "measured" for point in points):
+        axes.set_title(family, fontsize=9)
+    if not (points["source"] == "measured").any():
         all_axes[0].text(
             0.5, 0.9, "nothing measured yet", ha="center", color="tab:red", transform=all_axes[0].transAxes
         )
@@ -317,109 +338,86 @@ def draw(points: Sequence[Point], axis: Axis, title: str) -> Figure:
     return drawing
 
 
-def draw_panel(axes: Axes, points: Sequence[Point], axis: Axis) -> None:
+def draw_panel(axes: Axes, points: pd.DataFrame, axis: Axis) -> None:
     """Draw the lines of one panel; over compute also the front of what was measured."""
-    for name in dict.fromkeys(point.series for point in points):
-        line = [point for point in points if point.series == name]
-        across = [getattr(point, axis.name) for point in line]
-        style = {"linestyle": "--", "color": "gray"} if line[0].source == "paper" else {"marker": "o", "markersize": 4}
-        if line[0].source == "paper" and axis.name != "gmacs_per_sample":
+    for name, line in points.groupby("series", sort=False):
+        of_paper = line["source"].iloc[0] == "paper"
+        style = {"linestyle": "--", "color": "gray"} if of_paper else {"marker": "o", "markersize": 4}
+        if of_paper and axis.name != "gmacs_per_sample":
             style |= {"marker": "*", "linestyle": "none", "markersize": 9}
-        errors = [point.spread or math.nan for point in line]
-        axes.errorbar(across, [point.value for point in line], yerr=errors, capsize=3, label=name, **style)
+        across, values, errors = (line[column].astype(float) for column in (axis.name, "value", "spread"))
+        axes.errorbar(across, values, yerr=errors.replace(0, math.nan), capsize=3, label=name, **style)
     if axis is LOOPS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for loops in {point.train_loops for point in points}:
+        for loops in set(points["train_loops"]):
             axes.axvline(loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
-    front = pareto_front([point for point in points if point.source == "measured"])
-    if front and axis.name == "gmacs_per_sample":
-        places = [point.gmacs_per_sample or math.nan for point in front]
-        axes.plot(places, [point.value for point in front], color="black", linewidth=4, alpha=0.15, label="front")
+    front = pareto_front(points[points["source"] == "measured"])
+    if len(front) and axis.name == "gmacs_per_sample":
+        places = front["gmacs_per_sample"]
+        axes.plot(places, front["value"], color="black", linewidth=4, alpha=0.15, label="front")
     if axis.logarithmic:
         axes.set_xscale("log")
     axes.set_xlabel(axis.label)
-    axes.set_ylabel(f"{points[0].metric} ({'higher' if points[0].higher_is_better else 'lower'} is better)")
+    first = points.iloc[0]
+    axes.set_ylabel(f"{first['metric']} ({'higher' if first['higher_is_better'] else 'lower'} is better)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Give the points that are better than all that cost no more, in order of compute."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.gmacs_per_sample or 0, goodness(point))):
-        if not front or goodness(point) < goodness(front[-1]):
-            front.append(point)
-    return front
+def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the points that are better than all that cost no more, in order of compute."""
+    by_cost = best_first(points).sort_values("gmacs_per_sample", kind="stable")
+    order = goodness(by_cost)
+    return by_cost[order < order.cummin().shift(fill_value=math.inf)]
 
 
-def draw_samples(options: argparse.Namespace) -> tuple[Figure, list[dict[str, Any]]]:
+def draw_samples(sources: Sources) -> tuple[Figure, pd.DataFrame]:
     """Figure 1: the same classes and seeds from two checkpoints, from a quarter of L_max to a quarter beyond it."""
     rows: dict[str, Tensor] = {}
     lines = []
-    for label, path in (("ILSD", options.ilsd), ("vanilla", options.vanilla)):
+    for label, path in (("ILSD", sources.ilsd), ("vanilla", sources.vanilla)):
         checkpoint = read_checkpoint(path)
         module = build_module(checkpoint).to(device_of(None))
-        tokenizer = load_tokenizer(checkpoint["elt"]["tokenizer"], options.tokenizer_path).to(module.device)
-        index = torch.arange(options.num, device=module.device)
+        tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), sources.tokenizer_path).to(module.device)
+        index = torch.arange(sources.num, device=module.device)
         for loops in sorted({max(1, module.max_loops * quarter // 4) for quarter in range(1, 6)}):
             codes = module.sample(index % module.num_classes, loops, sample_seeds(0, index))
             rows[f"{label}, L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
             lines.append({"row": label, "loops": loops, "train_loops": module.max_loops, "seed": 0, "checkpoint": path})
-    return loops_figure(rows), lines
+    return loops_figure(rows), pd.DataFrame(lines)
 
 
-def draw_norms(options: argparse.Namespace) -> tuple[Figure, list[dict[str, Any]]]:
+def draw_norms(sources: Sources) -> tuple[Figure, pd.DataFrame]:
     """Figure 14: what `update_norms` measured, at the loop count of training."""
-    with options.norms.open(newline="") as file:
-        lines: list[dict[str, Any]] = list(csv.DictReader(file))
-    loops = max(int(line["loop"]) for line in lines)
-    norms = torch.tensor([float(line["update_norm"]) for line in lines]).view(-1, loops)
+    lines = pd.read_csv(sources.norms)
+    loops = int(lines["loop"].max())
+    norms = torch.tensor(lines["update_norm"].to_numpy()).view(-1, loops)
     return norms_figure(norms, train_loops=loops), lines
 
 
-def render(options: argparse.Namespace) -> tuple[Figure, list[dict[str, Any]]]:
+def render(number: int, sources: Sources) -> tuple[Figure, pd.DataFrame]:
     """Make a figure and the lines of its CSV; where nothing was measured the figure says so."""
-    title = f"Figure {options.number}, {SMALL_SCALE}" if options.small_scale else f"Figure {options.number}"
-    title += f": {TITLES[options.number]}"
-    title += ", of masked models in place of diffusion" if options.small_scale and options.number in (1, 6) else ""
-    needed = {1: (options.ilsd, options.vanilla), 14: (options.norms,)}.get(options.number, ())
-    if any(path is None or not path.is_file() for path in needed):
-        return draw([], LOOPS, title), [{"missing": path} for path in needed]
-    if options.number in POINTS:
-        axis, read = POINTS[options.number]
-        points = read(options)
-        drawing = draw(points, axis, title)
-        return drawing, [asdict(point) for point in points] or [dict.fromkeys(field.name for field in fields(Point))]
-    drawing, lines = draw_samples(options) if options.number == 1 else draw_norms(options)
-    drawing.suptitle(title, fontsize=9, y=0.93 if options.number == 1 else 1.0)
+    title = f"Figure {number}, {SMALL_SCALE}" if sources.small_scale else f"Figure {number}"
+    title += f": {TITLES[number]}"
+    title += ", of masked models in place of diffusion" if sources.small_scale and number in (1, 6) else ""
+    needed = {1: (sources.ilsd, sources.vanilla), 14: (sources.norms,)}.get(number, ())
+    if any(not path.is_file() for path in needed):
+        return draw(points_of([]), LOOPS, title), pd.DataFrame({"missing": needed})
+    if number in POINTS:
+        axis, read = POINTS[number]
+        points = read(sources)
+        return draw(points, axis, title), points
+    drawing, lines = draw_samples(sources) if number == 1 else draw_norms(sources)
+    drawing.suptitle(title, fontsize=9, y=0.93 if number == 1 else 1.0)
     return drawing, lines
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def write(number: int, sources: Sources, folder: Path) -> None:
     """Write ``fig<number>.png`` and ``fig<number>.csv``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("number", type=int, choices=sorted([*POINTS, 1, 14]), help="of the figure")
-    parser.add_argument("--measured", type=Path, help="folder of runs, or of ablation*/ablation.json at small scale")
-    parser.add_argument("--ilsd", type=Path, help="Figure 1: checkpoint trained with ILSD")
-    parser.add_argument("--vanilla", type=Path, help="Figure 1: checkpoint trained by vanilla looping")
-    parser.add_argument("--tokenizer_path", help="Figure 1: where the tokenizer's file lies, if it has moved")
-    parser.add_argument("--num", type=int, default=8, help="Figure 1: samples in a row (default 8)")
-    parser.add_argument("--norms", type=Path, help="Figure 14: update_norms.csv")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/figures"), help="folder of the results")
-    parser.add_argument("--small_scale", action="store_true", help="small models, of the ablations: titles say so")
-    options = parser.parse_args(arguments)
-    default = "docs/results" if options.small_scale else "runs/ucf101" if options.number == 7 else "runs/imagenet256"
-    options.measured = options.measured or Path(default)
-    drawing, lines = render(options)
-    stem = options.output / f"fig{options.number}"
+    drawing, lines = render(number, sources)
+    stem = folder / f"fig{number}"
     with written_aside(stem.with_suffix(".png")) as aside:
         drawing.savefig(aside, bbox_inches="tight")
-    with written_aside(stem.with_suffix(".csv")) as aside, aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    with written_aside(stem.with_suffix(".csv")) as aside:
+        lines.convert_dtypes().to_csv(aside, index=False)
     print(stem.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    sys.exit(status_of(main, "figures"))

@@ -6,6 +6,7 @@ digit. What was inferred or read second-hand says so. Of Figures 1, 5, 8, 13 and
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PAPER = "arXiv 2604.09168v2"
@@ -86,6 +87,11 @@ class Row:
     inception_score: Printed | None = None
     gflops: Printed | None = None
     depth: Printed | None = None
+
+    @property
+    def config(self) -> Path:
+        """The config of the model in this project."""
+        return Path("configs", "ucf101" if self.table == 4 else "imagenet256", f"{self.name}.yaml")
 
     @property
     def place(self) -> str:

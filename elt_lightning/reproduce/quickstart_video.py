@@ -10,7 +10,7 @@ from pathlib import Path
 
 from elt_lightning.cli import status_of
 from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS
-from elt_lightning.reproduce.imagenet import elt, fit, is_measured
+from elt_lightning.reproduce.commands import elt, fit, is_measured
 
 TOKENIZER_CONFIG, CONFIG = Path("configs/quickstart_video_tokenizer.yaml"), Path("configs/quickstart_video.yaml")
 VIDEO_FOLDER, TOKENS = Path("data/moving_digits"), Path("data/moving_digits_tokens")

@@ -1,7 +1,5 @@
 """`make table1` and its like: a table of the paper, its numbers beside what was counted and measured here.
 
-python -m elt_lightning.reproduce.tables 1 --measured runs/imagenet256 --output docs/results/tables
-
 Writes ``table1.md``, ``table1.csv`` and ``table1.json``. A "paper" column holds what is printed, a "counted" one what
 follows from the configs alone, a "measured" one what `elt test` or a benchmark left behind, and nothing else: it is
 empty where there is nothing.
@@ -23,22 +21,20 @@ runs to a file, where rows of one shape, batch size, compilation and precision t
 ``num_layers`` and ``loops`` of an unlooped row are those of the looped one that it stands beside.
 """
 
-import argparse
-import csv
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
+
 from elt_lightning.bench.report import TRAINING_KEYS, find, speed_over_unlooped, time_over
 from elt_lightning.bench.report import Row as Measured
 from elt_lightning.bench.runs import read_runs
-from elt_lightning.cli import status_of
-from elt_lightning.files import written_aside
+from elt_lightning.files import markdown_table, written_aside
 from elt_lightning.metrics.fid import name_with_count
 from elt_lightning.reproduce.accounting import Count, count_row, count_scale, gflops_as_printed, params_as_printed
 from elt_lightning.reproduce.published import (
@@ -164,12 +160,11 @@ class Table:
     def markdown(self) -> str:
         """Lay it out for readers."""
         headings = [f"{HEADINGS.get(quantity, quantity)}, {kind}" for quantity, kind in self.columns]
-        lines = [["model", *headings], ["---"] * (1 + len(headings))]
-        lines += [
+        lines = [
             [model, *(shown(column.quantity, cells.get(column)) for column in self.columns)]
             for model, cells in self.rows.items()
         ]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = markdown_table(["model", *headings], lines)
         return "\n".join([f"# {self.title}", "", table, "", *(f"- {note}" for note in self.notes)]) + "\n"
 
     def write(self, folder: Path) -> None:
@@ -177,10 +172,8 @@ class Table:
         stem, rows = folder / f"table{self.number}", self.flat_rows()
         with written_aside(stem.with_suffix(".md")) as aside:
             aside.write_text(self.markdown())
-        with written_aside(stem.with_suffix(".csv")) as aside, aside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        with written_aside(stem.with_suffix(".csv")) as aside:
+            pd.DataFrame(rows, dtype=object).to_csv(aside, index=False)
         with written_aside(stem.with_suffix(".json")) as aside:
             content = {"table": self.number, "title": self.title, "rows": rows, "notes": self.notes}
             aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -480,27 +473,19 @@ def with_provenance(table: Table) -> Table:
     return table
 
 
-TABLES: dict[int, Callable[[argparse.Namespace], Table]] = {
-    1: lambda options: generation_table(1, TABLE_1, "fid", options.measured, options.small_scale),
-    2: lambda options: generation_table(2, TABLE_2, "fid", options.measured, options.small_scale),
-    3: lambda options: throughput_table(options.benchmarks, options.small_scale),
-    4: lambda options: generation_table(4, TABLE_4, "fvd", options.measured, options.small_scale),
-    8: lambda options: training_table(options.benchmarks, options.small_scale),
-}
+def write(number: int, measured: Path, benchmarks: Path, output: Path, small_scale: bool) -> None:
+    """Write a table as Markdown, CSV and JSON.
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("number", type=int, choices=TABLES, help="of the table")
-    parser.add_argument("--measured", type=Path, help="folder of runs; by default runs/imagenet256 or runs/ucf101")
-    parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of Tables 3 and 8's JSON")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/tables"), help="folder of the results")
-    parser.add_argument("--small_scale", action="store_true", help="the runs are of small networks: the title says so")
-    options = parser.parse_args(arguments)
-    options.measured = options.measured or Path("runs/ucf101" if options.number == 4 else "runs/imagenet256")
-    TABLES[options.number](options).write(options.output)
-
-
-if __name__ == "__main__":
-    sys.exit(status_of(main, "tables"))
+    Args:
+        number: of the table: 1, 2, 3, 4 or 8.
+        measured: folder of runs.
+        benchmarks: folder of Tables 3 and 8's JSON.
+        output: folder of the results.
+        small_scale: the runs are of small networks: the title says so.
+    """
+    if number in (1, 2, 4):
+        rows = {1: TABLE_1, 2: TABLE_2, 4: TABLE_4}[number]
+        table = generation_table(number, rows, "fvd" if number == 4 else "fid", measured, small_scale)
+    else:
+        table = (throughput_table if number == 3 else training_table)(benchmarks, small_scale)
+    table.write(output)

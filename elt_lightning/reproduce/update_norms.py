@@ -4,10 +4,11 @@ python -m elt_lightning.reproduce.update_norms --ckpt_path runs/quickstart_0/che
 """
 
 import argparse
-import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.module import ELTModule
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure one checkpoint, and write ``update_norms.csv`` and ``update_norms.png``.
 
     Raises:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
     parser.add_argument("--seed", type=int, default=0, help="decides every sample (default 0)")
     parser.add_argument("--output", type=Path, help="folder; by default a new one beside the run's checkpoints")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.num < 1 or options.batch_size < 1 or (options.loops is not None and options.loops < 1):
         raise UserError("--num, --batch_size and --loops must be at least 1")
     module = build_module(read_checkpoint(options.ckpt_path)).to(device_of(options.device))
@@ -88,11 +89,9 @@ def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int, bat
 
 def write_results(norms: Tensor, train_loops: int, folder: Path) -> None:
     """Write the norms (K, L) as a table, a line for each step and loop, and as a figure."""
-    with written_aside(folder / "update_norms.csv") as aside, aside.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "loop", "update_norm"])
-        for step, row in enumerate(norms.tolist(), start=1):
-            writer.writerows([step, loop, norm] for loop, norm in enumerate(row, start=1))
+    lines = [(step, loop, norm) for step, row in enumerate(norms.tolist(), 1) for loop, norm in enumerate(row, 1)]
+    with written_aside(folder / "update_norms.csv") as aside:
+        pd.DataFrame(lines, columns=["step", "loop", "update_norm"]).to_csv(aside, index=False)
     with written_aside(folder / "update_norms.png") as aside:
         figure(norms, train_loops).savefig(aside, bbox_inches="tight")
     print("\n".join(str(folder / f"update_norms.{ending}") for ending in ("png", "csv")))

@@ -150,9 +150,10 @@ class GuidedSteps:
         """Return the prediction for x (B, …) at a step (0-based): logits (B, T, V) or x̂."""
         sampler, loops, batch = self.sampler, self.loops[step], len(x)
         branches = sampler.guidance.branches(step, sampler.steps)
-        if branches == 2:
+        if sampler.guidance.acts(step, sampler.steps):
             null = condition.with_labels(torch.full_like(condition.labels, sampler.num_classes))
-            x, condition = torch.cat([x, x]), condition.joined(null)
+            condition = condition.joined(null) if branches == 2 else null
+            x = x.repeat(branches, *[1] * (x.ndim - 1))
         state = self.state
         if state is not None and len(state) != len(x):  # guidance begins or ceases to act
             state = state[:batch].repeat(branches, 1, 1)

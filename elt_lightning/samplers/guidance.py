@@ -12,7 +12,7 @@ class Guidance:
     """How strongly each of K sampling steps is pushed towards the class.
 
     Attributes:
-        scale: s; 1 is no guidance and costs one branch.
+        scale: s; 1 is no guidance and 0 the null class alone, which cost one branch.
         schedule: "constant" s_k = s; "linear" s_k = 1 + (s − 1)·(k + 1)/K; "power_cosine"
             s_k = 1 + (s − 1)·½·(1 − cos(π·((k + 1)/K)^p)). Source: google-research/maskgit and its PyTorch successors.
         power: p of the power-cosine schedule.
@@ -40,10 +40,14 @@ class Guidance:
             return 1 + (self.scale - 1) * 0.5 * (1 - math.cos(math.pi * progress**self.power))
         return self.scale
 
-    def branches(self, step: int, num_steps: int) -> int:
-        """How many times the network sees each sample at step k of K."""
+    def acts(self, step: int, num_steps: int) -> bool:
+        """Return whether step k of K is guided at all."""
         first, end = self.interval
-        return 2 if self.scale != 1.0 and first <= step / num_steps < end else 1
+        return self.scale != 1.0 and first <= step / num_steps < end
+
+    def branches(self, step: int, num_steps: int) -> int:
+        """Return how many times the network sees each sample at step k of K; at s_k = 0 its null class is all."""
+        return 2 if self.acts(step, num_steps) and self.scale_at(step, num_steps) != 0 else 1
 
     def combine(self, conditional: Tensor, null: Tensor, step: int, num_steps: int) -> Tensor:
         """Return the guided prediction (B, …) of step k of K, given both branches'."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import ImageTokenizer
+from elt_lightning.weights import differences
 
 CHANNELS = (128, 128, 256, 256, 512)
 """Of the five levels, full size first; each has half the height and width of the one before it."""
@@ -51,8 +52,8 @@ class MaskGITVQGAN(ImageTokenizer):
             self.decoder = Decoder()
             self.quantize = Codebook(self.num_codes)
         state = read_state_dict(self.file)
-        if differences := layout_differences(self.state_dict(), state):
-            raise UserError(f"{self.file} is not the MaskGIT VQGAN (tensors: {differences}): {PUBLISHED}")
+        if faults := differences(self.state_dict(), state):
+            raise UserError(f"{self.file} is not the MaskGIT VQGAN (tensors: {faults}): {PUBLISHED}")
         self.load_state_dict(state, assign=True)
         self.float().requires_grad_(False).eval()
 
@@ -212,14 +213,3 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} holds something else than tensors by name: it is not the MaskGIT VQGAN; {PUBLISHED}")
     return state
-
-
-def layout_differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Say how the names and shapes of ``found`` differ, with an example of each kind; "" where they do not."""
-    reshaped = [name for name in sorted(expected.keys() & found.keys()) if expected[name].shape != found[name].shape]
-    kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "extra": sorted(found.keys() - expected.keys()),
-        "of another shape": [f"{name} {tuple(found[name].shape)}" for name in reshaped],
-    }
-    return ", ".join(f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items() if names)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
+from elt_lightning.weights import differences
 
 PUBLISHED = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -106,6 +106,6 @@ def read_vgg16(path: str) -> dict[str, Tensor]:
         for place, outputs, inputs in CLASSIFIER:
             expected[f"classifier.{place}.weight"] = torch.empty(outputs, inputs)
             expected[f"classifier.{place}.bias"] = torch.empty(outputs)
-    if differences := layout_differences(expected, state):
-        raise UserError(f"{path} is not torchvision's VGG16 (tensors: {differences}): {PUBLISHED} is")
+    if faults := differences(expected, state):
+        raise UserError(f"{path} is not torchvision's VGG16 (tensors: {faults}): {PUBLISHED} is")
     return state

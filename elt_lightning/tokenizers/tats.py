@@ -23,8 +23,8 @@ from torch.serialization import safe_globals
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import Tokenizer
-from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
 from elt_lightning.tokenizers.vq_network import squared_distances
+from elt_lightning.weights import differences
 
 CHANNELS = (32, 64, 128, 256)
 """Of the encoder: at full size, and after each of its three blocks."""
@@ -72,8 +72,8 @@ class TATSVQGAN(Tokenizer):
             self.post_vq_conv = SamePadConvolution(CODE_CHANNELS, DECODER_CHANNELS[0], 1)
             self.decoder = Decoder()
         state = {name: value for name, value in read_state(path).items() if not name.startswith(TRAINING_ONLY)}
-        if differences := layout_differences(self.state_dict(), state):
-            raise UserError(f"{path} is not the VQGAN of TATS (tensors: {differences}): {PUBLISHED}")
+        if faults := differences(self.state_dict(), state):
+            raise UserError(f"{path} is not the VQGAN of TATS (tensors: {faults}): {PUBLISHED}")
         self.load_state_dict(state, assign=True)
         self.float().requires_grad_(False).eval()
 

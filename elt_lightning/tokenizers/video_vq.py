@@ -14,8 +14,8 @@ from torch import Tensor
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
 from elt_lightning.tokenizers.base import ImageTokenizer, Tokenizer
-from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
+from elt_lightning.weights import differences
 
 FORMAT = "elt_lightning.vq.1"
 
@@ -167,7 +167,7 @@ def read_tokenizer(path: str) -> tuple[VQNetwork, tuple[int, ...]]:
         raise UserError(f"the settings in {path} are not those of a tokenizer ({error}): train it again") from error
     with torch.device("meta"):  # the file's own tensors become the parameters: nothing is initialised or copied
         network = VQNetwork(settings)
-    if differences := layout_differences(network.state_dict(), state):
-        raise UserError(f"the weights in {path} do not fit its settings (tensors: {differences}): train it again")
+    if faults := differences(network.state_dict(), state):
+        raise UserError(f"the weights in {path} do not fit its settings (tensors: {faults}): train it again")
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval(), shape

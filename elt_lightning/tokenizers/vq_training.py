@@ -12,25 +12,24 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.discriminator import Discriminator
-from elt_lightning.tokenizers.maskgit_vqgan import layout_differences
 from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
-from elt_lightning.training.optimiser import LearningRateSchedule
+from elt_lightning.training.optimiser import LearningRateSchedule, with_schedule
+from elt_lightning.training.runs import log_picture
+from elt_lightning.weights import differences
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 """Settings in which a 2-D tokenizer that is inflated may differ: the weights' shapes do not depend on them."""
@@ -303,9 +302,9 @@ class VQTraining(LightningModule):
         # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
         count = len(pixels) * self.trainer.world_size
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=count, sync_dist=True)
-        if batch_idx == 0 and self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+        if batch_idx == 0 and self.trainer.is_global_zero:
             picture = side_by_side(pixels[: self.num_pictures], reconstruction[: self.num_pictures])
-            self.logger.experiment.add_image("val/reconstructions", picture, self.global_step, dataformats="HWC")
+            log_picture(self.trainer, "val/reconstructions", picture)
 
     def on_validation_epoch_end(self) -> None:
         """Log how many codes all held-out samples use, and how evenly."""
@@ -355,14 +354,14 @@ class VQTraining(LightningModule):
             self.export(Path(self.trainer.default_root_dir) / "tokenizer.safetensors")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another tokenizer before anything is loaded.
+        """Refuse a checkpoint of another tokenizer, and broken weights, before anything is loaded.
 
         Raises:
-            UserError: names or shapes of the weights differ.
+            UserError: names, shapes or types of the weights differ, or not all are finite.
         """
-        if differences := layout_differences(self.state_dict(), checkpoint["state_dict"]):
+        if faults := differences(self.state_dict(), checkpoint["state_dict"]):
             raise UserError(
-                f"the checkpoint is of another tokenizer (tensors: {differences}): give the settings of its training"
+                f"the checkpoint is of another tokenizer (tensors: {faults}): give the settings of its training"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -370,9 +369,7 @@ class VQTraining(LightningModule):
         networks = [self.network] if self.discriminator is None else [self.network, self.discriminator]
         groups = [{"params": list(network.parameters())} for network in networks]
         optimizer = Adam(groups, self.learning_rate, self.betas)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return with_schedule(optimizer, self.learning_rate_schedule, int(self.trainer.estimated_stepping_batches))
 
 
 def draw_vectors(vectors: Tensor, count: int, seed: int, step: int) -> Tensor:

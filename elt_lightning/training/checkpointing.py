@@ -1,6 +1,8 @@
 """When checkpoints are written, and how: whole or not at all."""
 
+import math
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from elt_lightning.errors import UserError
+from elt_lightning.training.runs import run_folder
+from elt_lightning.training.trainer_settings import check_monitored
 
 UNFINISHED = ".unfinished.ckpt"
 """The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
@@ -52,6 +59,36 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
         raise
 
 
+def name_again(path: Path, name: Path) -> None:
+    """Give a file or folder a second name in its folder, which is whole at any moment.
+
+    It is a symbolic link. Some file systems have none: there it is a hard link, or a copy.
+    """
+    if name.exists() and name.samefile(path):
+        return
+    aside = name.with_name(f"{name.name}.new")
+    remove(aside)
+    for make in (os.symlink, os.link, shutil.copytree if path.is_dir() else shutil.copyfile):
+        try:
+            make(path.name if make is os.symlink else path, aside)
+            break
+        except OSError:
+            remove(aside)
+            if make not in (os.symlink, os.link):
+                raise
+    if name.is_dir() and not name.is_symlink():
+        remove(name)  # no folder is replaced in one step
+    os.replace(aside, name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Checkpoint(ModelCheckpoint):
     """Lightning's checkpoints, with the settings of this project and one for the last step of training.
 
@@ -89,9 +126,47 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the trainer write its files whole."""
+        """Write into the run's folder, wherever loggers write; and let the trainer write its files whole."""
+        self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeFiles()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save; before training look whether what callbacks monitor is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if trainer.sanity_checking:
+            check_monitored(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save what is good by the monitored value; where there is none, the last step all the same.
+
+        Raises:
+            UserError: the monitored value was not logged.
+        """
+        if self.monitor is not None and self.monitor not in monitor_candidates:
+            self._save_last_checkpoint(trainer, monitor_candidates)
+            raise UserError(
+                f"nothing was logged as {self.monitor}, which is to be monitored: there are "
+                f"{', '.join(sorted(monitor_candidates))}; step {trainer.global_step} is saved, go on with --ckpt_path "
+                f"{self.last_model_path}"
+            )
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Correct what the trainer will take as done.
+
+        Raises:
+            UserError: the checkpoint does not say it as it is written.
+        """
+        if trainer.state.fn == "fit":
+            try:
+                correct_progress(checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"the checkpoint's count of steps and epochs is damaged: {error}") from error
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Point last.ckpt to the new file before the old one goes: killed at any moment, last.ckpt is whole."""
@@ -103,11 +178,7 @@ class Checkpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """Replace the link in one step; Lightning removes the old one first."""
         if trainer.is_global_zero:
-            aside = f"{linkpath}.new"
-            if os.path.lexists(aside):
-                os.remove(aside)
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), aside)
-            os.replace(aside, linkpath)
+            name_again(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,3 +187,25 @@ class Checkpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+
+def correct_progress(fit_loop: dict[str, Any], accumulation: int) -> None:
+    """Correct a trainer's saved progress in two things.
+
+    Where a training ended by steps or time inside an epoch, Lightning 2.6.6 counts that epoch as done before it saves,
+    and then once more when it is done. And it counts micro-batches: of another size there are as many as steps say.
+
+    Args:
+        fit_loop: saved progress, changed in place.
+        accumulation: micro-batches of an optimiser step from now on.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if not batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["started"] > 0:
+        for count in (epochs["total"], epochs["current"]):
+            count["processed"] -= 1
+            count["completed"] = count["processed"]
+    steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    if math.ceil(batches["total"]["processed"] / max(1, steps["total"]["completed"])) != accumulation:
+        for kind in ("total", "current"):
+            before, now = batches[kind]["processed"], steps[kind]["completed"] * accumulation
+            batches[kind] = {name: now - (before - count) for name, count in batches[kind].items()}

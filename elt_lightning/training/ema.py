@@ -12,13 +12,15 @@ from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharding import as_sharded, release_weights
+from elt_lightning.weights import differences
 
 
 class EMA(Callback):
     """Average the trainable parameters after every optimiser step; swap the average in wherever the model is judged.
 
     The decay warms up as min(decay, (1 + t)/(10 + t)) after t steps, so that a short run is not dominated by its
-    initial weights.
+    initial weights. It is kept in float32 at least: in bfloat16 the steps of a slow average are smaller than what its
+    entries can tell apart, and it would stand still.
 
     Args:
         decay: of the average. MaskGIT 0.999.
@@ -31,7 +33,8 @@ class EMA(Callback):
         self.decay, self.weights = decay, weights
         self.average: dict[str, Tensor] = {}
         self.updates = 0
-        self._swapped = False
+        self._raw: dict[str, Tensor] = {}
+        """The raw weights, while the average is in their place."""
 
     @property
     def is_judged(self) -> bool:
@@ -42,7 +45,7 @@ class EMA(Callback):
         """Start from the initial weights, unless a checkpoint gave an average."""
         for name, parameter in trainable_parameters(pl_module).items():
             known = self.average.get(name, parameter.detach().clone())
-            self.average[name] = as_sharded(known, parameter)
+            self.average[name] = in_full(as_sharded(known, parameter))
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -53,7 +56,8 @@ class EMA(Callback):
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = trainable_parameters(pl_module)
-        torch._foreach_lerp_([self.average[name] for name in parameters], list(parameters.values()), 1 - decay)
+        averages = [self.average[name] for name in parameters]
+        torch._foreach_lerp_(averages, [in_full(parameter) for parameter in parameters.values()], 1 - decay)
         self.updates = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -82,11 +86,8 @@ class EMA(Callback):
         """Store the average as ``checkpoint["ema"]``; ``state_dict`` holds the raw weights even during validation."""
         if not self.average:
             return
-        average = self.average
-        if self._swapped:
-            raw, average = self.average, {n: p.detach() for n, p in trainable_parameters(pl_module).items()}
-            checkpoint["state_dict"].update(raw)
-        checkpoint["ema"] = {"updates": self.updates, "weights": average}
+        checkpoint["state_dict"].update(self._raw)
+        checkpoint["ema"] = {"updates": self.updates, "weights": self.average}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the average from a checkpoint.
@@ -96,31 +97,33 @@ class EMA(Callback):
         """
         if "ema" in checkpoint:
             weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
-            for name, parameter in here.items():
-                if getattr(weights.get(name), "shape", None) != parameter.shape:
-                    raise UserError(
-                        f"the checkpoint's average is of another network: {name} is not there as it is here"
-                    )
-            self.average = {name: as_sharded(weights[name].clone(), parameter) for name, parameter in here.items()}
+            if faults := differences(here, weights):
+                raise UserError(f"the checkpoint's average is of another network, or is damaged: {faults}")
+            self.average = {n: in_full(as_sharded(weights[n].clone(), parameter)) for n, parameter in here.items()}
             self.updates = checkpoint["ema"]["updates"]
 
+    @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
-        if self.is_judged and not self._swapped:
-            self._swap(pl_module)
-
-    def _swap_out(self, pl_module: LightningModule) -> None:
-        if self._swapped:
-            self._swap(pl_module)
+        """Put the average's values into the parameters, so that optimiser and graph keep their tensors."""
+        if self.is_judged and not self._raw:
+            release_weights(pl_module)
+            parameters = trainable_parameters(pl_module)
+            self._raw = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            for name, parameter in parameters.items():
+                parameter.copy_(as_sharded(self.average[name], parameter))
 
     @torch.no_grad()
-    def _swap(self, pl_module: LightningModule) -> None:
-        """Exchange the values of parameters and average in place, so that optimiser and graph keep their tensors."""
-        release_weights(pl_module)
-        for name, parameter in trainable_parameters(pl_module).items():
-            average = as_sharded(self.average[name], parameter)
-            self.average[name] = parameter.detach().clone()
-            parameter.copy_(average)
-        self._swapped = not self._swapped
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        if self._raw:
+            release_weights(pl_module)
+            for name, parameter in trainable_parameters(pl_module).items():
+                parameter.copy_(self._raw[name])
+            self._raw = {}
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is where it has that precision or more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def trainable_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:

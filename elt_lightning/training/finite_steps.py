@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.ema import EMA
+from elt_lightning.weights import own_part
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +113,6 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Give this device's part of a sharded weight, or the weight."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def last_good_checkpoint(trainer: Trainer) -> str:

@@ -8,7 +8,6 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
 from elt_lightning.networks.base import LoopedNetwork, Pass
@@ -18,13 +17,9 @@ from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
-from elt_lightning.training.optimiser import (
-    LearningRateSchedule,
-    parameter_groups,
-    prefer_fused,
-    refuse_state_of_another,
-)
+from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
+from elt_lightning.weights import differences
 
 HELD_OUT_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -89,20 +84,13 @@ class ELTModule(LightningModule):
             shard(self.network, self.device_mesh)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another network before anything is loaded.
+        """Refuse weights of another network, and broken ones, before anything is loaded.
 
         Raises:
-            UserError: names or shapes of the weights differ.
+            UserError: names, shapes or types of the weights differ, or not all are finite.
         """
-        there = {name: tuple(getattr(weight, "shape", ())) for name, weight in checkpoint["state_dict"].items()}
-        here = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        different = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if different:
-            name = different[0]
-            raise UserError(
-                f"the checkpoint is of another network: {len(different)} weights differ, for example {name} has shape "
-                f"{there.get(name, 'none')} there and {here.get(name, 'none')} here"
-            )
+        if faults := differences(self.state_dict(), checkpoint["state_dict"]):
+            raise UserError(f"the checkpoint is of another network, or its weights are damaged: {faults}")
 
     @property
     def max_loops(self) -> int:
@@ -245,8 +233,5 @@ class ELTModule(LightningModule):
         try:
             optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
         except (ValueError, TypeError) as error:  # its settings meet it here for the first time
-            raise UserError(f"the optimiser refuses its settings: {error}") from error
-        optimizer.register_load_state_dict_pre_hook(refuse_state_of_another)
-        total_steps = self.total_steps
-        schedule = LambdaLR(optimizer, lambda step: self.learning_rate_schedule.factor(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            raise UserError(f"model.optimizer refuses its settings: {error}") from error
+        return with_schedule(optimizer, self.learning_rate_schedule, self.total_steps)

@@ -1,38 +1,45 @@
-"""SIGTERM, which clusters send some time before they take a machine away: what was trained is saved first."""
+"""SIGTERM, which clusters send some time before they take a machine away, and Ctrl-C: what was trained is saved."""
 
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-STATUS = 128 + signal.SIGTERM
-"""The exit status of a program that SIGTERM ended, as shells and schedulers count it: 143."""
+from elt_lightning.training.sharding import release_weights
+
+ENDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+"""The signals that end a command, and what they are called. The exit status is 128 + the signal's number."""
 
 
 class Preemption(Callback):
-    """On SIGTERM finish the optimiser step, save a checkpoint and end with status 143; outside of training just end.
+    """On SIGTERM or Ctrl-C finish the optimiser step, save a checkpoint and end; outside of training just end.
 
-    Lightning 2.6.6 ends as well, but with status 0 and without saving, and its handler talks to the other devices in
-    the middle of whatever they do. Here the handler only takes a note. After each step all devices ask one another
-    whether any has one, so that it is enough when one of them gets the signal; a single device asks nobody.
+    The status is 143 or 130, as shells and schedulers count signals. A second Ctrl-C ends at once, without saving.
 
-    A validation is broken off after any of its batches where there is one device. Sampling for metrics is not, nor is a
-    validation by several devices: a signal in it takes effect after the step that follows.
+    Lightning 2.6.6 ends as well, but with status 0 or 1 and without saving, and its handler of SIGTERM talks to the
+    other devices in the middle of whatever they do. Here the handler only takes a note. After each step all devices ask
+    one another whether any has one, so that it is enough when one of them gets the signal; a single device asks nobody.
+
+    A validation is broken off after any batch of samples that are drawn for metrics, and where there is one device
+    after any of the held-out batches.
 
     It must come after the callbacks whose work of a step belongs into the checkpoint, such as the average.
     """
 
     def __init__(self) -> None:
-        self._is_asked = False
+        self.asked: signal.Signals | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal over from Lightning, which puts back the handler before its own when it ends."""
-        self._is_asked = trainer.received_sigterm
-        handle_sigterm(self._take_note)
+        """Take the signals over from Lightning, which puts back the handlers before its own when it ends."""
+        self.asked = signal.SIGTERM if trainer.received_sigterm else None
+        handle_signals(self._take_note)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._end_at_once_unless_training(trainer)
@@ -47,10 +54,8 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and end, if that was asked; never between micro-batches, whose gradients no checkpoint holds."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.strategy.reduce_boolean_decision(
-            self._is_asked, all=False
-        ):
-            save_and_end(trainer, pl_module)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            end_if_asked(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -62,37 +67,93 @@ class Preemption(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Save and end, if that was asked; devices may have different numbers of batches, so several do not ask."""
-        if self._is_asked and trainer.world_size == 1:
-            save_and_end(trainer, pl_module)
+        if trainer.world_size == 1:
+            end_if_asked(trainer, pl_module)
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        self._is_asked = True
+        self.asked = signal.Signals(number)
+        end_at_once_next_time()
+        if self.asked == signal.SIGINT:
+            say("elt: Ctrl-C: the step is finished and saved first; once more ends at once, without saving")
 
     def _end_at_once_unless_training(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit":
-            handle_sigterm(_end)
+            handle_signals(_end)
 
 
-def handle_sigterm(handler: Any) -> None:
-    """Set the handler where Python allows it."""
+@contextmanager
+def ending_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the program with status 130 wherever it is: Lightning 2.6.6 makes status 1 of it."""
+    before = signal.getsignal(signal.SIGINT)
+    handle_signals(_end, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        handle_signals(before, [signal.SIGINT])
+
+
+def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:
+    """End a training after saving its last step, if any device was asked to; all devices have to ask.
+
+    Raises:
+        SIGTERMException: it leaves the program with the status of the signal.
+    """
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit" or not callbacks:
+        return
+    asked = callbacks[0].asked
+    if trainer.strategy.reduce_boolean_decision(asked is not None, all=False):
+        save_and_end(trainer, pl_module, asked or signal.SIGTERM)
+
+
+def handle_signals(handler: Any, signals: Any = ENDS) -> None:
+    """Set the handler of the signals where Python allows it."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        for number in signals:
+            signal.signal(number, handler)
 
 
-def save_and_end(trainer: Trainer, pl_module: LightningModule) -> NoReturn:
+def save_and_end(trainer: Trainer, pl_module: LightningModule, number: signal.Signals) -> NoReturn:
     """Write the checkpoint of the last step, unless it is written already, and leave.
 
     Raises:
-        SIGTERMException: always; it leaves the program with status 143.
+        SIGTERMException: always; it leaves the program with the status of the signal.
     """
+    release_weights(pl_module)  # a validation has gathered them
     for callback in trainer.checkpoint_callbacks:
         callback.on_train_end(trainer, pl_module)
     if trainer.is_global_zero:
-        path = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        path = saved_checkpoint(trainer)
         where = f"is saved, go on with --ckpt_path {path}" if path else "is not saved"
-        print(f"elt: ended by SIGTERM: step {trainer.global_step} {where}", file=sys.stderr, flush=True)
-    raise SIGTERMException(STATUS)
+        print(f"elt: ended by {ENDS[number]}: step {trainer.global_step} {where}", file=sys.stderr, flush=True)
+    raise SIGTERMException(128 + number)
+
+
+def saved_checkpoint(trainer: Trainer) -> str | None:
+    """Return the path of the checkpoint that holds the step that training is at, None if there is none."""
+    callback: Any = trainer.checkpoint_callback
+    if getattr(callback, "_last_global_step_saved", None) != trainer.global_step:
+        return None
+    return callback.last_model_path or None
+
+
+def end_at_once_next_time() -> None:
+    """Let a second Ctrl-C end this process at once, whatever it is in."""
+    handle_signals(_end_at_once, [signal.SIGINT])
+
+
+def say(line: str) -> None:
+    """Write a line to stderr from a signal's handler, which may come in the midst of another line's writing."""
+    os.write(2, f"{line}\n".encode())
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise SIGTERMException(STATUS)
+    end_at_once_next_time()
+    say(f"elt: ended by {ENDS[signal.Signals(number)]}")
+    raise SIGTERMException(128 + number)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h")  # a bar hides the cursor
+    os._exit(128 + number)

@@ -1,46 +1,99 @@
-"""Progress of training: a bar on a terminal, a line now and then in logs and pipes."""
+"""What is said while the trainer works: how far it is, and the scores of each validation."""
 
-import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-
-class TerminalProgress(RichProgressBar):
-    """Lightning's bar over the batches of an epoch, with the optimiser steps of the whole training beside it."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        total = int(self.trainer.estimated_stepping_batches)
-        return f"epoch {current_epoch}, from step {self.trainer.global_step} of {total}"
+from elt_lightning.meter import Meter
 
 
-class PlainProgress(Callback):
-    """Print a line about training every few seconds: step, loss, speed, time left.
+class Progress(Callback):
+    """Show how far training is, in optimiser steps of the whole of it, and how far the held-out batches are."""
 
-    Args:
-        every_seconds: at least this long between two lines.
-    """
-
-    def __init__(self, every_seconds: float = 15.0) -> None:
-        self.every_seconds = every_seconds
+    def __init__(self) -> None:
+        self._meters: list[Meter] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._first_step, self._start = trainer.global_step, time.perf_counter()
-        self._last = self._start
+        total = int(trainer.estimated_stepping_batches)
+        self._begin(meter(trainer, total, "step", done=trainer.global_step))
 
-    @rank_zero_only
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print when it is time."""
-        now, total = time.perf_counter(), int(trainer.estimated_stepping_batches)
-        step = trainer.global_step
-        if (now - self._last < self.every_seconds and step < total) or step == self._first_step:
+        """Show the step, with its loss when it is time for it: reading that means waiting for the device."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            step, showing = trainer.global_step, self._meters[-1]
+            showing.show(
+                step,
+                lambda: f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.3f}",
+                always=step == showing.total,
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._end()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._begin(meter(trainer, batches(trainer.num_val_batches), "held-out batch"))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._begin(meter(trainer, batches(trainer.num_test_batches), "held-out batch"))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show the batch."""
+        self._meters[-1].show(batch_idx + 1)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._end()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        while self._meters:
+            self._end()
+
+    def _begin(self, meter: Meter) -> None:
+        self._meters.append(meter.__enter__())
+
+    def _end(self) -> None:
+        self._meters.pop().__exit__(None, None, None)
+
+
+class ValidationScores(Callback):
+    """Print what a validation measured, a line for each loop count."""
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print all that was logged as ``val/<name>`` or ``val/<name>@L<loops>``."""
+        if trainer.sanity_checking:
             return
-        self._last = now
-        speed = (step - self._first_step) / (now - self._start)
-        left = (total - step) / speed
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        print(f"step {step}/{total}  loss {loss:.3f}  {speed:.1f} steps/s  {left:.0f} s left", flush=True)
+        scores: dict[str, list[str]] = {}
+        for name, value in trainer.callback_metrics.items():
+            name, _, place = name.partition("@")
+            if name.startswith("val/"):
+                scores.setdefault(place, []).append(f"{name.removeprefix('val/')} {value:.4g}")
+        when = f"validation at step {trainer.global_step}" if trainer.state.fn == "fit" else "validation"
+        for place, values in scores.items():
+            print(when, *filter(None, [place]), *values, sep="  ", flush=True)
+
+
+def batches(numbers: list[int | float]) -> int | None:
+    """Return how many batches there are over all loaders, None if one does not know."""
+    total = sum(numbers)
+    return None if total == float("inf") else int(total)
+
+
+def meter(trainer: Trainer, total: int | None, unit: str, done: int = 0) -> Meter:
+    """Return a meter that shows something if the trainer is to show progress."""
+    return Meter(total, unit, done, any(isinstance(callback, Progress) for callback in trainer.callbacks))  # type: ignore[attr-defined]

@@ -20,9 +20,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and log once every ``log_every_n_steps`` batches."""
+        """Count the batch, and log at the steps that the trainer logs: every ``log_every_n_steps`` of all epochs."""
         self._samples += len(batch.x) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_step and trainer._logger_connector.should_update_logs:  # what is logged at other steps is dropped
             speed = self._samples / (time.perf_counter() - self._since)
             pl_module.log_dict(
                 {"train/samples_per_second": speed, "train/peak_memory_gib": peak_memory(pl_module.device)}

@@ -90,6 +90,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         if not self.codebook_path.is_file():
             codebook = fit_codebook(training, self.order, self.codes_per_digit)
             PatchVQTokenizer.save(self.codebook_path, codebook, (self.order, self.order))
+            print(f"made {self.codebook_path}: the codebook", flush=True)
         self.load_digit_network()
 
     def load_digit_network(self) -> DigitNetwork:

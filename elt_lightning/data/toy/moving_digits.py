@@ -136,6 +136,7 @@ class MovingDigits:
             (aside / SETTINGS).write_text(json.dumps(self._settings()) + "\n")
             aside.chmod(0o755)
             os.rename(aside, root)
+            print(f"made {root}: the videos", flush=True)
         except OSError as error:
             if not self._is_written(root):  # or another process was faster
                 raise UserError(f"{root} cannot be written: {error.strerror or error}") from error
