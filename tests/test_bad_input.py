@@ -170,7 +170,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "fit on no devices": ([*FIT, "--trainer.devices=0"], "devices"),
     "fit from a checkpoint of another model": (
         [*FIT, "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new"],
-        "another network: 27 weights differ",
+        "the checkpoint is of another network",
     ),
     "fit from a checkpoint of another optimiser": (
         [
@@ -276,7 +276,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         "notes.txt",
     ),
     "stats of no pictures": (
-        ["stats", "--images=nowhere", "--inception_path=notes.txt", "--output=new.npz"],
+        ["stats", "--images=nowhere", "--size=8", "--inception_path=notes.txt", "--output=new.npz"],
         "notes.txt",
     ),
     "plan of no config": (["plan"], "needs a config: --config PATH"),
