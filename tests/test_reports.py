@@ -118,6 +118,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
         "train_mode",
         "train_steps",
         "sampling_steps",
+        "recall",
         "weights",
         "rows",
     }
@@ -131,6 +132,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
             "loops",
             "effective_depth",
             "guidance",
+            "carry_state",
             "metrics",
             "params_backbone",
             "params_total",
