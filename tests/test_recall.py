@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
     z, state, null_state = normal(seeds, 0, Stream.INITIAL_NOISE, network.sample_shape), None, None
     levels = sampler.levels()
     with torch.no_grad():
-        for now, after in zip(levels[:-1], levels[1:], strict=True):
+        for now, after in pairwise(levels):
             told = Condition(labels, torch.full((4,), now.time))
             (of_class, state), (of_null, null_state) = (
                 network(z, told.with_labels(which), 2, (), begin)
