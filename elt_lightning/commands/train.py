@@ -365,9 +365,7 @@ class RunCommandLine(LightningCLI):
         if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
             timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
             done = timer.get("time_elapsed", {}).get("train", 0)
-            print(
-                f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s of it are over", flush=True
-            )
+            print(f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s are over", flush=True)
 
     def after_fit(self) -> None:
         """Say where the model is, and what to do with it."""

@@ -45,7 +45,7 @@ class EMA(Callback):
         """Start from the initial weights, unless a checkpoint gave an average."""
         for name, parameter in trainable_parameters(pl_module).items():
             known = self.average.get(name, parameter.detach().clone())
-            self.average[name] = in_full(as_sharded(known, parameter))
+            self.average[name] = in_full(as_sharded(known, parameter), parameter)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -57,7 +57,7 @@ class EMA(Callback):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = trainable_parameters(pl_module)
         averages = [self.average[name] for name in parameters]
-        torch._foreach_lerp_(averages, [in_full(parameter) for parameter in parameters.values()], 1 - decay)
+        torch._foreach_lerp_(averages, [in_full(parameter, parameter) for parameter in parameters.values()], 1 - decay)
         self.updates = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -99,7 +99,7 @@ class EMA(Callback):
             weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
             if faults := differences(here, weights):
                 raise UserError(f"the checkpoint's average is of another network, or is damaged: {faults}")
-            self.average = {n: in_full(as_sharded(weights[n].clone(), parameter)) for n, parameter in here.items()}
+            self.average = {n: in_full(as_sharded(weights[n].clone(), p), p) for n, p in here.items()}
             self.updates = checkpoint["ema"]["updates"]
 
     @torch.no_grad()
@@ -121,9 +121,9 @@ class EMA(Callback):
             self._raw = {}
 
 
-def in_full(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or as it is where it has that precision or more."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def in_full(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor in the precision of a parameter's average: float32, or its own where that has more."""
+    return tensor.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def trainable_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
