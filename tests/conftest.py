@@ -1,9 +1,51 @@
+import fcntl
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from small_runs import train_small_squares
 
 from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
+from elt_lightning.metrics import digits
+from elt_lightning.metrics.handwriting import Handwriting
+
+CPU_BEFORE = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", action="store_true", help="durations are CPU seconds, of ended child processes too")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("cpu"):
+        now = sum(os.times()[:4])
+        report.duration = now - item.config.stash.get(CPU_BEFORE, now)
+        item.config.stash[CPU_BEFORE] = now
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_digit_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Train the network that reads digits once for all processes of tests: in each folder it would become the same."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digit_network.safetensors"
+    train = digits.train_digit_network
+
+    def train_once(network: digits.DigitNetwork, training: Handwriting) -> None:
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                train(network, training)
+                save_file(network.state_dict(), path)
+        network.load_state_dict(load_file(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "train_digit_network", train_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.utils.tensorboard",
         "elt_lightning.commands.encode",
-        "elt_lightning.commands.encode_ucf101",
         "elt_lightning.commands.train",
         "elt_lightning.data.toy.digits",
         "elt_lightning.data.imagenet",

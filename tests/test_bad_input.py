@@ -84,6 +84,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_class_folders(folder / "pictures", per_class=4)
     write_tars(folder / "tars")
     write_shards(folder / "tokens", INDEX)
+    index = json.loads((folder / "tokens" / "index.json").read_text())
+    for shard in index["shards"]:
+        shard.pop("crc32", None)  # as in older sets: what is spoiled is to be found by what it is, not by a checksum
+    (folder / "tokens" / "index.json").write_text(json.dumps(index))
     (folder / "latents.yaml").write_text(LATENTS)
     (folder / "tokens.yaml").write_text(TOKENS)
     (folder / "notes.txt").write_text("What was there before.\n")
@@ -170,7 +174,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "fit on no devices": ([*FIT, "--trainer.devices=0"], "devices"),
     "fit from a checkpoint of another model": (
         [*FIT, "--ckpt_path=trained/checkpoints/last.ckpt", "--run_dir=new"],
-        "another network: 27 weights differ",
+        "the checkpoint is of another network",
     ),
     "fit from a checkpoint of another optimiser": (
         [
@@ -276,7 +280,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         "notes.txt",
     ),
     "stats of no pictures": (
-        ["stats", "--images=nowhere", "--inception_path=notes.txt", "--output=new.npz"],
+        ["stats", "--images=nowhere", "--size=8", "--inception_path=notes.txt", "--output=new.npz"],
         "notes.txt",
     ),
     "plan of no config": (["plan"], "needs a config: --config PATH"),
@@ -723,7 +727,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "without classes": (folder_without_classes, "no class folder"),
     "with an empty class": (folder_with_an_empty_class, "cat"),
     "with a link to nothing": (folder_with_a_dangling_link, "not one picture"),
-    "that holds itself": (folder_in_a_circle, "Too many levels of symbolic links"),
+    "that holds itself": (folder_in_a_circle, "again is a link to a folder that it lies in"),
     "of an empty tar": (file_of("a.tar", b""), "cut short"),
     "of a tar cut in its first header": (file_of("a.tar", PICTURES_TAR[:100]), "cut short"),
     "of a tar cut in its first picture": (file_of("a.tar", PICTURES_TAR[:1024]), "cut short"),

@@ -123,7 +123,7 @@ def test_sweep_does_not_depend_on_its_batch_size(checkpoint: Path) -> None:
     reports = []
     for size in (12, 5):
         folder = f"runs/batches_of_{size}"
-        flags = ["--loops=2", f"--loop_metrics.batch_size={size}", f"--run_dir={folder}"]
+        flags = ["--loops=2", "--num_samples=12", f"--loop_metrics.batch_size={size}", f"--run_dir={folder}"]
         assert main(["test", "--ckpt_path", str(checkpoint), *flags]) == 0
         reports.append(json.loads(Path(folder, "loops.json").read_text())["rows"][0]["metrics"])
     for name in reports[0]:
@@ -133,7 +133,7 @@ def test_sweep_does_not_depend_on_its_batch_size(checkpoint: Path) -> None:
 def test_averaged_and_raw_weights_are_judged_apart(checkpoint: Path) -> None:
     scores = []
     for weights in ("ema", "raw"):
-        flags = ["--loops=4", f"--weights={weights}", f"--run_dir=runs/{weights}"]
+        flags = ["--loops=4", "--num_samples=12", f"--weights={weights}", f"--run_dir=runs/{weights}"]
         assert main(["test", "--ckpt_path", str(checkpoint), *flags]) == 0
         report = json.loads(Path(f"runs/{weights}/loops.json").read_text())
         assert report["weights"] == weights
@@ -195,7 +195,12 @@ def test_flags_win_over_config_and_config_over_checkpoint(checkpoint: Path, tmp_
     layers.append([*layers[1], "--model.sampler.init_args.steps=5"])
     for number, layer in enumerate(layers):
         folder = tmp_path / str(number)
-        assert main(["test", *layer, "--ckpt_path", str(checkpoint), "--loops=1", f"--run_dir={folder}"]) == 0
+        assert (
+            main(
+                ["test", *layer, "--ckpt_path", str(checkpoint), "--loops=1", "--num_samples=12", f"--run_dir={folder}"]
+            )
+            == 0
+        )
         found.append(json.loads((folder / "loops.json").read_text())["sampling_steps"])
     assert found == [3, 4, 5]
 
@@ -204,7 +209,7 @@ def test_a_run_folder_is_never_used_twice(checkpoint: Path, refused: Callable[..
     message = refused("fit", "--config", str(QUICKSTART), "--run_dir=runs/small")
     assert "runs/small" in message
     for _ in range(2):
-        assert main(["test", "--ckpt_path", str(checkpoint), "--loops=1"]) == 0
+        assert main(["test", "--ckpt_path", str(checkpoint), "--loops=1", "--num_samples=12"]) == 0
     assert Path("runs/small/test_0/loops.json").is_file()
     assert Path("runs/small/test_1/loops.json").is_file()
 
@@ -263,6 +268,7 @@ def test_a_checkpoint_of_another_shape_or_a_truncated_one_is_refused(
     assert "not a readable checkpoint" in refused("sample", "--ckpt_path", str(half), "--output=none.png")
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_weights() -> None:
     """An epoch of digits is 22 batches, here in halves: the kill falls inside one, and training goes into the next."""
     settings = ["--config", str(DIGITS), *SMALL, "--data.init_args.batch_size=64"]
@@ -294,6 +300,7 @@ def test_killed_training_resumes_to_the_same_weights() -> None:
     assert_same(whole["lr_schedulers"], resumed["lr_schedulers"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_measure_as_one_does() -> None:
     settings = ["--config", str(DIGITS), *SMALL, "--data.init_args.batch_size=32", "--loop_metrics.num_samples=15"]
     settings += ["--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]

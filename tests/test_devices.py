@@ -23,6 +23,8 @@ from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.data.shards import ShardIndex
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 SCRIPTS = Path(__file__).parent.parent / "docs" / "devices.md"
 SETTINGS = ["--config", str(CONFIGS / "digits.yaml"), *SMALL, "--trainer.accelerator=cpu", "--trainer.max_steps=6"]
@@ -106,7 +108,6 @@ def test_two_devices_train_as_one_does(home: Path, optimiser: str, strategy: str
     assert logged["train/student_loops"] == expected["train/student_loops"]
 
 
-@pytest.mark.slow
 def test_two_nodes_of_two_devices_train_as_one_does(home: Path) -> None:
     """Weights are shared out within a node, and each node has a copy; srun starts the processes."""
     flags = [*SGD, SHARDED, "--trainer.devices=2", "--trainer.num_nodes=2", "--run_dir=runs/nodes"]

@@ -55,7 +55,7 @@ def test_a_checkpoint_says_how_to_build_model_and_tokenizer(checkpoint: Path) ->
 
 
 def test_sweep_scores_continuous_pictures_as_it_does_tokens(checkpoint: Path) -> None:
-    flags = ["--loops", "1,4,6", "--guidance=1,2", "--run_dir=runs/sweep"]
+    flags = ["--loops", "1,4,6", "--guidance=1,2", "--num_samples=12", "--run_dir=runs/sweep"]
     assert main(["test", "--ckpt_path", str(checkpoint), *flags]) == 0
     report = json.loads(Path("runs/sweep/loops.json").read_text())
     assert (report["primary_metric"], report["train_loops"], report["sampling_steps"]) == ("valid_squares", 4, 3)
@@ -80,7 +80,11 @@ def test_predict_and_sample_draw_from_the_checkpoint(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["DDPMSampler", "DDIMSampler"])
 def test_another_sampler_takes_the_place_of_the_trained_one(sampler: str, checkpoint: Path) -> None:
-    flags = [f"--model.sampler=elt_lightning.samplers.diffusion.{sampler}", "--model.sampler.init_args.steps=2"]
+    flags = [
+        f"--model.sampler=elt_lightning.samplers.diffusion.{sampler}",
+        "--model.sampler.init_args.steps=2",
+        "--num_samples=12",
+    ]
     assert main(["test", "--ckpt_path", str(checkpoint), *flags, "--loops=2", f"--run_dir=runs/{sampler}"]) == 0
     assert json.loads(Path(f"runs/{sampler}/loops.json").read_text())["sampling_steps"] == 2
 

@@ -23,6 +23,8 @@ from elt_lightning.data.shards import ShardIndex
 from elt_lightning.data.streams import HeldOutStream
 from elt_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 # The same examples in every run: what fails once fails again, and a run that passed passes.
 fuzzed = settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -29,6 +29,8 @@ from video_files import write_ucf101
 
 from elt_lightning.metrics.digits import DigitNetwork
 
+pytestmark = pytest.mark.slow
+
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 FIT = ["fit", "--config", str(DIGITS), *SMALL, "--trainer.accelerator=cpu", "--trainer.max_steps=16"]
 FIT += [

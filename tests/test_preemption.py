@@ -93,14 +93,15 @@ TWO_DEVICES = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 A_LOADER = ["--data.init_args.num_workers=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "to_all", "number"),
     [
         pytest.param([], False, signal.SIGTERM, id="alone"),
         pytest.param(A_LOADER, True, signal.SIGTERM, id="with its loader process"),
         pytest.param(A_LOADER, True, signal.SIGINT, id="with its loader process, Ctrl-C"),
-        pytest.param(TWO_DEVICES, False, signal.SIGTERM, id="the first of two", marks=pytest.mark.slow),
-        pytest.param(TWO_DEVICES, True, signal.SIGINT, id="two, Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(TWO_DEVICES, False, signal.SIGTERM, id="the first of two"),
+        pytest.param(TWO_DEVICES, True, signal.SIGINT, id="two, Ctrl-C"),
     ],
 )
 def test_a_terminated_program_saves_its_step_and_resumes_to_the_same_weights(
@@ -135,6 +136,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     assert path.exists(), process.poll()
 
 
+@pytest.mark.slow
 def test_a_loader_process_does_not_outlive_the_program(folder: Path) -> None:
     """It ignores SIGTERM; killed without warning, the program cannot tell it to end."""
     process = elt("fit", *SETTINGS, *A_LOADER, "--checkpoint.every_n_train_steps=2", "--run_dir=run")
@@ -260,6 +262,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(
     check_the_last_is_good(folder, 4)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_half_a_checkpoint_leaves_none_of_it(whole: Path, folder: Path) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the middle of the file."""
     assert main(["fit", *SETTINGS, "--run_dir=run", "--trainer.max_steps=2"]) == 0
@@ -291,6 +294,7 @@ MOUNTED = ["--user", "--map-root-user", "--mount", "sh"]
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs run && cp -a whole/. run && shift && "$@"; status=$?; cp -a run/. left; '
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="needs a file system of its own, for which this user may not ask")
 @pytest.mark.parametrize("room", [0.5, 1.5], ids=["no room for a second", "no room for a third"])
 def test_a_disk_that_is_full_indeed(room: float, whole: Path, folder: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_runs import SMALL_SQUARES
 
-from elt_lightning import meter
 from elt_lightning.cli import main
+from elt_lightning.training import meter
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 FIT = ["fit", "--config", str(QUICKSTART), *SMALL_SQUARES]

@@ -53,7 +53,7 @@ def test_checkpoints_and_results_lie_in_the_run_whatever_the_loggers(loggers: st
     if loggers != LOGGERS:
         return
     assert main([*FIT, "--config=loggers.yaml", "--run_dir=run"]) == 2  # it holds a run
-    assert main(["test", "--config=loggers.yaml", "--ckpt_path", last, "--loops=1"]) == 0
+    assert main(["test", "--config=loggers.yaml", "--ckpt_path", last, "--loops=1", "--num_samples=12"]) == 0
     assert main(["predict", "--config=loggers.yaml", "--ckpt_path", last, "--num_samples=2"]) == 0
     assert Path("run/test_0/loops.json").is_file()
     assert Path("run/predict_0/samples.npz").is_file()
@@ -98,7 +98,7 @@ def test_a_checkpoint_outside_of_runs_gets_a_run_and_data_are_found_where_it_was
     small_squares: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(small_squares, "model.ckpt")
-    assert main(["test", "--ckpt_path=model.ckpt", "--loops=1"]) == 0
+    assert main(["test", "--ckpt_path=model.ckpt", "--loops=1", "--num_samples=12"]) == 0
     assert Path("runs/model_0/loops.json").is_file()
     assert main(["sample", "--ckpt_path=model.ckpt", "--num=1"]) == 0  # its tokenizer is found there too
     assert main(["fit", "--ckpt_path=model.ckpt", "--trainer.max_steps=7"]) == 0
@@ -119,7 +119,7 @@ def test_data_that_are_not_where_the_run_was_made_are_found_here_and_what_is_mad
     torch.save(content, "model.ckpt")
     codebook = next(Path("data/latin_squares").glob("codebook_*"))
     codebook.unlink()
-    assert main(["test", "--ckpt_path=model.ckpt", "--loops=1"]) == 0
+    assert main(["test", "--ckpt_path=model.ckpt", "--loops=1", "--num_samples=12"]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "made" in line] == [
         f"made {codebook}: the codebook"
     ]

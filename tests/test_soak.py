@@ -26,7 +26,10 @@ WARM_UP = 0.4
 BYTES_PER_STEP = 4_000
 """What memory may grow by; a batch that were kept, with the graph of its loss, is many times that."""
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measured as Linux counts")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measured as Linux counts"),
+]
 
 
 class Watch(Callback):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from elt_lightning.commands.encode import build_tokenizer
+from elt_lightning.commands.encode_images import build_tokenizer
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers import vq_losses

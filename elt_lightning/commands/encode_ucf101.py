@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from elt_lightning.commands.arguments import device_of, number_from
-from elt_lightning.commands.encode import add_shared_arguments, build, encode_into_shards, find_class
+from elt_lightning.commands.encoding import add_shared_arguments, build, encode_into_shards, find_class
 from elt_lightning.data.encode_clips import ClipEncoding, ClipSource, ClipTokenizer
 from elt_lightning.data.ucf101 import Split, list_videos, read_classes
 from elt_lightning.errors import UserError

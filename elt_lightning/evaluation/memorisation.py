@@ -10,8 +10,8 @@ from torch import Tensor
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.evaluation.pictures import nearest_figure
 from elt_lightning.files import written_aside
-from elt_lightning.meter import counted
 from elt_lightning.metrics.nearest import Nearest, nearest_items
+from elt_lightning.training.meter import counted
 
 
 @torch.inference_mode()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.meter import counted
 from elt_lightning.metrics.c3d import C3D
 from elt_lightning.metrics.fid import name_with_count, rank_and_world_size
 from elt_lightning.metrics.frechet import FixedPrecisionMetric, Moments, MomentSums, frechet_distance
@@ -24,6 +23,7 @@ from elt_lightning.metrics.reference import (
     write_moments,
 )
 from elt_lightning.metrics.video_protocols import VideoProtocol
+from elt_lightning.training.meter import counted
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
 from elt_lightning.tokenizers.base import to_bytes
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

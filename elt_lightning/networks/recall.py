@@ -79,7 +79,7 @@ class ResidualRecall(Recall):
         decay: a at the beginning.
     """
 
-    def __init__(self, width: int, decay: float = 0.9) -> None:
+    def __init__(self, width: int, decay: float = 0.7) -> None:
         super().__init__()
         self.logit = Parameter(torch.full((width,), decay).logit())
 

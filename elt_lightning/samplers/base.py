@@ -41,11 +41,15 @@ class Sampler(ABC):
         steps: K, sampling steps.
         guidance: classifier-free guidance.
         carry_state: begin the loop of every step but the first from the state that the step before ended with, in both
-            branches of guidance; this needs a network with recall. None: where the network has recall.
+            branches of guidance; this needs a network with recall. None: where the network has recall and
+            ``carries_by_default`` says so.
 
     Raises:
         ValueError: fewer than one step.
     """
+
+    carries_by_default: bool
+    """Whether a carried state was measured to hurt at no loop count from 1 to that of training."""
 
     def __init__(
         self,
@@ -108,7 +112,8 @@ class Sampler(ABC):
                 "carry_state needs a network with recall, and this one has none: set the sampler's carry_state to "
                 "false or null, or train a network with recall: true"
             )
-        return self.with_carry_state(has_recall if self.carry_state is None else self.carry_state)
+        chosen = self.carries_by_default if self.carry_state is None else self.carry_state
+        return self.with_carry_state(has_recall and chosen)
 
     def loops_per_step(self, loops: Loops) -> list[int]:
         """Write out the loop count of each step.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import ImageTokenizer
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 CHANNELS = (128, 128, 256, 256, 512)
 """Of the five levels, full size first; each has half the height and width of the one before it."""

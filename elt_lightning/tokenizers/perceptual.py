@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 PUBLISHED = "https://download.pytorch.org/models/vgg16-397923af.pth"
 

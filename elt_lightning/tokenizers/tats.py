@@ -24,7 +24,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import squared_distances
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 CHANNELS = (32, 64, 128, 256)
 """Of the encoder: at full size, and after each of its three blocks."""

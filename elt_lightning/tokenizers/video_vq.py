@@ -15,7 +15,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
 from elt_lightning.tokenizers.base import ImageTokenizer, Tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 FORMAT = "elt_lightning.vq.1"
 

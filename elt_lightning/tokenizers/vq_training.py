@@ -29,7 +29,7 @@ from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
 from elt_lightning.training.optimiser import LearningRateSchedule, with_schedule
 from elt_lightning.training.runs import log_picture
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 """Settings in which a 2-D tokenizer that is inflated may differ: the weights' shapes do not depend on them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharding import as_sharded, release_weights
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 
 class EMA(Callback):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.ema import EMA
-from elt_lightning.weights import own_part
+from elt_lightning.training.weights import own_part
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
 from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
-from elt_lightning.weights import differences
+from elt_lightning.training.weights import differences
 
 HELD_OUT_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""

@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from elt_lightning.errors import UserError
-from elt_lightning.weights import own_part
+from elt_lightning.training.weights import own_part
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:

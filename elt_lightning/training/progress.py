@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from elt_lightning.meter import Meter
+from elt_lightning.training.meter import Meter
 
 
 class Progress(Callback):

@@ -1,0 +1,165 @@
+"""What the kinds of `elt encode` share: flags, the run over this process's shards, finding a tokenizer."""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elt_lightning.commands.arguments import SEEDS, number_from
+from elt_lightning.data.crops import Crops, default_workers
+from elt_lightning.data.encode import Encoding, ShardFolder
+from elt_lightning.data.images import ImageSource
+from elt_lightning.data.shards import INDEX
+from elt_lightning.errors import UserError, printable
+from elt_lightning.training.meter import Meter
+
+
+def add_shared_arguments(
+    parser: argparse.ArgumentParser, thing: str, size: int, samples_per_shard: int, batch_size: int
+) -> None:
+    """Describe what every kind's command line has; ``thing`` is what one sample is called, the rest are defaults."""
+    parser.add_argument("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
+    parser.add_argument("--size", type=number_from(1), default=size, help=f"side of the centre crop (default {size})")
+    parser.add_argument("--mirrored", action="store_true", help=f"keep the codes of each {thing}'s mirror image too")
+    parser.add_argument(
+        "--shard",
+        type=share,
+        default=(0, 1),
+        metavar="I/N",
+        help="do the I-th of N equal shares, I from 0 (default 0/1)",
+    )
+    parser.add_argument(
+        "--samples_per_shard",
+        type=number_from(1),
+        default=samples_per_shard,
+        help=f"default {samples_per_shard}",
+    )
+    parser.add_argument(
+        "--batch_size", type=number_from(1), default=batch_size, help=f"{thing}s encoded at once (default {batch_size})"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=number_from(0),
+        default=default_workers(),
+        help="decoding processes (default: one per core)",
+    )
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    parser.add_argument(
+        "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
+    )
+    parser.add_argument(
+        "--seed", type=number_from(0, SEEDS), default=0, help="of the order of a folder's files (default 0)"
+    )
+
+
+def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: torch.device) -> None:
+    """Do this process's share of the shards, and write the index when all are done.
+
+    Raises:
+        UserError: the output folder holds something else, or too much cannot be read.
+    """
+    source = encoding.source
+    folder = ShardFolder(options.output, encoding.settings())
+    share_number, shares = options.shard
+    mine = range(share_number, source.num_parts, shares)
+    parts = [part for part in mine if folder.finished(part) is None]
+    print(f"{options.output}: {source.num_parts} shards, {len(mine)} of them this process's, {len(parts)} still to do")
+    crops = encoding.run(folder, parts, options.batch_size, options.num_workers, device, options.max_unreadable)
+    with closing(crops):
+        summary = watch(crops, count_pictures(source, parts), encoding)
+    index = encoding.write_index(folder, options.max_unreadable)
+    if index is None:
+        missing = sum(folder.finished(part) is None for part in range(source.num_parts))
+        print(f"{summary}; {missing} of {source.num_parts} shards are missing: the other --shards make them")
+    else:
+        skipped = f", without {len(index.unreadable)} unreadable ones" if index.unreadable else ""
+        print(
+            f"{summary}; {options.output / INDEX} lists {index.num_samples} {encoding.thing}s{skipped}, "
+            f"{len(index.classes)} classes, {len(index.shards)} shards"
+        )
+
+
+def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
+    """Count what is to do, None where that would mean reading it."""
+    counts = [source.count(part) for part in parts]
+    return None if None in counts else sum(count or 0 for count in counts)
+
+
+def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> str:
+    """Show how the work goes, name what is unreadable, and say at the end what was done and how fast.
+
+    Args:
+        batches: what was encoded.
+        total: of what is to do, None if unknown.
+        encoding: says what it is called.
+    """
+    done = num_unreadable = 0
+    began = time.perf_counter()
+    with Meter(total, encoding.thing) as meter:
+        for crops in batches:
+            for name, reason in crops.unreadable:
+                print(
+                    f"unreadable, skipped: {printable(name)} ({printable(' '.join(reason.split()))})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            done += crops.num_tried
+            num_unreadable += len(crops.unreadable)
+            meter.show(done)
+    speed = done / (time.perf_counter() - began)
+    encoded = f"{done - num_unreadable} {encoding.thing}s encoded now"
+    return f"{encoded}, {num_unreadable} unreadable, {speed:.1f} {encoding.unit}"
+
+
+def find_class(name: str, short_names: dict[str, str]) -> Any:
+    """Import what a short name or a class path means.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    module_name, _, class_name = short_names.get(name, name).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(short_names)
+        raise UserError(
+            f"--tokenizer {name} is neither one of {known} nor a class that can be imported ({error})"
+        ) from error
+
+
+def build(kind: Any, name: str, path: str | None) -> Any:
+    """Build a tokenizer, with its file where one is given.
+
+    Raises:
+        UserError: its file is missing or wrong, or it takes none.
+    """
+    try:
+        return kind(**({} if path is None else {"path": path}))
+    except TypeError as error:
+        raise UserError(f"--tokenizer {name} with --tokenizer_path {path}: {error}") from error
+
+
+def share(text: str) -> tuple[int, int]:
+    """Parse a share of the work: I/N with 0 ≤ I < N."""
+    number, _, shares = text.partition("/")
+    if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N − 1, such as 0/4")
+    return int(number), int(shares)
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
