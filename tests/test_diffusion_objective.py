@@ -23,7 +23,6 @@ from elt_lightning.processes.gaussian import (
     predicted,
     sigmoid_weight,
 )
-from elt_lightning.processes.gaussian import GaussianProcess as of
 from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
 
@@ -180,7 +179,9 @@ def test_weights_of_x_v_and_epsilon_agree() -> None:
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [DiffusionObjective(of("v")), FlowMatchingObjective(of("velocity"))])
+@pytest.mark.parametrize(
+    "objective", [DiffusionObjective(GaussianProcess("v")), FlowMatchingObjective(GaussianProcess("velocity"))]
+)
 def test_corruption_depends_on_seed_and_step_alone(objective: DiffusionObjective | FlowMatchingObjective) -> None:
     x, seeds = torch.randn(6, *SHAPE), random_seeds(6)
     together = objective.corrupt(x, seeds, 11)
@@ -191,7 +192,9 @@ def test_corruption_depends_on_seed_and_step_alone(objective: DiffusionObjective
     assert not torch.equal(objective.corrupt(x, seeds, 12).time, together.time)
 
 
-@pytest.mark.parametrize("objective", [DiffusionObjective(of("epsilon")), FlowMatchingObjective(of("velocity"))])
+@pytest.mark.parametrize(
+    "objective", [DiffusionObjective(GaussianProcess("epsilon")), FlowMatchingObjective(GaussianProcess("velocity"))]
+)
 def test_times_and_noise_have_nothing_in_common(objective: DiffusionObjective | FlowMatchingObjective) -> None:
     corrupted = objective.corrupt(torch.zeros(4000, *SHAPE), random_seeds(4000), 3)  # of no data the target is ε
     noise = corrupted.target.flatten(1)
@@ -201,7 +204,7 @@ def test_times_and_noise_have_nothing_in_common(objective: DiffusionObjective | 
 
 def test_times_are_uniform_and_inputs_have_the_right_amounts() -> None:
     schedule = ShiftedCosine(shift=0.5)
-    objective = DiffusionObjective(of("epsilon", schedule))
+    objective = DiffusionObjective(GaussianProcess("epsilon", schedule))
     x = torch.randn(1, *SHAPE).expand(4000, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(4000), 0)
     time = corrupted.time
@@ -246,7 +249,7 @@ def x_space_ilsd(
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_ilsd_in_x_space_is_the_papers_formula(kind: Prediction) -> None:
-    objective = DiffusionObjective(of(kind, ShiftedCosine(0.5)), weight_bias=1.5)
+    objective = DiffusionObjective(GaussianProcess(kind, ShiftedCosine(0.5)), weight_bias=1.5)
     x = torch.randn(64, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(64), 4)
     # Outputs near the truth, as the last digit of x̂ is all that is left of v or ε at the ends of time.
@@ -267,7 +270,7 @@ def test_the_same_denoiser_has_the_same_loss_whatever_it_predicts() -> None:
     error = torch.randn(32, *SHAPE)
     losses = []
     for kind in PREDICTIONS:
-        objective = DiffusionObjective(of(kind))
+        objective = DiffusionObjective(GaussianProcess(kind))
         corrupted = objective.corrupt(x, seeds, 9)
         a, s = objective.schedule.amounts(objective.schedule.logsnr(corrupted.time))
         slope = {"x": torch.ones_like(a), "v": -s, "epsilon": -s / a}[kind].view(-1, 1, 1, 1)  # d x̂ / d prediction
@@ -278,7 +281,7 @@ def test_the_same_denoiser_has_the_same_loss_whatever_it_predicts() -> None:
 
 
 def test_the_teacher_gets_no_gradient_from_the_student() -> None:
-    for objective in (DiffusionObjective(of("v")), FlowMatchingObjective(of("velocity"))):
+    for objective in (DiffusionObjective(GaussianProcess("v")), FlowMatchingObjective(GaussianProcess("velocity"))):
         corrupted = objective.corrupt(torch.randn(3, *SHAPE), random_seeds(3), 0)
         student, teacher = (torch.randn(3, *SHAPE, requires_grad=True) for _ in range(2))
         objective.distillation(student, teacher, corrupted).sum().backward()
@@ -294,7 +297,7 @@ def test_losses_and_denoised_are_finite_at_the_ends_of_time(
     kind: Prediction, dtype: torch.dtype, time: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diffusion_objective, "uniform", lambda seeds, *_: torch.full((len(seeds),), time))
-    objective = DiffusionObjective(of(kind))
+    objective = DiffusionObjective(GaussianProcess(kind))
     x = torch.randn(8, *SHAPE).to(dtype)
     corrupted = objective.corrupt(x, random_seeds(8), 0)
     student, teacher = (torch.randn(8, *SHAPE).to(dtype).requires_grad_() for _ in range(2))
@@ -314,7 +317,7 @@ def test_losses_and_denoised_are_finite_at_the_ends_of_time(
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_denoised_of_the_target_is_the_data(kind: Prediction) -> None:
-    objective = DiffusionObjective(of(kind, random_schedule()))
+    objective = DiffusionObjective(GaussianProcess(kind, random_schedule()))
     x = torch.randn(200, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(200), 1)
     denoised = objective.process.denoised(corrupted.target, corrupted.inputs, no_labels(corrupted.time))
@@ -331,7 +334,7 @@ def test_masked_logits_pass_through_denoised() -> None:
 
 
 def test_flow_matching_times_are_logit_normal_and_the_velocity_leads_home() -> None:
-    objective = FlowMatchingObjective(of("velocity"), time_mean=0.4, time_std=0.8)
+    objective = FlowMatchingObjective(GaussianProcess("velocity"), time_mean=0.4, time_std=0.8)
     x = torch.randn(4000, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(4000), 2)
     time = corrupted.time.double()
@@ -349,7 +352,7 @@ def test_flow_matching_times_are_logit_normal_and_the_velocity_leads_home() -> N
 
 
 def test_flow_matching_losses_are_mean_squares() -> None:
-    objective = FlowMatchingObjective(of("velocity"))
+    objective = FlowMatchingObjective(GaussianProcess("velocity"))
     corrupted = objective.corrupt(torch.randn(3, *SHAPE), random_seeds(3), 0)
     student, teacher = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
     for i, loss in enumerate(objective.ground_truth(student, corrupted).tolist()):
@@ -362,4 +365,4 @@ def test_impossible_objectives_are_refused() -> None:
     with pytest.raises(ValueError, match="prediction"):
         GaussianProcess("noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="time_std"):
-        FlowMatchingObjective(of("velocity"), time_std=0.0)
+        FlowMatchingObjective(GaussianProcess("velocity"), time_std=0.0)
