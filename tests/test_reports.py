@@ -3,6 +3,7 @@ import io
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
@@ -268,8 +270,8 @@ def module() -> ELTModule:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
-    sampler = MaskGITSampler(9, 4, steps=3)
-    return ELTModule(network, MaskedObjective(9), ILSD(3), sampler, num_classes=4).eval()
+    sampler = partial(MaskGITSampler, steps=3)
+    return ELTModule(network, MaskingProcess(9), MaskedObjective, ILSD(3), sampler, num_classes=4).eval()
 
 
 def run(module: ELTModule, sweep: Sweep, loops: int, scale: float = 1.0) -> tuple[Row, Recorder]:

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.guidance import Guidance
 
@@ -35,6 +36,7 @@ class Sampler(ABC):
     """Draws samples by calling a prediction function once per step.
 
     Args:
+        process: the model's.
         num_classes: the null class.
         steps: K, sampling steps.
         guidance: classifier-free guidance.
@@ -46,10 +48,16 @@ class Sampler(ABC):
     """
 
     def __init__(
-        self, num_classes: int, steps: int, guidance: Guidance | None = None, carry_state: bool | None = None
+        self,
+        process: Process,
+        num_classes: int,
+        steps: int,
+        guidance: Guidance | None = None,
+        carry_state: bool | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+        self.process = process
         self.num_classes, self.steps, self.guidance = num_classes, steps, guidance or Guidance()
         self.carry_state = carry_state
 
