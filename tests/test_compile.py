@@ -15,6 +15,7 @@ from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
@@ -139,7 +140,7 @@ def test_mixed_precision_casts_the_weights_once_for_all_loops() -> None:
 def test_samples_of_a_compiled_network() -> None:
     compiled, plain = pair(masked)
     compiled.backbone.compile_loop(backend="eager")
-    sampler = MaskGITSampler(13, 5, steps=6, guidance=Guidance(2.0, interval=(0.0, 0.5)))
+    sampler = MaskGITSampler(MaskingProcess(13), 5, steps=6, guidance=Guidance(2.0, interval=(0.0, 0.5)))
     labels, seeds = torch.arange(4), sample_seeds(3, torch.arange(4))
 
     def draw(network: Network) -> Tensor:

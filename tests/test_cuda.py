@@ -14,11 +14,13 @@ from elt_lightning.cli import main
 from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, random_bits, sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
@@ -103,22 +105,22 @@ def test_predictions_are_those_of_the_cpu(make: Callable[[], Network]) -> None:
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "maskgit": lambda: MaskGITSampler(CODES, CLASSES, 4, guidance=Guidance(2.0)),
-    "ddpm": lambda: DDPMSampler(CLASSES, 4, guidance=Guidance(2.0)),
-    "ddim": lambda: DDIMSampler(CLASSES, 4, guidance=Guidance(2.0)),
-    "dpm": lambda: DPMSolverSampler(CLASSES, 4, guidance=Guidance(2.0)),
+    "maskgit": lambda: MaskGITSampler(MaskingProcess(CODES), CLASSES, 4, guidance=Guidance(2.0)),
+    "ddpm": lambda: DDPMSampler(GaussianProcess(), CLASSES, 4, guidance=Guidance(2.0)),
+    "ddim": lambda: DDIMSampler(GaussianProcess(), CLASSES, 4, guidance=Guidance(2.0)),
+    "dpm": lambda: DPMSolverSampler(GaussianProcess(), CLASSES, 4, guidance=Guidance(2.0)),
 }
 
 
 def drawer(name: str, network: Network) -> Callable[[int], Tensor]:
-    objective: Objective = MaskedObjective(CODES) if name == "maskgit" else DiffusionObjective()
+    process: Process = MaskingProcess(CODES) if name == "maskgit" else GaussianProcess()
     index = torch.arange(BATCH, device="cuda")
     seeds, condition, sampler = sample_seeds(0, index), Condition(index % CLASSES), SAMPLERS[name]()
 
     @torch.no_grad()
     def draw(loops: int) -> Tensor:
         return sampler.sample(
-            stateless(lambda x, c, loops: objective.denoised(network(x, c, loops).predictions[loops], x, c)),
+            stateless(lambda x, c, loops: process.denoised(network(x, c, loops).predictions[loops], x, c)),
             network.sample_shape,
             condition,
             loops,
@@ -149,10 +151,10 @@ def test_training_steps_do_not_wait_for_the_device(
     make: Callable[[], Network], precision: torch.dtype | None, request: pytest.FixtureRequest
 ) -> None:
     network = build(make).train()
-    objective: Objective = MaskedObjective(CODES) if make is masked else DiffusionObjective()
+    process: Process = MaskingProcess(CODES) if make is masked else GaussianProcess()
+    objective, sampler = (MaskedObjective, MaskGITSampler) if make is masked else (DiffusionObjective, DDPMSampler)
     optimizer = prefer_fused(torch.optim.AdamW(network.parameters(), lr=1e-3))
-    sampler = MaskGITSampler(CODES, CLASSES) if make is masked else DDPMSampler(CLASSES)
-    module = ELTModule(network, objective, ILSD(4), sampler, CLASSES)
+    module = ELTModule(network, process, objective, ILSD(4), sampler, CLASSES)  # type: ignore[arg-type]
     index = torch.arange(BATCH, device="cuda")
     x = torch.randint(0, CODES, (BATCH, 64), device="cuda") if make is masked else torch.randn(BATCH, 4, 16, 16).cuda()
 

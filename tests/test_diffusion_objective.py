@@ -12,9 +12,9 @@ from elt_lightning.objectives.base import Corrupted
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.flow_matching import FlowMatchingObjective
 from elt_lightning.objectives.ilsd import ILSD
-from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import (
+    GaussianProcess,
     Prediction,
     ShiftedCosine,
     StraightPath,
@@ -23,6 +23,7 @@ from elt_lightning.processes.gaussian import (
     predicted,
     sigmoid_weight,
 )
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
 
 PREDICTIONS: tuple[Prediction, ...] = ("x", "v", "epsilon")
@@ -178,7 +179,9 @@ def test_weights_of_x_v_and_epsilon_agree() -> None:
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [DiffusionObjective(), FlowMatchingObjective()])
+@pytest.mark.parametrize(
+    "objective", [DiffusionObjective(GaussianProcess("v")), FlowMatchingObjective(GaussianProcess("velocity"))]
+)
 def test_corruption_depends_on_seed_and_step_alone(objective: DiffusionObjective | FlowMatchingObjective) -> None:
     x, seeds = torch.randn(6, *SHAPE), random_seeds(6)
     together = objective.corrupt(x, seeds, 11)
@@ -189,7 +192,9 @@ def test_corruption_depends_on_seed_and_step_alone(objective: DiffusionObjective
     assert not torch.equal(objective.corrupt(x, seeds, 12).time, together.time)
 
 
-@pytest.mark.parametrize("objective", [DiffusionObjective("epsilon"), FlowMatchingObjective()])
+@pytest.mark.parametrize(
+    "objective", [DiffusionObjective(GaussianProcess("epsilon")), FlowMatchingObjective(GaussianProcess("velocity"))]
+)
 def test_times_and_noise_have_nothing_in_common(objective: DiffusionObjective | FlowMatchingObjective) -> None:
     corrupted = objective.corrupt(torch.zeros(4000, *SHAPE), random_seeds(4000), 3)  # of no data the target is ε
     noise = corrupted.target.flatten(1)
@@ -199,7 +204,7 @@ def test_times_and_noise_have_nothing_in_common(objective: DiffusionObjective | 
 
 def test_times_are_uniform_and_inputs_have_the_right_amounts() -> None:
     schedule = ShiftedCosine(shift=0.5)
-    objective = DiffusionObjective(schedule=schedule, prediction="epsilon")
+    objective = DiffusionObjective(GaussianProcess("epsilon", schedule))
     x = torch.randn(1, *SHAPE).expand(4000, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(4000), 0)
     time = corrupted.time
@@ -244,7 +249,7 @@ def x_space_ilsd(
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_ilsd_in_x_space_is_the_papers_formula(kind: Prediction) -> None:
-    objective = DiffusionObjective(kind, ShiftedCosine(0.5), weight_bias=1.5)
+    objective = DiffusionObjective(GaussianProcess(kind, ShiftedCosine(0.5)), weight_bias=1.5)
     x = torch.randn(64, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(64), 4)
     # Outputs near the truth, as the last digit of x̂ is all that is left of v or ε at the ends of time.
@@ -265,7 +270,7 @@ def test_the_same_denoiser_has_the_same_loss_whatever_it_predicts() -> None:
     error = torch.randn(32, *SHAPE)
     losses = []
     for kind in PREDICTIONS:
-        objective = DiffusionObjective(kind)
+        objective = DiffusionObjective(GaussianProcess(kind))
         corrupted = objective.corrupt(x, seeds, 9)
         a, s = objective.schedule.amounts(objective.schedule.logsnr(corrupted.time))
         slope = {"x": torch.ones_like(a), "v": -s, "epsilon": -s / a}[kind].view(-1, 1, 1, 1)  # d x̂ / d prediction
@@ -276,7 +281,7 @@ def test_the_same_denoiser_has_the_same_loss_whatever_it_predicts() -> None:
 
 
 def test_the_teacher_gets_no_gradient_from_the_student() -> None:
-    for objective in (DiffusionObjective(), FlowMatchingObjective()):
+    for objective in (DiffusionObjective(GaussianProcess("v")), FlowMatchingObjective(GaussianProcess("velocity"))):
         corrupted = objective.corrupt(torch.randn(3, *SHAPE), random_seeds(3), 0)
         student, teacher = (torch.randn(3, *SHAPE, requires_grad=True) for _ in range(2))
         objective.distillation(student, teacher, corrupted).sum().backward()
@@ -292,7 +297,7 @@ def test_losses_and_denoised_are_finite_at_the_ends_of_time(
     kind: Prediction, dtype: torch.dtype, time: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diffusion_objective, "uniform", lambda seeds, *_: torch.full((len(seeds),), time))
-    objective = DiffusionObjective(kind)
+    objective = DiffusionObjective(GaussianProcess(kind))
     x = torch.randn(8, *SHAPE).to(dtype)
     corrupted = objective.corrupt(x, random_seeds(8), 0)
     student, teacher = (torch.randn(8, *SHAPE).to(dtype).requires_grad_() for _ in range(2))
@@ -303,7 +308,7 @@ def test_losses_and_denoised_are_finite_at_the_ends_of_time(
     assert student.grad is not None
     assert student.grad.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        denoised = objective.denoised(student.detach(), corrupted.inputs, no_labels(corrupted.time))
+        denoised = objective.process.denoised(student.detach(), corrupted.inputs, no_labels(corrupted.time))
     assert denoised.isfinite().all()
     assert denoised.dtype == torch.float32
     perfect = objective.ground_truth(corrupted.target.to(dtype), corrupted)
@@ -312,24 +317,24 @@ def test_losses_and_denoised_are_finite_at_the_ends_of_time(
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_denoised_of_the_target_is_the_data(kind: Prediction) -> None:
-    objective = DiffusionObjective(kind, random_schedule())
+    objective = DiffusionObjective(GaussianProcess(kind, random_schedule()))
     x = torch.randn(200, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(200), 1)
-    denoised = objective.denoised(corrupted.target, corrupted.inputs, no_labels(corrupted.time))
+    denoised = objective.process.denoised(corrupted.target, corrupted.inputs, no_labels(corrupted.time))
     usable = corrupted.time < 0.95  # ε at nearly pure noise says nothing about x in float32
     torch.testing.assert_close(denoised[usable], x[usable], rtol=0, atol=1e-4)
 
 
 def test_masked_logits_pass_through_denoised() -> None:
     logits = torch.randn(2, 5, 3)
-    assert MaskedObjective(3).denoised(logits, torch.zeros(2, 5), no_labels(torch.rand(2))) is logits
+    assert MaskingProcess(3).denoised(logits, torch.zeros(2, 5), no_labels(torch.rand(2))) is logits
 
 
 # --- flow matching ---------------------------------------------------------------------------------------------------
 
 
 def test_flow_matching_times_are_logit_normal_and_the_velocity_leads_home() -> None:
-    objective = FlowMatchingObjective(time_mean=0.4, time_std=0.8)
+    objective = FlowMatchingObjective(GaussianProcess("velocity"), time_mean=0.4, time_std=0.8)
     x = torch.randn(4000, *SHAPE)
     corrupted = objective.corrupt(x, random_seeds(4000), 2)
     time = corrupted.time.double()
@@ -342,12 +347,12 @@ def test_flow_matching_times_are_logit_normal_and_the_velocity_leads_home() -> N
     assert (
         stats.kstest((corrupted.inputs.double() + (1 - t) * corrupted.target).flatten().numpy(), "norm").pvalue > 1e-4
     )
-    denoised = objective.denoised(corrupted.target, corrupted.inputs, no_labels(corrupted.time))
+    denoised = objective.process.denoised(corrupted.target, corrupted.inputs, no_labels(corrupted.time))
     torch.testing.assert_close(denoised, x, rtol=0, atol=1e-5)
 
 
 def test_flow_matching_losses_are_mean_squares() -> None:
-    objective = FlowMatchingObjective()
+    objective = FlowMatchingObjective(GaussianProcess("velocity"))
     corrupted = objective.corrupt(torch.randn(3, *SHAPE), random_seeds(3), 0)
     student, teacher = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
     for i, loss in enumerate(objective.ground_truth(student, corrupted).tolist()):
@@ -358,6 +363,6 @@ def test_flow_matching_losses_are_mean_squares() -> None:
 
 def test_impossible_objectives_are_refused() -> None:
     with pytest.raises(ValueError, match="prediction"):
-        DiffusionObjective("noise")  # type: ignore[arg-type]
+        GaussianProcess("noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="time_std"):
-        FlowMatchingObjective(time_std=0.0)
+        FlowMatchingObjective(GaussianProcess("velocity"), time_std=0.0)

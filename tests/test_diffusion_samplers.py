@@ -12,10 +12,16 @@ import torch
 from predictions import stateless
 from torch import Tensor
 
-from elt_lightning.objectives.diffusion import DiffusionObjective
-from elt_lightning.objectives.flow_matching import FlowMatchingObjective
 from elt_lightning.processes.conditioning import Condition
-from elt_lightning.processes.gaussian import NoiseSchedule, Prediction, ShiftedCosine, StraightPath, predicted
+from elt_lightning.processes.gaussian import (
+    GaussianProcess,
+    NoiseSchedule,
+    Prediction,
+    ShiftedCosine,
+    StraightPath,
+    predicted,
+)
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DiffusionSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
@@ -25,6 +31,10 @@ NUM_CLASSES = 3
 MEAN, VARIANCE = 0.7, 0.3
 SCHEDULES = [ShiftedCosine(), ShiftedCosine(0.5), StraightPath()]
 MAKERS: list[Callable[..., DiffusionSampler]] = [DDPMSampler, DDIMSampler, DPMSolverSampler]
+
+
+def of(schedule: NoiseSchedule | None = None) -> GaussianProcess:
+    return GaussianProcess("velocity" if isinstance(schedule, StraightPath) else "v", schedule)
 
 
 def amounts(schedule: NoiseSchedule, time: float) -> tuple[float, float]:
@@ -104,7 +114,7 @@ def numbers(*values: float) -> Tensor:
 def test_samples_have_the_moments_of_the_recursion(
     make: Callable[..., DiffusionSampler], schedule: NoiseSchedule, steps: int
 ) -> None:
-    sampler = make(NUM_CLASSES, steps, schedule)
+    sampler = make(of(schedule), NUM_CLASSES, steps)
     samples = draw(sampler).double()
     mean, variance = moments(sampler)
     # Within 4.5 standard errors of 200,000 draws.
@@ -114,7 +124,7 @@ def test_samples_have_the_moments_of_the_recursion(
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_ancestral_variances_at_both_ends_of_the_interpolation(gamma: float) -> None:
-    sampler = DDPMSampler(NUM_CLASSES, 6, variance_interpolation=gamma)
+    sampler = DDPMSampler(of(), NUM_CLASSES, 6, variance_interpolation=gamma)
     samples = draw(sampler).double()
     mean, variance = moments(sampler)
     assert abs(float(samples.mean()) - mean) < 4.5 * math.sqrt(variance / samples.numel())
@@ -135,7 +145,7 @@ def test_the_recursion_tends_to_the_data_at_the_samplers_order(
     assert limit == pytest.approx(math.sqrt(VARIANCE), rel=1e-5)
     errors = []
     for steps in (512, 1024, 2048):  # as many as it takes to resolve logsnr near the ends of time
-        mean, variance = moments(make(NUM_CLASSES, steps, schedule), *start)
+        mean, variance = moments(make(of(schedule), NUM_CLASSES, steps), *start)
         assert mean == pytest.approx(MEAN, abs=1e-9)
         errors.append(abs(math.sqrt(variance) - limit))
     for coarse, fine in pairwise(errors):
@@ -148,7 +158,7 @@ def test_samples_have_the_datas_moments_at_the_steps_people_use(
     make: Callable[..., DiffusionSampler], order: int, schedule: NoiseSchedule
 ) -> None:
     for steps, tolerance in {1: [(512, 1e-2)], 2: [(24, 1e-2), (512, 5e-4)]}[order]:
-        mean, variance = moments(make(NUM_CLASSES, steps, schedule))
+        mean, variance = moments(make(of(schedule), NUM_CLASSES, steps))
         assert math.sqrt(variance) == pytest.approx(math.sqrt(VARIANCE), rel=tolerance)
         # Starting from N(0, 1) in place of the data's own z at time 1 leaves a trace of a = 5·10⁻⁴ in the mean.
         assert mean == pytest.approx(MEAN, abs=5e-4)
@@ -167,7 +177,7 @@ def test_each_sample_tends_to_the_end_of_its_path_at_the_samplers_order(
     end = MEAN + kept * a * VARIANCE / math.sqrt(a**2 * VARIANCE + s**2)
     errors = []
     for steps in (128, 256, 512):
-        sampler = make(NUM_CLASSES, steps, schedule)
+        sampler = make(of(schedule), NUM_CLASSES, steps)
         samples = sampler.sample(stateless(gaussian_denoiser(schedule)), (50,), labels_of(4), 1, seeds)
         errors.append(float((samples - end).abs().mean()))
     for coarse, fine in pairwise(errors):
@@ -177,12 +187,12 @@ def test_each_sample_tends_to_the_end_of_its_path_at_the_samplers_order(
 def test_ddim_is_eulers_method_on_the_path_of_flow_matching() -> None:
     schedule, steps = StraightPath(), 12
     seeds = sample_seeds(8, torch.arange(6))
-    sampler = DDIMSampler(NUM_CLASSES, steps, schedule)
+    sampler = DDIMSampler(of(schedule), NUM_CLASSES, steps)
     velocity = gaussian_denoiser(schedule, 0.3, 2.0)  # any function of (z, t) will do for a velocity
-    objective = FlowMatchingObjective()
+    process = of(schedule)
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
-        return objective.denoised(velocity(x, condition, loops), x, condition)
+        return process.denoised(velocity(x, condition, loops), x, condition)
 
     samples = sampler.sample(stateless(predict), (40,), labels_of(6), 1, seeds)
     z = normal(seeds, 0, Stream.INITIAL_NOISE, (40,)).double()
@@ -197,7 +207,7 @@ def test_ddim_is_eulers_method_on_the_path_of_flow_matching() -> None:
 @pytest.mark.parametrize("kind", ["x", "v", "epsilon"])
 def test_what_the_network_predicts_does_not_change_the_samples(kind: Prediction) -> None:
     schedule, seeds = ShiftedCosine(0.5), sample_seeds(1, torch.arange(3))
-    objective, best = DiffusionObjective(kind, schedule), gaussian_denoiser(schedule)
+    process, best = GaussianProcess(kind, schedule), gaussian_denoiser(schedule)
 
     def network(x: Tensor, condition: Condition, loops: int) -> Tensor:
         a, s = (v.view(-1, 1) for v in schedule.amounts(schedule.logsnr(condition.time)))  # type: ignore[arg-type]
@@ -205,10 +215,10 @@ def test_what_the_network_predicts_does_not_change_the_samples(kind: Prediction)
         return predicted(kind, clean, (x - a * clean) / s, a[:, 0], s[:, 0])
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
-        return objective.denoised(network(x, condition, loops), x, condition)
+        return process.denoised(network(x, condition, loops), x, condition)
 
     for make in MAKERS:
-        sampler = make(NUM_CLASSES, 10, schedule)
+        sampler = make(of(schedule), NUM_CLASSES, 10)
         expected = sampler.sample(stateless(best), (30,), labels_of(3), 1, seeds)
         samples = sampler.sample(stateless(predict), (30,), labels_of(3), 1, seeds)
         torch.testing.assert_close(samples, expected, rtol=0, atol=2e-3)
@@ -219,7 +229,7 @@ def test_what_the_network_predicts_does_not_change_the_samples(kind: Prediction)
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_sample_depends_on_its_own_seed_alone(make: Callable[..., DiffusionSampler]) -> None:
-    sampler, seeds = make(NUM_CLASSES, 5), sample_seeds(3, torch.arange(6))
+    sampler, seeds = make(of(), NUM_CLASSES, 5), sample_seeds(3, torch.arange(6))
     predict = gaussian_denoiser(sampler.schedule)
     together = sampler.sample(stateless(predict), (3, 4, 4), labels_of(6), 1, seeds)
     assert together.shape == (6, 3, 4, 4)
@@ -232,7 +242,7 @@ def test_a_sample_depends_on_its_own_seed_alone(make: Callable[..., DiffusionSam
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_loops_may_be_one_number_or_one_per_step(make: Callable[..., DiffusionSampler]) -> None:
-    sampler = make(NUM_CLASSES, 4)
+    sampler = make(of(), NUM_CLASSES, 4)
     seen: list[tuple[int, float]] = []
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
@@ -252,7 +262,7 @@ def test_loops_may_be_one_number_or_one_per_step(make: Callable[..., DiffusionSa
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_known_values_stay_and_the_rest_is_sampled(make: Callable[..., DiffusionSampler]) -> None:
-    sampler, seeds = make(NUM_CLASSES, 8), sample_seeds(2, torch.arange(5))
+    sampler, seeds = make(of(), NUM_CLASSES, 8), sample_seeds(2, torch.arange(5))
     known = torch.randn(5, 20).masked_fill(torch.rand(5, 20) < 0.5, torch.nan)
     predict = gaussian_denoiser(sampler.schedule)
     filled = sampler.sample(stateless(predict), (20,), labels_of(5), 1, seeds, known)
@@ -265,7 +275,7 @@ def test_known_values_stay_and_the_rest_is_sampled(make: Callable[..., Diffusion
 
 
 def test_the_state_of_a_known_value_is_that_value_with_the_noise_of_its_time() -> None:
-    sampler = DDPMSampler(NUM_CLASSES, 6, variance_interpolation=0.0)
+    sampler = DDPMSampler(of(), NUM_CLASSES, 6, variance_interpolation=0.0)
     seen: list[tuple[float, Tensor]] = []
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
@@ -281,7 +291,7 @@ def test_the_state_of_a_known_value_is_that_value_with_the_noise_of_its_time() -
 
 
 def test_the_noise_of_each_step_is_fresh() -> None:
-    sampler = DDPMSampler(NUM_CLASSES, 5)
+    sampler = DDPMSampler(of(), NUM_CLASSES, 5)
     states: list[Tensor] = []
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
@@ -304,7 +314,7 @@ def test_the_noise_of_each_step_is_fresh() -> None:
 
 def test_clip_bounds_every_prediction() -> None:
     for make in MAKERS:
-        sampler = make(NUM_CLASSES, 4, clip=0.5)
+        sampler = make(of(), NUM_CLASSES, 4, clip=0.5)
         samples = draw(sampler, 4, 50, predict=lambda x, condition, loops: 3 * x)
         assert samples.abs().max() == 0.5
         assert (samples.abs() < 0.5).any() or (samples > 0).any()
@@ -312,12 +322,12 @@ def test_clip_bounds_every_prediction() -> None:
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_half_precision_network_gives_finite_samples(make: Callable[..., DiffusionSampler]) -> None:
-    objective = DiffusionObjective("v")
+    process = GaussianProcess("v")
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:
-        return objective.denoised(torch.tanh(x).bfloat16(), x, condition)
+        return process.denoised(torch.tanh(x).bfloat16(), x, condition)
 
-    samples = draw(make(NUM_CLASSES, 16), 4, 50, predict=predict)
+    samples = draw(make(of(), NUM_CLASSES, 16), 4, 50, predict=predict)
     assert samples.dtype == torch.float32
     assert samples.isfinite().all()
 
@@ -332,11 +342,11 @@ def test_a_half_precision_network_gives_finite_samples(make: Callable[..., Diffu
 )
 def test_impossible_samplers_are_refused(make: Callable[..., DiffusionSampler], settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"variance_interpolation|clip|1 step"):
-        make(NUM_CLASSES, **settings)
+        make(of(), NUM_CLASSES, **settings)
 
 
 def test_the_papers_default_steps() -> None:
-    assert DDPMSampler(NUM_CLASSES).steps == 512
+    assert DDPMSampler(of(), NUM_CLASSES).steps == 512
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------
@@ -371,7 +381,7 @@ def test_guidance_of_scale_1_is_none_and_costs_one_branch(make: Callable[..., Di
     seeds, condition = sample_seeds(4, torch.arange(3)), Condition(torch.tensor([0, 1, 2]))
     results = []
     for guidance in (None, Guidance(1.0), Guidance(1.0 + 1e-7)):
-        sampler = make(NUM_CLASSES, 6, guidance=guidance)
+        sampler = make(of(), NUM_CLASSES, 6, guidance=guidance)
         network = ClassDependent(sampler.schedule)
         results.append(sampler.sample(stateless(network), (20,), condition, 1, seeds))
         branches = 2 if guidance is not None and guidance.scale != 1 else 1
@@ -383,7 +393,7 @@ def test_guidance_of_scale_1_is_none_and_costs_one_branch(make: Callable[..., Di
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_guidance_acts_in_its_interval_alone(make: Callable[..., DiffusionSampler]) -> None:
-    sampler = make(NUM_CLASSES, 10, guidance=Guidance(3.0, interval=(0.25, 0.7)))
+    sampler = make(of(), NUM_CLASSES, 10, guidance=Guidance(3.0, interval=(0.25, 0.7)))
     network = ClassDependent(sampler.schedule)
     samples = sampler.sample(
         stateless(network),
@@ -397,7 +407,7 @@ def test_guidance_acts_in_its_interval_alone(make: Callable[..., DiffusionSample
     assert sampler.network_calls(list(range(1, 11))) == [1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9, 10]
 
     # By hand: the same sampler without guidance, around a function that guides where it should.
-    plain = make(NUM_CLASSES, 10)
+    plain = make(of(), NUM_CLASSES, 10)
     step = iter(range(10))
 
     def by_hand(x: Tensor, condition: Condition, loops: int) -> Tensor:
@@ -415,16 +425,16 @@ def test_guidance_acts_in_its_interval_alone(make: Callable[..., DiffusionSample
 
 
 def test_guidance_on_clean_predictions_equals_guidance_on_v() -> None:
-    objective = DiffusionObjective("v")
+    process = GaussianProcess("v")
     z, conditional, null, time = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8), torch.rand(3)
     told = Condition(torch.zeros(3, dtype=torch.long), time)
-    on_v = objective.denoised(null + 2.5 * (conditional - null), z, told)
-    clean, clean_null = objective.denoised(conditional, z, told), objective.denoised(null, z, told)
+    on_v = process.denoised(null + 2.5 * (conditional - null), z, told)
+    clean, clean_null = process.denoised(conditional, z, told), process.denoised(null, z, told)
     torch.testing.assert_close(clean_null + 2.5 * (clean - clean_null), on_v, rtol=0, atol=1e-5)
 
 
 def test_masked_sampling_takes_an_interval_too() -> None:
-    sampler = MaskGITSampler(num_codes=5, num_classes=2, steps=4, guidance=Guidance(2.0, interval=(0.5, 1.0)))
+    sampler = MaskGITSampler(MaskingProcess(5), num_classes=2, steps=4, guidance=Guidance(2.0, interval=(0.5, 1.0)))
     batches = []
 
     def predict(x: Tensor, condition: Condition, loops: int) -> Tensor:

@@ -210,15 +210,16 @@ def test_the_examples_compute_what_they_say(workplace: Path) -> None:
     import torch
 
     from elt_lightning.objectives.masked import MaskedObjective
+    from elt_lightning.processes.masking import MaskingProcess
 
     focal = importlib.import_module("focal_objective").FocalMaskedObjective
-    plain, x, seeds = MaskedObjective(7, label_smoothing=0.0), torch.randint(7, (5, 9)), torch.arange(5)
+    plain, x, seeds = MaskedObjective(MaskingProcess(7), label_smoothing=0.0), torch.randint(7, (5, 9)), torch.arange(5)
     logits = torch.randn(5, 9, 7)
     corrupted = plain.corrupt(x, seeds, step=0)
     torch.testing.assert_close(
-        focal(7, focus=0.0).ground_truth(logits, corrupted), plain.ground_truth(logits, corrupted)
+        focal(MaskingProcess(7), focus=0.0).ground_truth(logits, corrupted), plain.ground_truth(logits, corrupted)
     )
-    assert (focal(7).ground_truth(logits, corrupted) < plain.ground_truth(logits, corrupted)).all()
+    assert (focal(MaskingProcess(7)).ground_truth(logits, corrupted) < plain.ground_truth(logits, corrupted)).all()
 
     data = importlib.import_module("shifted_rows").ShiftedRowsDataModule(num_train=50)
     metric = importlib.import_module("row_metric").FullRows()

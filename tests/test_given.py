@@ -1,5 +1,6 @@
 """Drawing the rest of a clip or a picture: what is given stays, and what is hidden is not looked at."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from elt_lightning.evaluation.known import GREY, known_pixels
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.video_vq import VideoVQ, write_tokenizer
@@ -38,8 +40,8 @@ def tokenizer(tmp_path: Path) -> VideoVQ:
 def module() -> ELTModule:
     """A model of clips of 4×4×4 tokens."""
     network = LoopedMaskedTransformer(num_codes=V, input_shape=GRID, num_classes=2, num_layers=1, width=8, heads=2)
-    sampler = MaskGITSampler(num_codes=V, num_classes=2, steps=4)
-    return ELTModule(network, MaskedObjective(V), ILSD(2), sampler, num_classes=2).eval()
+    sampler = partial(MaskGITSampler, steps=4)
+    return ELTModule(network, MaskingProcess(V), MaskedObjective, ILSD(2), sampler, num_classes=2).eval()
 
 
 def clip_file(path: Path, frames: Tensor) -> Path:

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from elt_lightning.objectives.base import Corrupted
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition, drop_labels
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training.module import ELTModule
@@ -29,7 +31,7 @@ class Case(NamedTuple):
 
 def random_case(seed: int, smoothing: float = 0.1) -> Case:
     torch.manual_seed(seed)
-    objective = MaskedObjective(V, label_smoothing=smoothing)
+    objective = MaskedObjective(MaskingProcess(V), label_smoothing=smoothing)
     return Case(objective, objective.corrupt(torch.randint(0, V, (B, T)), sample_seeds(seed, torch.arange(B)), seed))
 
 
@@ -216,9 +218,9 @@ def small_network() -> LoopedMaskedTransformer:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_training_step_is_one_forward_pass_and_logs_its_terms(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    network, objective, distillation = small_network(), MaskedObjective(V), ILSD(4, mode=mode)
-    sampler = MaskGITSampler(V, 4, steps=2)
-    module = ELTModule(network, objective, distillation, sampler, num_classes=4, label_drop=0.5, seed=13)
+    network, distillation, sampler = small_network(), ILSD(4, mode=mode), partial(MaskGITSampler, steps=2)
+    process = MaskingProcess(V)
+    module = ELTModule(network, process, MaskedObjective, distillation, sampler, num_classes=4, label_drop=0.5, seed=13)
     logged: dict[str, float] = {}
     monkeypatch.setattr(ELTModule, "global_step", 30)
     monkeypatch.setattr(ELTModule, "total_steps", 40)
@@ -235,7 +237,7 @@ def test_a_training_step_is_one_forward_pass_and_logs_its_terms(mode: str, monke
     assert len(block_calls) == 2 * 4
     assert len(head_calls) == 1 + len(exits)
     seeds = sample_seeds(13, batch.indices)
-    corrupted = objective.corrupt(batch.x, seeds, 30)
+    corrupted = module.objective.corrupt(batch.x, seeds, 30)
     labels = drop_labels(batch.labels, seeds, 30, 0.5, 4)
     logits = {n: network(corrupted.inputs, Condition(labels), n).predictions[n].detach() for n in (*exits, 4)}
     assert loss.item() == pytest.approx(loss_by_hand(mode, logits, 4, corrupted, 0.1, 0.75), rel=1e-5)

@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor
 
 from elt_lightning.objectives.masked import MaskedObjective
-from elt_lightning.processes.masking import cosine_mask_ratio, num_still_masked, random_mask, ranks
+from elt_lightning.processes.masking import MaskingProcess, cosine_mask_ratio, num_still_masked, random_mask, ranks
 from elt_lightning.processes.noise import Stream, batch_seed, sample_seeds, uniform
 
 V, T = 9, 25
@@ -20,7 +20,7 @@ def random_tokens(batch: int, tokens: int = T) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_number_hidden_is_the_ceiling_of_the_cosine(seed: int) -> None:
     seeds = sample_seeds(seed, torch.arange(600))
-    corrupted = MaskedObjective(V).corrupt(random_tokens(600), seeds, 4)
+    corrupted = MaskedObjective(MaskingProcess(V)).corrupt(random_tokens(600), seeds, 4)
     hidden = (corrupted.inputs == V).sum(1).tolist()
     progress = uniform(seeds, 4, Stream.MASK_RATIO).tolist()
     for count, r in zip(hidden, progress, strict=True):
@@ -32,7 +32,7 @@ def test_the_number_hidden_is_the_ceiling_of_the_cosine(seed: int) -> None:
 
 
 def test_the_number_hidden_is_distributed_as_the_cosine_of_a_uniform() -> None:
-    corrupted = MaskedObjective(V).corrupt(random_tokens(8000), sample_seeds(2, torch.arange(8000)), 0)
+    corrupted = MaskedObjective(MaskingProcess(V)).corrupt(random_tokens(8000), sample_seeds(2, torch.arange(8000)), 0)
     counts = torch.bincount(corrupted.weight.sum(1).long(), minlength=T + 1)
     # P(count = m) = P((m - 1)/T < cos(π/2·r) <= m/T) for r uniform.
     below = [1 - 2 / math.pi * math.acos(m / T) for m in range(T + 1)]
@@ -42,7 +42,7 @@ def test_the_number_hidden_is_distributed_as_the_cosine_of_a_uniform() -> None:
 
 
 def test_hidden_positions_are_uniform_over_the_grid() -> None:
-    corrupted = MaskedObjective(V).corrupt(random_tokens(6000), sample_seeds(3, torch.arange(6000)), 1)
+    corrupted = MaskedObjective(MaskingProcess(V)).corrupt(random_tokens(6000), sample_seeds(3, torch.arange(6000)), 1)
     singles = corrupted.weight[corrupted.weight.sum(1) == 3]
     assert stats.chisquare(singles.sum(0)).pvalue > 1e-3
 
@@ -74,7 +74,7 @@ def test_ranks_are_places_in_ascending_order_with_ties_kept_in_order() -> None:
 def test_corruption_leaves_seen_tokens_and_the_truth() -> None:
     x = random_tokens(50)
     before = x.clone()
-    corrupted = MaskedObjective(V).corrupt(x, sample_seeds(0, torch.arange(50)), 0)
+    corrupted = MaskedObjective(MaskingProcess(V)).corrupt(x, sample_seeds(0, torch.arange(50)), 0)
     assert torch.equal(x, before)
     assert torch.equal(corrupted.target, before)
     seen = corrupted.weight == 0
@@ -85,7 +85,7 @@ def test_corruption_leaves_seen_tokens_and_the_truth() -> None:
 
 @pytest.mark.parametrize("ratio_per", ["sample", "batch"])
 def test_what_is_hidden_does_not_depend_on_the_batch(ratio_per: str) -> None:
-    objective = MaskedObjective(V, ratio_per=ratio_per)
+    objective = MaskedObjective(MaskingProcess(V), ratio_per=ratio_per)
     x, seeds = random_tokens(30), sample_seeds(6, torch.randint(0, 2**32, (30,)))
     together = objective.corrupt(x, seeds, 11).inputs
     order = torch.randperm(30)
@@ -97,7 +97,7 @@ def test_what_is_hidden_does_not_depend_on_the_batch(ratio_per: str) -> None:
 
 
 def test_one_ratio_per_batch_hides_equally_many_in_every_sample_at_different_places() -> None:
-    objective, seeds = MaskedObjective(V, ratio_per="batch"), sample_seeds(8, torch.arange(40))
+    objective, seeds = MaskedObjective(MaskingProcess(V), ratio_per="batch"), sample_seeds(8, torch.arange(40))
     counts = set()
     for step in range(30):
         weight = objective.corrupt(random_tokens(40), seeds, step).weight
@@ -119,7 +119,7 @@ def cross_entropy_by_hand(logits: list[float], target: list[float]) -> float:
 @pytest.mark.parametrize("seed", range(2))
 def test_losses_are_means_over_the_positions_that_count(loss_on: str, smoothing: float, seed: int) -> None:
     torch.manual_seed(seed)
-    objective = MaskedObjective(V, label_smoothing=smoothing, loss_on=loss_on)
+    objective = MaskedObjective(MaskingProcess(V), label_smoothing=smoothing, loss_on=loss_on)
     x = random_tokens(6, 8)
     corrupted = objective.corrupt(x, sample_seeds(seed, torch.arange(6)), 2)
     prediction, teacher = 4 * torch.randn(6, 8, V), 4 * torch.randn(6, 8, V)
@@ -142,7 +142,10 @@ def test_losses_are_means_over_the_positions_that_count(loss_on: str, smoothing:
 def test_label_smoothing_leaves_distillation_alone() -> None:
     x, seeds = random_tokens(4), sample_seeds(0, torch.arange(4))
     student, teacher = torch.randn(4, T, V), torch.randn(4, T, V)
-    plain, smooth = MaskedObjective(V, label_smoothing=0.0), MaskedObjective(V, label_smoothing=0.4)
+    plain, smooth = (
+        MaskedObjective(MaskingProcess(V), label_smoothing=0.0),
+        MaskedObjective(MaskingProcess(V), label_smoothing=0.4),
+    )
     corrupted = plain.corrupt(x, seeds, 0)
     assert torch.equal(
         plain.distillation(student, teacher, corrupted), smooth.distillation(student, teacher, corrupted)
@@ -151,7 +154,7 @@ def test_label_smoothing_leaves_distillation_alone() -> None:
 
 
 def test_seen_positions_do_not_move_the_loss_on_masked_ones() -> None:
-    objective = MaskedObjective(V)
+    objective = MaskedObjective(MaskingProcess(V))
     corrupted = objective.corrupt(random_tokens(5), sample_seeds(0, torch.arange(5)), 3)
     prediction = torch.randn(5, T, V, requires_grad=True)
     gradient = torch.autograd.grad(objective.ground_truth(prediction, corrupted).sum(), prediction)[0]
@@ -160,7 +163,7 @@ def test_seen_positions_do_not_move_the_loss_on_masked_ones() -> None:
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
-    objective = MaskedObjective(V)
+    objective = MaskedObjective(MaskingProcess(V))
     corrupted = objective.corrupt(random_tokens(5), sample_seeds(0, torch.arange(5)), 3)
     half = (8 * torch.randn(5, T, V)).bfloat16()
     assert torch.equal(objective.ground_truth(half, corrupted), objective.ground_truth(half.float(), corrupted))
@@ -172,7 +175,7 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_impossible_label_smoothing_is_refused(smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing"):
-        MaskedObjective(V, label_smoothing=smoothing)
+        MaskedObjective(MaskingProcess(V), label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12, 24])

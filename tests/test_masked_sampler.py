@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.conditioning import Condition
-from elt_lightning.processes.masking import num_still_masked
+from elt_lightning.processes.masking import MaskingProcess, num_still_masked
 from elt_lightning.processes.noise import Stream, gumbel, sample_seeds, uniform
 from elt_lightning.samplers.base import GuidedSteps
 from elt_lightning.samplers.guidance import Guidance
@@ -40,7 +40,7 @@ class Network:
 
 
 def guided_steps(network: Predict, guidance: Guidance, loops: int) -> GuidedSteps:
-    return GuidedSteps(MaskGITSampler(V, CLASSES, 8, guidance=guidance), stateless(network), loops)
+    return GuidedSteps(MaskGITSampler(MaskingProcess(V), CLASSES, 8, guidance=guidance), stateless(network), loops)
 
 
 def some_known(batch: int, share: float) -> Tensor:
@@ -100,7 +100,7 @@ def decode_by_hand(
 def test_samples_equal_a_decoder_written_out_for_one_sample_at_a_time(seed: int, steps: int, scale: float) -> None:
     torch.manual_seed(seed)
     guidance = Guidance(scale, "linear")
-    sampler = MaskGITSampler(V, CLASSES, steps, choice_temperature=1.5 * seed, guidance=guidance)
+    sampler = MaskGITSampler(MaskingProcess(V), CLASSES, steps, choice_temperature=1.5 * seed, guidance=guidance)
     known, labels = some_known(6, share=0.25 * seed), torch.randint(0, CLASSES, (6,))
     seeds = sample_seeds(seed, torch.randint(0, 2**32, (6,)))
     network = Network(seed)
@@ -116,7 +116,7 @@ def test_given_tokens_never_change_no_mask_is_left_and_the_schedule_is_followed(
     known = torch.cat([some_known(7, 0.4), some_known(2, 0.0), some_known(1, 1.0)])
     before, given = known.clone(), known != V
     network = Network(seed)
-    sampler = MaskGITSampler(V, CLASSES, steps)
+    sampler = MaskGITSampler(MaskingProcess(V), CLASSES, steps)
     labels, seeds = torch.randint(0, CLASSES, (10,)), sample_seeds(seed, torch.arange(10))
     tokens = sampler.sample(stateless(network), (T,), Condition(labels), 1, seeds, known)
     assert torch.equal(known, before)
@@ -138,7 +138,7 @@ def test_given_tokens_never_change_no_mask_is_left_and_the_schedule_is_followed(
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_fully_known_input_is_returned_unchanged(scale: float) -> None:
     known = torch.randint(0, V, (4, T))
-    sampler = MaskGITSampler(V, CLASSES, 6, guidance=Guidance(scale))
+    sampler = MaskGITSampler(MaskingProcess(V), CLASSES, 6, guidance=Guidance(scale))
     seeds = sample_seeds(0, torch.arange(4))
     tokens = sampler.sample(
         stateless(Network(0)), (T,), Condition(torch.zeros(4, dtype=torch.long)), 1, seeds, known.clone()
@@ -148,7 +148,7 @@ def test_a_fully_known_input_is_returned_unchanged(scale: float) -> None:
 
 def test_without_known_tokens_all_start_masked() -> None:
     network, seeds = Network(1), sample_seeds(0, torch.arange(4))
-    condition, sampler = Condition(torch.tensor([0, 1, 2, 0])), MaskGITSampler(V, CLASSES, 5)
+    condition, sampler = Condition(torch.tensor([0, 1, 2, 0])), MaskGITSampler(MaskingProcess(V), CLASSES, 5)
     tokens = sampler.sample(stateless(network), (T,), condition, 1, seeds)
     assert (network.tokens[0] == V).all()
     assert torch.equal(tokens, sampler.sample(stateless(network), (T,), condition, 1, seeds, torch.full((4, T), V)))
@@ -161,7 +161,7 @@ def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    sampler = MaskGITSampler(V, CLASSES, 6, guidance=Guidance(scale))
+    sampler = MaskGITSampler(MaskingProcess(V), CLASSES, 6, guidance=Guidance(scale))
     labels, seeds = torch.randint(0, CLASSES, (12,)), sample_seeds(9, torch.randperm(1000)[:12])
 
     @torch.no_grad()
@@ -179,7 +179,10 @@ def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
 
 
 def test_loops_may_be_one_per_step() -> None:
-    sampler, seeds = MaskGITSampler(V, CLASSES, 4, guidance=Guidance(2.0)), sample_seeds(0, torch.arange(2))
+    sampler, seeds = (
+        MaskGITSampler(MaskingProcess(V), CLASSES, 4, guidance=Guidance(2.0)),
+        sample_seeds(0, torch.arange(2)),
+    )
     network, condition = Network(0), Condition(torch.tensor([0, 1]))
     sampler.sample(stateless(network), (T,), condition, [3, 1, 4, 2], seeds)
     assert network.loops == [3, 1, 4, 2]
@@ -237,7 +240,9 @@ def test_guidance_moves_from_the_null_class_towards_the_label(scale: float) -> N
 
 
 def test_confidence_is_the_log_probability_under_untempered_guided_logits() -> None:
-    sampler = MaskGITSampler(2, 1, 2, temperature_bias=1e-6, temperature_scale=0.0, choice_temperature=0.0)
+    sampler = MaskGITSampler(
+        MaskingProcess(2), 1, 2, temperature_bias=1e-6, temperature_scale=0.0, choice_temperature=0.0
+    )
     sampler = sampler.with_guidance_scale(2.0)
 
     def predict(tokens: Tensor, condition: Condition, loops: int) -> Tensor:
@@ -256,7 +261,7 @@ def test_confidence_is_the_log_probability_under_untempered_guided_logits() -> N
 
 
 def test_sampling_temperature_falls_linearly_to_its_bias() -> None:
-    sampler = MaskGITSampler(V, CLASSES, 4, temperature_bias=0.5, temperature_scale=0.8)
+    sampler = MaskGITSampler(MaskingProcess(V), CLASSES, 4, temperature_bias=0.5, temperature_scale=0.8)
     assert [sampler.temperature(step) for step in range(4)] == pytest.approx([1.1, 0.9, 0.7, 0.5])
 
 
@@ -266,7 +271,7 @@ def test_sampling_temperature_falls_linearly_to_its_bias() -> None:
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"step|temperature"):
-        MaskGITSampler(V, CLASSES, **wrong)
+        MaskGITSampler(MaskingProcess(V), CLASSES, **wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

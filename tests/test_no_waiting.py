@@ -1,6 +1,7 @@
 """Samplers and training steps never ask the device for a value: on the meta device, where none exist, they run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
-from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.flow_matching import FlowMatchingObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
@@ -38,24 +41,24 @@ def dit(block: str = "adaln_zero") -> LoopedDiT:
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
-    "maskgit": lambda guidance: MaskGITSampler(CODES, CLASSES, STEPS, guidance=guidance),
-    "ddpm": lambda guidance: DDPMSampler(CLASSES, STEPS, clip=1.0, guidance=guidance),
-    "ddim": lambda guidance: DDIMSampler(CLASSES, STEPS, guidance=guidance),
-    "dpm": lambda guidance: DPMSolverSampler(CLASSES, STEPS, guidance=guidance),
+    "maskgit": lambda guidance: MaskGITSampler(MaskingProcess(CODES), CLASSES, STEPS, guidance=guidance),
+    "ddpm": lambda guidance: DDPMSampler(GaussianProcess(), CLASSES, STEPS, clip=1.0, guidance=guidance),
+    "ddim": lambda guidance: DDIMSampler(GaussianProcess(), CLASSES, STEPS, guidance=guidance),
+    "dpm": lambda guidance: DPMSolverSampler(GaussianProcess(), CLASSES, STEPS, guidance=guidance),
 }
 
 
 def draw(name: str, guidance: Guidance, given: bool, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     is_masked = name == "maskgit"
     network = masked() if is_masked else dit()
-    objective: Objective = MaskedObjective(CODES) if is_masked else DiffusionObjective()
+    process: Process = MaskingProcess(CODES) if is_masked else GaussianProcess()
     labels = torch.arange(BATCH, device=NOWHERE)
     size = (BATCH, *network.sample_shape)
     known = torch.zeros(size, dtype=torch.int64 if is_masked else torch.float32, device=NOWHERE) if given else None
 
     def call(x: Tensor, condition: Condition, loops: int) -> Tensor:
         prediction = network(x, condition, loops).predictions[loops]
-        return objective.denoised(prediction if predict is None else predict(prediction), x, condition)
+        return process.denoised(prediction if predict is None else predict(prediction), x, condition)
 
     sampler = SAMPLERS[name](guidance)
     with torch.no_grad():
@@ -83,11 +86,13 @@ def test_what_would_wait_is_found(ask: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.parametrize("family", ["masked", "diffusion", "flow"])
 def test_training_steps(family: str, mode: str) -> None:
     network = masked() if family == "masked" else dit("film")
-    objectives = {"masked": MaskedObjective(CODES), "diffusion": DiffusionObjective(), "flow": FlowMatchingObjective()}
-    sampler = SAMPLERS["maskgit" if family == "masked" else "ddpm"](Guidance())
-    if isinstance(sampler, DDPMSampler):
-        sampler.schedule = objectives[family].schedule  # type: ignore[attr-defined]
-    module = ELTModule(network, objectives[family], ILSD(3, mode=mode), sampler, CLASSES)  # type: ignore[arg-type]
+    parts: dict[str, tuple[Process, Any, Any]] = {
+        "masked": (MaskingProcess(CODES), MaskedObjective, MaskGITSampler),
+        "diffusion": (GaussianProcess(), DiffusionObjective, DDPMSampler),
+        "flow": (GaussianProcess("velocity"), FlowMatchingObjective, DDPMSampler),
+    }
+    process, objective, sampler = parts[family]
+    module = ELTModule(network, process, objective, ILSD(3, mode=mode), sampler, CLASSES)  # type: ignore[arg-type]
     index = torch.arange(BATCH, device=NOWHERE)
     kind = torch.int64 if family == "masked" else torch.float32
     x = torch.zeros(BATCH, *network.sample_shape, dtype=kind, device=NOWHERE)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
@@ -89,9 +92,10 @@ def test_table_2_counts_the_network(name: str, layers: int, published: float, to
 def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
     return ELTModule(
         network=LoopedMaskedTransformer(50, (4, 4), 10, num_layers=2, width=32, heads=4, **settings),  # type: ignore[arg-type]
-        objective=MaskedObjective(50),
+        process=MaskingProcess(50),
+        objective=MaskedObjective,
         distillation=ILSD(max_loops),
-        sampler=MaskGITSampler(50, 10, steps=5, guidance=Guidance(scale=2.0)),
+        sampler=partial(MaskGITSampler, steps=5, guidance=Guidance(scale=2.0)),
         num_classes=10,
     )
 
@@ -99,9 +103,10 @@ def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
 def small_diffusion(block: str = "film") -> ELTModule:
     return ELTModule(
         network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, heads=4, block=block),  # type: ignore[arg-type]
-        objective=DiffusionObjective(),
+        process=GaussianProcess(),
+        objective=DiffusionObjective,
         distillation=ILSD(3),
-        sampler=DDIMSampler(10, steps=4),
+        sampler=partial(DDIMSampler, steps=4),
         num_classes=10,
     )
 

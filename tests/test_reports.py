@@ -3,6 +3,7 @@ import io
 import json
 import math
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
@@ -118,6 +120,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
         "train_mode",
         "train_steps",
         "sampling_steps",
+        "recall",
         "weights",
         "rows",
     }
@@ -131,6 +134,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
             "loops",
             "effective_depth",
             "guidance",
+            "carry_state",
             "metrics",
             "params_backbone",
             "params_total",
@@ -266,8 +270,8 @@ def module() -> ELTModule:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)
-    sampler = MaskGITSampler(9, 4, steps=3)
-    return ELTModule(network, MaskedObjective(9), ILSD(3), sampler, num_classes=4).eval()
+    sampler = partial(MaskGITSampler, steps=3)
+    return ELTModule(network, MaskingProcess(9), MaskedObjective, ILSD(3), sampler, num_classes=4).eval()
 
 
 def run(module: ELTModule, sweep: Sweep, loops: int, scale: float = 1.0) -> tuple[Row, Recorder]:

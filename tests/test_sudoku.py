@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from elt_lightning.metrics.latin_squares import LatinSquareScores, valid_lines
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training.module import ELTModule
@@ -171,7 +173,7 @@ class Solver(MaskGITSampler):
 def test_a_sweep_gives_the_model_the_puzzles_and_shows_them(make_data: Callable[..., SudokuDataModule]) -> None:
     data = make_data(boxes=(2, 2), num_given=5)
     network = LoopedMaskedTransformer(16, (4, 4), 4, num_layers=1, width=16, heads=2)
-    module = ELTModule(network, MaskedObjective(16), ILSD(2), Solver(16, 4, steps=2), num_classes=4).eval()
+    module = ELTModule(network, MaskingProcess(16), MaskedObjective, ILSD(2), partial(Solver, steps=2), 4).eval()
     metrics = data.build_metrics()
     sweep = Sweep(40, 16, seed=0, num_pictures=6)
     row = sweep.run(module, module.sampler, data.tokenizer, metrics, 1, data.request)
@@ -192,7 +194,8 @@ def test_given_cells_stay(make_data: Callable[..., SudokuDataModule], loops: int
     data = make_data(num_given=12)
     torch.manual_seed(0)
     network = LoopedMaskedTransformer(24, (6, 6), 6, num_layers=1, width=16, heads=2)
-    module = ELTModule(network, MaskedObjective(24), ILSD(3), MaskGITSampler(24, 6, steps=4), num_classes=6).eval()
+    sampler = partial(MaskGITSampler, steps=4)
+    module = ELTModule(network, MaskingProcess(24), MaskedObjective, ILSD(3), sampler, num_classes=6).eval()
     asked = data.request(torch.arange(20))
     assert asked.known is not None
     codes = module.sample(asked.labels, loops, sample_seeds(0, asked.indices), asked.known)

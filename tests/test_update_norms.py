@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.reproduce.update_norms import update_norms
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
@@ -20,17 +24,16 @@ def masked(num_layers: int) -> ELTModule:
     network = LoopedMaskedTransformer(
         num_codes=7, input_shape=(3, 3), num_classes=3, num_layers=num_layers, width=16, heads=2
     )
-    return ELTModule(
-        network, MaskedObjective(7), ILSD(2), MaskGITSampler(num_classes=3, num_codes=7, steps=STEPS), 3
-    ).eval()
+    sampler = partial(MaskGITSampler, steps=STEPS)
+    return ELTModule(network, MaskingProcess(7), MaskedObjective, ILSD(2), sampler, 3).eval()
 
 
 def diffusion(num_layers: int) -> ELTModule:
     network = LoopedDiT((1, 4, 4), 3, num_layers, width=16, heads=2)
     for parameter in network.parameters():  # untrained adaLN-Zero blocks change nothing
         nn.init.normal_(parameter, std=0.2)
-    sampler = DDIMSampler(3, steps=STEPS, guidance=Guidance(2.0))
-    return ELTModule(network, DiffusionObjective(), ILSD(2), sampler, 3).eval()
+    sampler = partial(DDIMSampler, steps=STEPS, guidance=Guidance(2.0))
+    return ELTModule(network, GaussianProcess(), DiffusionObjective, ILSD(2), sampler, 3).eval()
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])

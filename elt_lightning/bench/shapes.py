@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,6 +17,9 @@ from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
+from elt_lightning.processes.base import Process
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDPMSampler
 from elt_lightning.samplers.guidance import Guidance
@@ -64,11 +69,13 @@ class Shape:
         """Wire a network up as the configs of its family do."""
         scale = Guidance(guidance)
         if self.family == "masked":
-            objective: Objective = MaskedObjective(self.num_codes)
-            sampler: Sampler = MaskGITSampler(self.num_codes, self.num_classes, steps, guidance=scale)
+            process: Process = MaskingProcess(self.num_codes)
+            objective: Callable[[Any], Objective] = MaskedObjective
+            sampler: Callable[..., Sampler] = MaskGITSampler
         else:
-            objective, sampler = DiffusionObjective(), DDPMSampler(self.num_classes, steps, guidance=scale)
-        return ELTModule(network, objective, distillation, sampler, self.num_classes)
+            process, objective, sampler = GaussianProcess(), DiffusionObjective, DDPMSampler
+        drawn = partial(sampler, steps=steps, guidance=scale)
+        return ELTModule(network, process, objective, distillation, drawn, self.num_classes)
 
     def batch(self, batch_size: int, device: torch.device) -> Batch:
         """Draw samples as training meets them, and labels in turn."""

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from elt_lightning import data, networks, objectives, samplers
+from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.refusals import explain
@@ -48,13 +48,9 @@ from elt_lightning.training.throughput import Throughput
 from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
 
 FROM_DATA = {
-    "num_classes": ("model.num_classes", "model.network.init_args.num_classes", "model.sampler.init_args.num_classes"),
+    "num_classes": ("model.num_classes", "model.network.init_args.num_classes"),
     "input_shape": ("model.network.init_args.input_shape",),
-    "num_codes": (
-        "model.network.init_args.num_codes",
-        "model.objective.init_args.num_codes",
-        "model.sampler.init_args.num_codes",
-    ),
+    "num_codes": ("model.network.init_args.num_codes", "model.process.init_args.num_codes"),
 }
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
 
@@ -134,7 +130,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 def import_classes() -> None:
     """Import all that a config may name, so that the name of a class is enough, without its module."""
-    for package in (data, networks, objectives, samplers):
+    for package in (data, networks, objectives, processes, samplers):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 

@@ -63,8 +63,6 @@ class LoopedMaskedTransformer(LoopedNetwork):
         initial_std: float = 0.02,
     ) -> None:
         super().__init__()
-        if num_codes is None:  # what data without a codebook say
-            raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
         if not (0 < residual_scale < math.inf and 0 < initial_std < math.inf):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.base import Process
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,14 @@ class Corrupted:
 
 
 class Objective(ABC):
-    """Corrupts a batch and scores predictions; a loss is one number per sample, and the caller averages the batch."""
+    """Corrupts a batch and scores predictions; a loss is one number per sample, and the caller averages the batch.
+
+    Args:
+        process: the model's.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
 
     @abstractmethod
     def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
@@ -40,7 +47,3 @@ class Objective(ABC):
     @abstractmethod
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
         """L_dist of the paper: (B,) losses of the student's prediction against the teacher's, detached here."""
-
-    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
-        """Turn a network's output for ``noisy`` into what samplers see: logits as they are, or x̂ for diffusion."""
-        return prediction

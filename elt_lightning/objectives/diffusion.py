@@ -1,15 +1,12 @@
 """Diffusion in continuous time: add noise, predict what was clean (paper, section 3.2, "diffusion models")."""
 
-from typing import get_args
-
 from torch import Tensor
 
 from elt_lightning.objectives.base import Corrupted, Objective
-from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.base import check_process
 from elt_lightning.processes.gaussian import (
-    Prediction,
+    GaussianProcess,
     ShiftedCosine,
-    clean_and_noise,
     mix,
     predicted,
     sigmoid_weight,
@@ -27,17 +24,18 @@ class DiffusionObjective(Objective):
     in. Subtracting two x̂ that are nearly equal would lose digits where there is little noise.
 
     Args:
-        prediction: what the network predicts, "x", "v" or "epsilon".
-        schedule: logsnr over time. The sampler must have the same.
+        process: what the network predicts, "x", "v" or "epsilon", and a :class:`ShiftedCosine`.
         weight_bias: b of the sigmoid weighting. ELT's is not published; 2 is SiD2's value for 64×64 pixels (inferred).
     """
 
-    def __init__(
-        self, prediction: Prediction = "v", schedule: ShiftedCosine | None = None, weight_bias: float = 2.0
-    ) -> None:
-        if prediction not in get_args(Prediction):
-            raise ValueError(f"prediction is one of {', '.join(get_args(Prediction))}, not {prediction}")
-        self.prediction, self.schedule, self.weight_bias = prediction, schedule or ShiftedCosine(), weight_bias
+    def __init__(self, process: GaussianProcess, weight_bias: float = 2.0) -> None:
+        check_process(self, process, GaussianProcess)
+        if not isinstance(process.schedule, ShiftedCosine):
+            raise ValueError(
+                f"DiffusionObjective needs a ShiftedCosine as the process's schedule, not {process.schedule}"
+            )
+        super().__init__(process)
+        self.prediction, self.schedule, self.weight_bias = process.prediction, process.schedule, weight_bias
 
     def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
         """Mix clean data x (B, …) with noise at a uniform time; ``target`` is what the network should predict."""
@@ -57,9 +55,3 @@ class DiffusionObjective(Objective):
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
         """w(t)·‖x̂_student − x̂_teacher‖², mean over elements: (B, …) twice to (B,)."""
         return weighted_square_error(student, teacher.detach(), corrupted.weight)
-
-    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
-        """Turn what the network predicted for z (B, …) at ``condition.time`` into x̂ (B, …)."""
-        assert condition.time is not None
-        a, s = self.schedule.amounts(self.schedule.logsnr(condition.time))
-        return clean_and_noise(self.prediction, prediction, noisy, a, s)[0]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from elt_lightning.objectives.base import Corrupted, Objective
-from elt_lightning.processes.conditioning import Condition
-from elt_lightning.processes.gaussian import StraightPath, mix, weighted_square_error
+from elt_lightning.processes.base import check_process
+from elt_lightning.processes.gaussian import GaussianProcess, mix, predicted, weighted_square_error
 from elt_lightning.processes.noise import Stream, normal
 
 
@@ -16,23 +16,31 @@ class FlowMatchingObjective(Objective):
     where, as here, time 1 is noise.
 
     Args:
+        process: a velocity on a straight path.
         time_mean: of the logit of t; above 0 for more noise.
         time_std: of the logit of t.
-        schedule: the path. The sampler must have the same.
     """
 
-    def __init__(self, time_mean: float = 0.0, time_std: float = 1.0, schedule: StraightPath | None = None) -> None:
+    def __init__(self, process: GaussianProcess, time_mean: float = 0.0, time_std: float = 1.0) -> None:
+        check_process(self, process, GaussianProcess)
+        if process.prediction != "velocity":
+            raise ValueError(
+                f"FlowMatchingObjective needs a process whose prediction is velocity, not {process.prediction}"
+            )
         if time_std <= 0:
             raise ValueError(f"time_std must be above 0, not {time_std}")
-        self.time_mean, self.time_std, self.schedule = time_mean, time_std, schedule or StraightPath()
+        super().__init__(process)
+        self.amounts_at, self.time_mean, self.time_std = process.amounts_at, time_mean, time_std
 
     def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
         """Mix clean data x (B, …) with normal noise at a logit-normal time; the target is the velocity."""
         time = torch.sigmoid(self.time_mean + self.time_std * normal(seeds, step, Stream.TIME))
         noise = normal(seeds, step, Stream.NOISE, tuple(x.shape[1:]))
         clean = x.float()
-        a, s = self.schedule.amounts(self.schedule.logsnr(time))
-        return Corrupted(mix(clean, noise, a, s), target=noise - clean, weight=torch.ones_like(time), time=time)
+        a, s = self.amounts_at(time)
+        return Corrupted(
+            mix(clean, noise, a, s), predicted("velocity", clean, noise, a, s), weight=torch.ones_like(time), time=time
+        )
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
         """‖û − u‖², mean over elements: prediction (B, …) to (B,)."""
@@ -41,9 +49,3 @@ class FlowMatchingObjective(Objective):
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
         """‖û_student − û_teacher‖², mean over elements: (B, …) twice to (B,)."""
         return weighted_square_error(student, teacher.detach(), corrupted.weight)
-
-    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
-        """x̂ = z − s·û, as a + s = 1: (B, …) to (B, …)."""
-        assert condition.time is not None
-        _, s = self.schedule.amounts(self.schedule.logsnr(condition.time))
-        return noisy - s.reshape(-1, *[1] * (noisy.ndim - 1)) * prediction.float()

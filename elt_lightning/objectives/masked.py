@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elt_lightning.objectives.base import Corrupted, Objective
-from elt_lightning.processes.masking import cosine_mask_ratio, random_mask
+from elt_lightning.processes.base import check_process
+from elt_lightning.processes.masking import MaskingProcess, cosine_mask_ratio, random_mask
 from elt_lightning.processes.noise import Stream, batch_seed, uniform
 
 
@@ -18,7 +19,7 @@ class MaskedObjective(Objective):
     so that its scale does not depend on how many were hidden.
 
     Args:
-        num_codes: V; the mask token is V.
+        process: has the mask token.
         label_smoothing: for the ground truth alone. MaskGIT 0.1, MAGVIT 1e-4.
         loss_on: "masked" positions (MaskGIT, the paper) or "all" of them (MAGVIT).
         ratio_per: one mask ratio per "sample" (MaskGIT) or per "batch" (MAGVIT).
@@ -26,14 +27,16 @@ class MaskedObjective(Objective):
 
     def __init__(
         self,
-        num_codes: int,
+        process: MaskingProcess,
         label_smoothing: float = 0.1,
         loss_on: Literal["masked", "all"] = "masked",
         ratio_per: Literal["sample", "batch"] = "sample",
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
-        self.num_codes = num_codes
+        check_process(self, process, MaskingProcess)
+        super().__init__(process)
+        self.hide = process.hide
         self.label_smoothing, self.loss_on, self.ratio_per = label_smoothing, loss_on, ratio_per
 
     def corrupt(self, x: Tensor, seeds: Tensor, step: int) -> Corrupted:
@@ -42,7 +45,7 @@ class MaskedObjective(Objective):
         scores = uniform(seeds, step, Stream.MASK_ORDER, (x.shape[1],))
         masked = random_mask(cosine_mask_ratio(progress), scores)
         weight = masked if self.loss_on == "masked" else torch.ones_like(masked)
-        return Corrupted(inputs=x.masked_fill(masked, self.num_codes), target=x, weight=weight.float())
+        return Corrupted(inputs=self.hide(x, masked), target=x, weight=weight.float())
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
         """−log P(y_i | x_mask), mean over the sample's positions that count: logits (B, T, V) to (B,)."""

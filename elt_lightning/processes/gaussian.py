@@ -8,14 +8,18 @@ precision a network runs in: at the ends of time a or s is only 5·10⁻⁴.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Prediction = Literal["x", "v", "epsilon"]
-"""What a network predicts: the clean data x, the noise ε, or v = a·ε − s·x (Salimans and Ho 2022)."""
+from elt_lightning.processes.base import Process
+from elt_lightning.processes.conditioning import Condition
+
+Prediction = Literal["x", "v", "epsilon", "velocity"]
+"""What a network predicts: the clean data x, the noise ε, v = a·ε − s·x (Salimans and Ho 2022), or flow matching's
+velocity ε − x."""
 
 
 class NoiseSchedule(ABC):
@@ -106,6 +110,40 @@ class StraightPath(NoiseSchedule):
         return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
 
+class GaussianProcess(Process):
+    """Mix data with noise along a schedule, and learn one quantity that tells them apart.
+
+    Args:
+        prediction: what the network predicts; "velocity" where the schedule is a :class:`StraightPath`.
+        schedule: logsnr over time.
+
+    Raises:
+        ValueError: an unknown prediction, or one that the schedule has no use for.
+    """
+
+    def __init__(self, prediction: Prediction = "v", schedule: NoiseSchedule | None = None) -> None:
+        if prediction not in get_args(Prediction):
+            raise ValueError(f"prediction is one of {', '.join(get_args(Prediction))}, not {prediction}")
+        default = StraightPath() if prediction == "velocity" else ShiftedCosine()
+        self.prediction, self.schedule = prediction, schedule or default
+        if (prediction == "velocity") != isinstance(self.schedule, StraightPath):
+            raise ValueError(
+                f"prediction velocity and a StraightPath go together, not {prediction} and {self.schedule}"
+            )
+
+    def amounts_at(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (a, s) at times in [0, 1] of any shape."""
+        return self.schedule.amounts(self.schedule.logsnr(time))
+
+    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
+        """Turn what the network predicted for z (B, …) at ``condition.time`` into x̂ (B, …)."""
+        assert condition.time is not None
+        a, s = self.amounts_at(condition.time)
+        if self.prediction == "velocity":  # z = (1 − s)·x + s·ε, so that x̂ = z − s·û
+            return noisy - _per_sample(s, noisy) * prediction.float()
+        return clean_and_noise(self.prediction, prediction, noisy, a, s)[0]
+
+
 def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:
     """Give the weight of a prediction's squared error under the sigmoid weighting of SiD2.
 
@@ -131,7 +169,9 @@ def mix(clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
 
 
 def predicted(prediction: Prediction, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Give what a network should predict where x and ε, each (B, …), are known: x, ε, or v = a·ε − s·x."""
+    """Give what a network should predict where x and ε, each (B, …), are known: x, ε, v = a·ε − s·x, or ε − x."""
+    if prediction == "velocity":
+        return noise - clean
     if prediction == "v":
         return _per_sample(a, clean) * noise - _per_sample(s, clean) * clean
     return clean if prediction == "x" else noise

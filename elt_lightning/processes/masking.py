@@ -1,4 +1,4 @@
-"""Mask-ratio schedules of masked generation: how much is hidden in training, how much is still hidden in sampling.
+"""Masking of tokens: the mask token, how much is hidden in training, how much is still hidden in sampling.
 
 Source: MaskGIT (Chang et al. 2022; google-research/maskgit, ``libml/mask_schedule.py``, ``libml/parallel_decode.py``).
 """
@@ -7,6 +7,34 @@ import math
 
 import torch
 from torch import Tensor
+
+from elt_lightning.processes.base import Process
+
+
+class MaskingProcess(Process):
+    """Hide tokens behind a mask token.
+
+    Args:
+        num_codes: V, size of the codebook; the mask token is V.
+
+    Raises:
+        ValueError: the data have no codebook.
+    """
+
+    num_codes: int
+
+    def __init__(self, num_codes: int) -> None:
+        if num_codes is None:  # what data without a codebook say
+            raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
+        self.num_codes = num_codes
+
+    def hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
+        """Put the mask token where ``masked`` is true: (B, T) int64 and (B, T) bool to (B, T)."""
+        return tokens.masked_fill(masked, self.num_codes)
+
+    def is_hidden(self, tokens: Tensor) -> Tensor:
+        """Return where the mask token stands: (B, T) int64 to (B, T) bool."""
+        return tokens == self.num_codes
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:

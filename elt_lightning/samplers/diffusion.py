@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elt_lightning.processes.base import check_process
 from elt_lightning.processes.conditioning import Condition
-from elt_lightning.processes.gaussian import NoiseSchedule, ShiftedCosine
+from elt_lightning.processes.gaussian import GaussianProcess
 from elt_lightning.processes.noise import Stream, normal
 from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
 from elt_lightning.samplers.guidance import Guidance
@@ -41,30 +42,28 @@ class DiffusionSampler(Sampler):
     """K steps evenly spaced in time; the last one gives x̂ itself.
 
     Args:
+        process: the schedule, the same as in training.
         num_classes: the null class of guidance.
         steps: K, network calls of one sample (twice that where guidance acts).
-        schedule: logsnr over time, the same as the objective's.
         clip: x̂ is cut to ±clip after guidance, for data that lie in that range; None for no cut.
         guidance: classifier-free guidance, on x̂.
-        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`; by default off. It helps where loops are few:
-            what one step decided is kept by the next, in error, too.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
-
-    carries_by_default = False
 
     def __init__(
         self,
+        process: GaussianProcess,
         num_classes: int,
         steps: int,
-        schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, guidance, carry_state)
+        check_process(self, process, GaussianProcess)
+        super().__init__(process, num_classes, steps, guidance, carry_state)
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be above 0, not {clip}")
-        self.schedule, self.clip = schedule or ShiftedCosine(), clip
+        self.schedule, self.clip = process.schedule, clip
 
     @abstractmethod
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
@@ -134,9 +133,9 @@ class DDPMSampler(DiffusionSampler):
     certain, (1 − r)·s_t² the one for data of unit variance.
 
     Args:
+        process: as in :class:`DiffusionSampler`.
         num_classes: the null class of guidance.
         steps: K; the paper uses 512.
-        schedule: as in :class:`DiffusionSampler`.
         variance_interpolation: γ in [0, 1]; 0.3 is our default (inferred).
         clip: as in :class:`DiffusionSampler`.
         guidance: classifier-free guidance; the paper uses scale 3.
@@ -145,15 +144,15 @@ class DDPMSampler(DiffusionSampler):
 
     def __init__(
         self,
+        process: GaussianProcess,
         num_classes: int,
         steps: int = 512,
-        schedule: NoiseSchedule | None = None,
         variance_interpolation: float = 0.3,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
+        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
         if not 0 <= variance_interpolation <= 1:
             raise ValueError(f"variance_interpolation must lie in [0, 1], not {variance_interpolation}")
         self.variance_interpolation = variance_interpolation
@@ -174,14 +173,14 @@ class DDIMSampler(DiffusionSampler):
 
     def __init__(
         self,
+        process: GaussianProcess,
         num_classes: int,
         steps: int = 64,
-        schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
+        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""
@@ -199,14 +198,14 @@ class DPMSolverSampler(DiffusionSampler):
 
     def __init__(
         self,
+        process: GaussianProcess,
         num_classes: int,
         steps: int = 32,
-        schedule: NoiseSchedule | None = None,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, schedule, clip, guidance, carry_state)
+        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""

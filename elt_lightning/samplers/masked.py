@@ -6,8 +6,9 @@ Source: MaskGIT (google-research/maskgit, ``libml/parallel_decode.py``), with th
 import torch
 from torch import Tensor
 
+from elt_lightning.processes.base import check_process
 from elt_lightning.processes.conditioning import Condition
-from elt_lightning.processes.masking import num_still_masked, ranks
+from elt_lightning.processes.masking import MaskingProcess, num_still_masked, ranks
 from elt_lightning.processes.noise import Stream, categorical, gumbel, over_steps, uniform
 from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
 from elt_lightning.samplers.guidance import Guidance
@@ -24,21 +25,19 @@ class MaskGITSampler(Sampler):
     Letters: B batch, T tokens, V codes, K steps.
 
     Args:
-        num_codes: V; the mask token is V.
+        process: has the mask token.
         num_classes: the null class of guidance.
         steps: K; the paper uses 24 for images, 12 or 24 for videos.
         temperature_bias: sampling temperature at the last step.
         temperature_scale: what is added to it at the start.
         choice_temperature: noise on the confidence; MaskGIT and MAGVIT use 4.5.
         guidance: classifier-free guidance.
-        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`; by default on where the network has recall.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
-
-    carries_by_default = True
 
     def __init__(
         self,
-        num_codes: int,
+        process: MaskingProcess,
         num_classes: int,
         steps: int = 24,
         temperature_bias: float = 0.5,
@@ -47,10 +46,11 @@ class MaskGITSampler(Sampler):
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
     ) -> None:
-        super().__init__(num_classes, steps, guidance, carry_state)
+        check_process(self, process, MaskingProcess)
+        super().__init__(process, num_classes, steps, guidance, carry_state)
         if temperature_bias <= 0 or temperature_scale < 0 or choice_temperature < 0:
             raise ValueError("sampling needs temperature_bias > 0, temperature_scale >= 0 and choice_temperature >= 0")
-        self.num_codes = num_codes
+        self.masking = process
         self.temperature_bias, self.temperature_scale = temperature_bias, temperature_scale
         self.choice_temperature = choice_temperature
 
@@ -64,20 +64,20 @@ class MaskGITSampler(Sampler):
         known: Tensor | None = None,
     ) -> Tensor:
         """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See the base class."""
-        tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.num_codes)
-        num_unknown = (tokens == self.num_codes).sum(1)
+        tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.masking.num_codes)
+        num_unknown = self.masking.is_hidden(tokens).sum(1)
         numbers = over_steps(uniform, seeds, self.steps, Stream.SAMPLED_TOKENS, shape)
         noise = over_steps(gumbel, seeds, self.steps, Stream.SAMPLED_CONFIDENCE, shape)
         guided = GuidedSteps(self, predict, loops)
         for step in range(self.steps):
-            masked = tokens == self.num_codes
+            masked = self.masking.is_hidden(tokens)
             logits = guided(step, tokens, condition).float()
             guess = torch.where(masked, categorical(logits / self.temperature(step), numbers[step]), tokens)
             log_probability = logits.log_softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
             confidence = log_probability + self.choice_temperature * self._to_come(step) * noise[step]
             still_masked = num_still_masked(num_unknown, masked.sum(1), step, self.steps)
             remasked = ranks(confidence.masked_fill(~masked, torch.inf)) < still_masked[:, None]
-            tokens = guess.masked_fill(remasked, self.num_codes)
+            tokens = self.masking.hide(guess, remasked)
         return tokens
 
     def temperature(self, step: int) -> float:

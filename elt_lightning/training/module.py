@@ -14,6 +14,7 @@ from elt_lightning.networks.base import LoopedNetwork, Pass
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Loops, Sampler
@@ -30,9 +31,10 @@ class ELTModule(LightningModule):
 
     Args:
         network: predicts at every exit of one pass.
-        objective: how a batch is corrupted, and the losses of one prediction.
+        process: how data are corrupted, and what a prediction says of the clean data.
+        objective: makes, of the process, the losses of one prediction.
         distillation: which loop counts a step trains, and how their losses combine.
-        sampler: how samples are drawn.
+        sampler: makes, of the process and the number of classes, what draws samples.
         num_classes: the null class; linked from the data module.
         optimizer: makes the optimiser from parameter groups. The paper: AdamW, 1e-4, betas (0.9, 0.96), decay 0.045.
             Where torch has a fused kernel for it, that is used, unless ``fused`` or ``foreach`` is given.
@@ -46,9 +48,10 @@ class ELTModule(LightningModule):
     def __init__(
         self,
         network: LoopedNetwork,
-        objective: Objective,
+        process: Process,
+        objective: Callable[[Process], Objective],
         distillation: ILSD,
-        sampler: Sampler,
+        sampler: Callable[[Process, int], Sampler],
         num_classes: int,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
         learning_rate_schedule: LearningRateSchedule | None = None,
@@ -61,10 +64,9 @@ class ELTModule(LightningModule):
             raise ValueError(f"label_drop must lie in [0, 1], not {label_drop}")
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed_everything must lie in [0, 2^31), not {seed}")
-        if getattr(objective, "schedule", None) != getattr(sampler, "schedule", None):
-            raise ValueError("objective and sampler have different noise schedules: give both the same")
-        self.network, self.objective, self.distillation = network, objective, distillation
-        self.sampler = sampler.suited_to(network.has_recall)
+        self.network, self.process, self.distillation = network, process, distillation
+        self.objective = objective(process)
+        self.sampler = sampler(process, num_classes).suited_to(network.has_recall)
         self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
@@ -100,7 +102,7 @@ class ELTModule(LightningModule):
     @property
     def num_codes(self) -> int | None:
         """V of a model of tokens, None of one of latents."""
-        return getattr(self.sampler, "num_codes", None)
+        return self.process.num_codes
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -177,7 +179,7 @@ class ELTModule(LightningModule):
     ) -> Pass:
         """Call the network as samplers see it: its predictions are logits or x̂."""
         predictions, state = self.network(x, condition, loops, exits, state)
-        return Pass({r: self.objective.denoised(p, x, condition) for r, p in predictions.items()}, state)
+        return Pass({r: self.process.denoised(p, x, condition) for r, p in predictions.items()}, state)
 
     @torch.no_grad()
     def sample(

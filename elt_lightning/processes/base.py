@@ -1,0 +1,31 @@
+"""What is done to data that a network learns to undo; one object for training and sampling alike."""
+
+from torch import Tensor
+
+from elt_lightning.processes.conditioning import Condition
+
+
+class Process:
+    """How data are corrupted, and what a network's output says of the clean data.
+
+    A model has one; its objective and its sampler are given it, so that they cannot differ.
+
+    Attributes:
+        num_codes: V, of tokens; None where data are continuous.
+    """
+
+    num_codes: int | None = None
+
+    def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
+        """Return what samplers see of a network's output for ``noisy``: logits as they are, or x̂ of noisy latents."""
+        return prediction
+
+
+def check_process(user: object, process: Process, kind: type[Process]) -> None:
+    """Check that an objective or a sampler is given the kind of process it is made for.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(process, kind):
+        raise ValueError(f"{type(user).__name__} needs a {kind.__name__} as the model's process, not {process}")
