@@ -120,6 +120,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
         "train_mode",
         "train_steps",
         "sampling_steps",
+        "recall",
         "weights",
         "rows",
     }
@@ -133,6 +134,7 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
             "loops",
             "effective_depth",
             "guidance",
+            "carry_state",
             "metrics",
             "params_backbone",
             "params_total",

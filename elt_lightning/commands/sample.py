@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--carry_state",
         choices=("true", "false"),
-        help="begin each step's loop where the last one stopped; by default as the model's sampler does",
+        help="begin each step's loop where the last one stopped; by default where the model has recall",
     )
     parser.add_argument("--steps", type=number_from(1, 10**6), help="sampling steps; by default the model's")
     parser.add_argument("--seed", type=number_from(0, SEEDS), default=0, help="decides every sample (default 0)")

@@ -47,11 +47,8 @@ class DiffusionSampler(Sampler):
         steps: K, network calls of one sample (twice that where guidance acts).
         clip: x̂ is cut to ±clip after guidance, for data that lie in that range; None for no cut.
         guidance: classifier-free guidance, on x̂.
-        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`; by default off. It helps where loops are few:
-            what one step decided is kept by the next, in error, too.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
-
-    carries_by_default = False
 
     def __init__(
         self,

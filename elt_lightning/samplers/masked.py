@@ -32,10 +32,8 @@ class MaskGITSampler(Sampler):
         temperature_scale: what is added to it at the start.
         choice_temperature: noise on the confidence; MaskGIT and MAGVIT use 4.5.
         guidance: classifier-free guidance.
-        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`; by default on where the network has recall.
+        carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
     """
-
-    carries_by_default = True
 
     def __init__(
         self,
