@@ -85,7 +85,7 @@ class ShiftedCosine(NoiseSchedule):
 class StraightPath(NoiseSchedule):
     """The straight path of flow matching: σ = s₀ + t·(1 − 2·s₀) and α = 1 − σ.
 
-    The margin s₀ = sigmoid(−limit/2) keeps alpha and sigma from vanishing at the ends; without it s would be t.
+    The margin s₀ = sigmoid(−limit/2) keeps alpha and sigma from vanishing at the ends; without it σ would be t.
 
     Attributes:
         limit: logsnr at time 0, and less the sign at time 1; 15 makes s₀ 5·10⁻⁴.
