@@ -41,10 +41,10 @@ test: $(BIN)/elt ## lint, check types, run the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-all: test ## the slow tests too
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses auto --maxprocesses 4 --dist worksteal
 
 ablation: ## ILSD against others, 3 seeds (an hour); so every file of experiments/: ablation-video, …
 $(EXPERIMENTS): $(BIN)/elt

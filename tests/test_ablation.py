@@ -11,6 +11,7 @@ import yaml
 from processes import start
 from small_runs import SMALL
 
+from elt_lightning.data.toy.digits import DigitsDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.reproduce import ablation
 from elt_lightning.reproduce.claims import read_experiment
@@ -36,6 +37,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation, "elt", elt)
+    DigitsDataModule().prepare_data()  # once for all tests, where each process would train its own digit network
     config: dict[str, Any] = {
         "config": str(ROOT / "configs" / "digits.yaml"),
         "seeds": [0, 1],
@@ -58,6 +60,7 @@ def run_ablation(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     ablation.main()
 
 
+@pytest.mark.slow
 def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     commands: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +98,7 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     assert commands == []
 
 
+@pytest.mark.slow
 def test_what_other_settings_measured_is_not_taken(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path("own_digits.yaml")
     base.write_text((ROOT / "configs" / "digits.yaml").read_text())
@@ -115,6 +119,7 @@ def test_what_other_settings_measured_is_not_taken(commands: list[str], monkeypa
     assert commands == []
 
 
+@pytest.mark.slow
 def test_an_error_leaves_the_summary_of_the_whole_seeds(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = ablation.elt
 

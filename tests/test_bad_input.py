@@ -818,6 +818,7 @@ def test_a_batch_that_cannot_be_handed_on_is_not_waited_for(capfd: pytest.Captur
     assert "cannot hand on a batch" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "status"), [(71, 0), (72, 2)])
 def test_a_temporary_folder_whose_path_is_too_long_for_sockets(length: int, status: int) -> None:
     """Loader processes hand tensors on by sockets there; Python says no more than that a path is too long."""

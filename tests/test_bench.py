@@ -229,6 +229,7 @@ def batch_of_saving(looped: TrainingMemory, unlooped: TrainingMemory, share: flo
     return resident / (looped.per_sample - (1 - share) * unlooped.per_sample)
 
 
+@pytest.mark.slow
 def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
     """At the paper's size: weights, gradients, two moments; the student's head is ILSD's, and left out here."""
     looped, unlooped = (
@@ -240,6 +241,7 @@ def test_what_looping_saves_is_what_the_missing_parameters_take() -> None:
         assert unlooped.at(batch_size) - looped.at(batch_size) == missing * (4 + 4 + 8)
 
 
+@pytest.mark.slow
 def test_the_papers_saving_is_met_at_a_batch() -> None:
     precision = PRECISIONS["bf16-mixed"]
     looped, unlooped = (TrainingMemory.of(module_of(name), precision) for name in (TABLE_8.model, TABLE_8.baseline))

@@ -37,6 +37,7 @@ def read_epochs(root: Path, lists: Path, leak: bool) -> float:
     return float(np.polyfit(range(len(settled)), settled, 1)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leak", [False, True], ids=["as it is", "a frame kept of each"])
 def test_memory_stays_flat_over_epochs(leak: bool, tmp_path: Path) -> None:
     root, lists = write_ucf101(tmp_path, [24] * VIDEOS)

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.data.shards import ShardIndex
+from elt_lightning.data.toy.digits import DigitsDataModule
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,7 @@ TOLERANCE = 1e-6
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one device."""
     folder = tmp_path_factory.mktemp("devices")
+    DigitsDataModule(str(folder / "data" / "digits")).prepare_data()
     elt_on_ranks(["fit", *SETTINGS, *ADAM, "--run_dir=runs/adam"], folder, 1)
     elt_on_ranks(["fit", *SETTINGS, *SGD, "--run_dir=runs/sgd"], folder, 1)
     return folder

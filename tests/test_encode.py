@@ -24,6 +24,7 @@ from elt_lightning.data.shards import ShardIndex
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import ImageTokenizer
+from elt_lightning.training import meter
 
 
 class Brightness(ImageTokenizer):
@@ -250,6 +251,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert len(encoded) == 6 + 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_it_was(root: Path, tmp_path: Path) -> None:
     elt_encode(root, tmp_path / "whole", "--batch_size=1", tokenizer="test_encode.Stuck")
     code = (
@@ -521,5 +523,6 @@ def test_progress_is_a_bar_on_a_terminal(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(meter, "EVERY_SECONDS_ON_TERMINALS", 0.0)
     elt_encode(root, tmp_path / "out")
     assert "15/15" in capsys.readouterr().out

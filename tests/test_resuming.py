@@ -21,6 +21,7 @@ def resume(checkpoint: Path, run_dir: Path, *flags: str, status: int = 0) -> dic
     return content
 
 
+@pytest.mark.slow
 def test_settings_given_for_going_on_are_used_and_recorded_and_epochs_end_where_they_should(
     small_squares: Path, tmp_path: Path
 ) -> None:
