@@ -366,13 +366,13 @@ class ClassDependent:
 
 def test_guidance_of_scale_0_is_the_null_class_alone_and_costs_one_branch() -> None:
     seeds, labels = sample_seeds(4, torch.arange(3)), torch.tensor([0, 1, 2])
-    guided, plain = (MAKERS[0](NUM_CLASSES, 6, guidance=guidance) for guidance in (Guidance(0.0), None))
+    guided, plain = (MAKERS[0](of(), NUM_CLASSES, 6, guidance=guidance) for guidance in (Guidance(0.0), None))
     network = ClassDependent(guided.schedule)
-    sampled = guided.sample(network, (20,), Condition(labels), 1, seeds)
+    sampled = guided.sample(stateless(network), (20,), Condition(labels), 1, seeds)
     assert network.batches == [3] * 6
     assert len(guided.network_calls(1)) == 6
     null = Condition(torch.full_like(labels, NUM_CLASSES))
-    assert torch.equal(sampled, plain.sample(network, (20,), null, 1, seeds))
+    assert torch.equal(sampled, plain.sample(stateless(network), (20,), null, 1, seeds))
     assert [Guidance(0.0, "linear").branches(step, 3) for step in range(3)] == [2, 2, 1]
 
 
