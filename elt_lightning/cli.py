@@ -129,7 +129,7 @@ def with_underscores(argument: str) -> str:
 
 
 def what_failed(error: OSError) -> str:
-    """Say which file could not be read or written, and why."""
+    """Return which file could not be read or written, and why."""
     reason = error.strerror or str(error) or type(error).__name__
     place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -137,7 +137,7 @@ def what_failed(error: OSError) -> str:
 
 
 def end_of_loader(error: BaseException | None) -> str | None:
-    """Say how a loader process ended, where that led to an error: PyTorch raises it in the midst of anything else."""
+    """Return how a loader process ended, where that led to an error, which PyTorch raises in the midst of anything."""
     while error is not None:
         found = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal[^.]*|exited[^.]*)", str(error))
         if found:

@@ -16,7 +16,7 @@ from typing import Any
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what was written there takes the name ``path`` when the block succeeds.
+    """Return a temporary path beside ``path``; what was written there takes the name ``path`` when the block succeeds.
 
     A crash leaves ``path`` as it was. Parent folders are made.
     """
@@ -87,7 +87,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def whole_number(value: Any) -> int:
-    """Give a value from outside that must be a whole number; ``int`` would cut fractions and read words.
+    """Return a value from outside that must be a whole number; ``int`` would cut fractions and read words.
 
     Raises:
         ValueError: it is something else.
@@ -104,7 +104,7 @@ def sha256(path: str | Path) -> str:
 
 
 def next_numbered(folder: str | Path, stem: str) -> Path:
-    """Give ``folder/stem_N`` with the smallest N from 0 up that is above every one that exists, whatever its suffix."""
+    """Return ``folder/stem_N`` with the smallest N from 0 up that is above all that exist, whatever their suffix."""
     endings = [path.stem.removeprefix(f"{stem}_") for path in Path(folder).glob(f"{stem}_*")]
     taken = [int(ending) for ending in endings if ending.isdecimal()]
     return Path(folder) / f"{stem}_{max(taken, default=-1) + 1}"

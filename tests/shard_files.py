@@ -22,7 +22,7 @@ def token_index(counts: list[int], copies: int = 1, classes: int = 3) -> ShardIn
         copies=copies,
         input_shape=(2, 2),
         stored_shape=(4,),
-        num_codes=300,
+        codebook_size=300,
         latent_scale=None,
         tokenizer=PIXELS,
         crop="adm-centre",
@@ -44,7 +44,7 @@ def npy(values: np.ndarray) -> bytes:
 
 def stored(number: int, index: ShardIndex) -> np.ndarray:
     """The codes of a picture: its number in every place; of the mirror image, a hundred more."""
-    plain = np.full(index.stored_shape, number, dtype=np.int16 if index.num_codes else np.float16)
+    plain = np.full(index.stored_shape, number, dtype=np.int16 if index.codebook_size else np.float16)
     return np.stack([plain, plain + 100][: index.copies])
 
 

@@ -7,14 +7,14 @@ from elt_lightning.cli import main
 
 SMALL = [
     "--model.network.init_args.width=16",
-    "--model.network.init_args.heads=2",
+    "--model.network.init_args.num_heads=2",
     "--model.network.init_args.mlp_width=32",
     "--model.sampler.init_args.steps=3",
     "--loop_metrics.num_validation_samples=4",
     "--loop_metrics.num_samples=12",
     "--data.init_args.batch_size=16",
 ]
-SMALL_SQUARES = [*SMALL, "--data.init_args.num_train=64", "--data.init_args.num_held_out=40"]
+SMALL_SQUARES = [*SMALL, "--data.init_args.num_train=64", "--data.init_args.num_val=40"]
 
 
 def train_small_squares(config: Path, home: Path) -> Path:

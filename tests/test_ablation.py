@@ -81,7 +81,7 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
         assert len(set(values)) == 2  # seeds matter
         written = f"{mean(values):.3g} ± {stdev(values):.3g}"
         assert written in Path("results/ablation.md").read_text()
-    assert arm["held_out"]["val/loss@L2"]["steps"] == [1, 3]
+    assert arm["val"]["val/loss@L2"]["steps"] == [1, 3]
     loop = json.loads(Path("runs/ablation_small/ilsd_seed1/test/loops.json").read_text())
     assert records[1]["rows"][0]["metrics"]["fd_digits"] == loop["rows"][0]["metrics"]["fd_digits"]["mean"]
     assert Path("results/ablation.png").stat().st_size > 10_000

@@ -47,13 +47,13 @@ def torch_macs(network: nn.Module, loops: int) -> tuple[int, int]:
     return counter.get_total_flops() // 2, attention // 2
 
 
-IMAGE_TOKENS = {"num_codes": 1024, "input_shape": (16, 16), "num_classes": 1000}
+IMAGE_TOKENS = {"codebook_size": 1024, "input_shape": (16, 16), "num_classes": 1000}
 LATENTS = {"input_shape": (4, 32, 32), "num_classes": 1000}
 FAMILIES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "masked": (LoopedMaskedTransformer, IMAGE_TOKENS),
     "masked video": (
         LoopedMaskedTransformer,
-        {"num_codes": 1024, "input_shape": (4, 16, 16), "num_classes": 101, "scale": "L"},
+        {"codebook_size": 1024, "input_shape": (4, 16, 16), "num_classes": 101, "scale": "L"},
     ),
     "adaln_zero": (LoopedDiT, {**LATENTS, "block": "adaln_zero"}),
     "film": (LoopedDiT, {**LATENTS, "block": "film", "condition_width": 1024}),
@@ -132,6 +132,6 @@ def test_a_looped_model_takes_what_its_baseline_takes() -> None:
 
 def test_another_network_is_refused() -> None:
     network = nn.Module()
-    network.backbone = LoopedMaskedTransformer(7, (2, 2), 3, 1, width=8, heads=1).backbone
+    network.backbone = LoopedMaskedTransformer(7, (2, 2), 3, 1, width=8, num_heads=1).backbone
     with pytest.raises(TypeError, match="neither a masked nor a diffusion network"):
         count(network, 1)

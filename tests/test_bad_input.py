@@ -41,11 +41,11 @@ SECONDS = 20
 LATENTS = """
 data:
   class_path: elt_lightning.data.imagenet.ImageNetDataModule
-  init_args: {training_shards: pixels, held_out_shards: null, batch_size: 4, num_workers: 0}
+  init_args: {training_shards: pixels, val_shards: null, batch_size: 4, num_workers: 0}
 model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
-    init_args: {num_layers: 1, patch_size: 4, width: 16, heads: 2}
+    init_args: {num_layers: 1, patch_size: 4, width: 16, num_heads: 2}
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -57,11 +57,11 @@ loop_metrics: {num_validation_samples: 0, num_samples: 4, batch_size: 4}
 TOKENS = """
 data:
   class_path: elt_lightning.data.imagenet.ImageNetDataModule
-  init_args: {training_shards: tokens, held_out_shards: tokens, batch_size: 4, num_workers: 0}
+  init_args: {training_shards: tokens, val_shards: tokens, batch_size: 4, num_workers: 0}
 model:
   network:
     class_path: elt_lightning.networks.masked.LoopedMaskedTransformer
-    init_args: {num_layers: 1, width: 16, heads: 2}
+    init_args: {num_layers: 1, width: 16, num_heads: 2}
   objective: {class_path: elt_lightning.objectives.masked.MaskedObjective}
   distillation: {max_loops: 2}
   sampler: {class_path: elt_lightning.samplers.masked.MaskGITSampler}
@@ -341,29 +341,32 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         TOKENS.replace("elt_lightning.samplers.masked.MaskGITSampler", "elt_lightning.samplers.base.Sampler").encode(),
         "model.sampler: expected instantiatable class, but elt_lightning.samplers.base.Sampler is abstract",
     ),
-    "a network without its settings": (TOKENS.replace(", width: 16, heads: 2", "").encode(), "width"),
+    "a network without its settings": (TOKENS.replace(", width: 16, num_heads: 2", "").encode(), "width"),
     "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), "width must be at least 1, not -16"),
     "no width": (LATENTS.replace("width: 16", "width: 0").encode(), "width must be at least 1, not 0"),
-    "no heads": (TOKENS.replace("heads: 2", "heads: 0").encode(), "heads must be at least 1, not 0"),
-    "heads below 0": (LATENTS.replace("heads: 2", "heads: -2").encode(), "heads must be at least 1, not -2"),
+    "no heads": (TOKENS.replace("num_heads: 2", "num_heads: 0").encode(), "num_heads must be at least 1, not 0"),
+    "num_heads below 0": (
+        LATENTS.replace("num_heads: 2", "num_heads: -2").encode(),
+        "num_heads must be at least 1, not -2",
+    ),
     "no heads beside a scale": (
-        TOKENS.replace("width: 16, heads: 2", "scale: B, heads: 0").encode(),
-        "heads must be at least 1, not 0",
+        TOKENS.replace("width: 16, num_heads: 2", "scale: B, num_heads: 0").encode(),
+        "num_heads must be at least 1, not 0",
     ),
     "no hidden units": (
-        TOKENS.replace("heads: 2", "heads: 2, mlp_width: 0").encode(),
+        TOKENS.replace("num_heads: 2", "num_heads: 2, mlp_width: 0").encode(),
         "mlp_width must be at least 1, not 0",
     ),
     "no width of the condition": (
-        LATENTS.replace("heads: 2", "heads: 2, condition_width: 0").encode(),
+        LATENTS.replace("num_heads: 2", "num_heads: 2, condition_width: 0").encode(),
         "condition_width must be at least 1, not 0",
     ),
     "no channels to give": (
-        LATENTS.replace("heads: 2", "heads: 2, out_channels: 0").encode(),
+        LATENTS.replace("num_heads: 2", "num_heads: 2, out_channels: 0").encode(),
         "out_channels must be at least 1, not 0",
     ),
     "fewer than no layers before the loop": (
-        TOKENS.replace("heads: 2", "heads: 2, prelude_layers: -1").encode(),
+        TOKENS.replace("num_heads: 2", "num_heads: 2, prelude_layers: -1").encode(),
         "prelude_layers must be at least 0, not -1",
     ),
     "patches of no side": (LATENTS.replace("patch_size: 4", "patch_size: 0").encode(), "patch_size 0"),
@@ -381,18 +384,21 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         TOKENS.replace("max_loops: 2", "max_loops: 1_000_000_000").encode(),
         "max_loops must be at most 1000000, not 1000000000",
     ),
-    "heads that do not divide the width": (TOKENS.replace("heads: 2", "heads: 3").encode(), "heads"),
-    "dropout that is no number": (TOKENS.replace("heads: 2", "heads: 2, dropout: .nan").encode(), "dropout must lie"),
+    "num_heads that do not divide the width": (TOKENS.replace("num_heads: 2", "num_heads: 3").encode(), "num_heads"),
+    "dropout that is no number": (
+        TOKENS.replace("num_heads: 2", "num_heads: 2, dropout: .nan").encode(),
+        "dropout must lie",
+    ),
     "weights that begin alike": (
-        TOKENS.replace("heads: 2", "heads: 2, initial_std: 0").encode(),
+        TOKENS.replace("num_heads: 2", "num_heads: 2, initial_std: 0").encode(),
         "initial_std must be",
     ),
     "a residual of no size": (
-        TOKENS.replace("heads: 2", "heads: 2, residual_scale: .inf").encode(),
+        TOKENS.replace("num_heads: 2", "num_heads: 2, residual_scale: .inf").encode(),
         "residual_scale and initial_std must be",
     ),
     "classes spread by less than nothing": (
-        LATENTS.replace("heads: 2", "heads: 2, class_std: -1").encode(),
+        LATENTS.replace("num_heads: 2", "num_heads: 2, class_std: -1").encode(),
         "class_std must be at least 0",
     ),
     "validation all the time": (
@@ -412,7 +418,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "workers below 0": (TOKENS.replace("num_workers: 0", "num_workers: -1").encode(), "num_workers"),
     "no steps": (TOKENS.replace("max_steps: 4", "max_steps: -1").encode(), "max_steps"),
-    "a masked model of continuous data": (TOKENS.replace("tokens", "pixels").encode(), "num_codes"),
+    "a masked model of continuous data": (TOKENS.replace("tokens", "pixels").encode(), "codebook_size"),
     "a diffusion model of tokens": (LATENTS.replace("pixels", "tokens").encode(), "tokens"),
     "a seed below 0": (f"seed_everything: -1\n{TOKENS}".encode(), "seed"),
     "a seed that is a word": (f"seed_everything: lucky\n{TOKENS}".encode(), "seed_everything"),
@@ -605,8 +611,8 @@ INDICES: dict[str, Callable[[dict[str, Any]], object]] = {
     "with codes of nothing": setting(stored_shape=[]),
     "with codes of another shape": setting(stored_shape=[5]),
     "with a grid of another size": setting(input_shape=[3, 3]),
-    "with a smaller codebook": setting(num_codes=3),
-    "with a codebook that is a word": setting(num_codes="large"),
+    "with a smaller codebook": setting(codebook_size=3),
+    "with a codebook that is a word": setting(codebook_size="large"),
     "with no copies": setting(copies=0),
     "with a tokenizer that is a word": setting(tokenizer="pixels"),
 }
@@ -619,7 +625,7 @@ def test_indices(spoil: Callable[[dict[str, Any]], object], home: Path, tmp_path
     content = json.loads((folder / "index.json").read_text())
     spoil(content)
     (folder / "index.json").write_text(json.dumps(content))
-    sets = [f"--data.init_args.{kind}_shards={folder}" for kind in ("training", "held_out")]
+    sets = [f"--data.init_args.{kind}_shards={folder}" for kind in ("training", "val")]
     refused([*FIT, *sets, "--trainer.max_steps=40"], "shards")
     assert not (home / "ran").exists()
 
@@ -939,6 +945,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         ),
         "of another type such as network.",
     ),
+    "of an older version": (lambda home: changed(home, lambda content: content["elt"].update(version=1)), "older"),
     "of version 0": (lambda home: changed(home, lambda content: content["elt"].update(version=0)), "versions from 1"),
     "of a version below 0": (
         lambda home: changed(home, lambda content: content["elt"].update(version=-1)),

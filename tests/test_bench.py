@@ -82,7 +82,7 @@ def test_what_is_not_asked_for_is_left_out(tmp_path: Path, monkeypatch: pytest.M
 
 def test_files_that_are_made_are_as_large_as_the_published_ones(tmp_path: Path) -> None:
     write_videos(tmp_path, 4)
-    videos = list_videos(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist", "all", held_out=False)
+    videos = list_videos(tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist", "all", val=False)
     assert len(videos) == 4
     for video in videos:
         assert num_frames(video.path) == 188
@@ -158,7 +158,7 @@ def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
         assert main(["bench", "train", *flags, f"--precision={precision}", f"--output={path}"]) == 0
     runs = json.loads(path.read_text())["runs"]
     assert [row["precision"] for run in runs for row in run["rows"][:1]] == ["32-true", "bf16-mixed"]
-    rows = {(row["loops"], row["way"], row["checkpoint_loops"]): row for row in runs[0]["rows"]}
+    rows = {(row["loops"], row["way"], row["activation_checkpointing"]): row for row in runs[0]["rows"]}
     assert rows.keys() == {
         *((1, way, False) for way in ("vanilla", "unlooped")),
         (1, "vanilla", True),
@@ -289,8 +289,8 @@ def test_turns_alternate_and_every_round_has_each_contender_once() -> None:
 def test_twins_share_their_weights() -> None:
     network = SHAPES["tiny"].build(1, torch.float32, torch.device("cpu"))
     other = twin(network)
-    other.backbone.checkpoint_loops = True
-    assert not network.backbone.checkpoint_loops
+    other.backbone.activation_checkpointing = True
+    assert not network.backbone.activation_checkpointing
     assert all(a is b for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 

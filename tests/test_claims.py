@@ -50,8 +50,8 @@ def summary(seeds: int = 3) -> dict[str, Any]:
             "steps": [9, 19, 29][: len(LOSSES.get(name, []))],
             "values": [[v] * seeds for v in LOSSES.get(name, [])],
         }
-        held_out = {f"val/loss@L{max_loops}": losses} if name in LOSSES else {}
-        arms[name] = {"label": name, "training_seconds": [100.0] * seeds, "rows": rows, "held_out": held_out}
+        val = {f"val/loss@L{max_loops}": losses} if name in LOSSES else {}
+        arms[name] = {"label": name, "training_seconds": [100.0] * seeds, "rows": rows, "val": val}
     return {
         "config": {"seeds": list(range(seeds)), "arms": config},
         "arms": arms,
@@ -122,19 +122,26 @@ def named(title: str) -> Claim:
 
 def test_convergence_and_little_data_against_the_numbers(tmp_path: Path) -> None:
     content = summary()
-    content["arms"]["ilsd"]["held_out"]["val/loss@L4"]["values"][2] = [2.1, 2.2, 2.3]  # 2.0 at the second step
-    content["arms"]["ilsd"]["held_out"]["val/loss@L4"]["values"][1] = [2.0, 2.3, 2.3]
+    content["arms"]["ilsd"]["val"]["val/loss@L4"]["values"][2] = [2.1, 2.2, 2.3]  # 2.0 at the second step
+    content["arms"]["ilsd"]["val"]["val/loss@L4"]["values"][1] = [2.0, 2.3, 2.3]
     experiment = read_experiment(write(tmp_path, content))
     assert experiment is not None
     finding = named("converges").test(experiment)
     assert list(finding.holds) == [True, False, False]
     assert "at step 20, never, never" in finding.measured
-    content["arms"]["ilsd_little"]["held_out"]["val/loss@L4"]["values"] = [[2.5, 2.3, 2.5]]
+    content["arms"]["ilsd_little"]["val"]["val/loss@L4"]["values"] = [[2.5, 2.3, 2.5]]
     assert verdict(named("little data"), tmp_path, content).startswith("holds in 1 of 3 seeds only")
 
 
 def training_rows(ilsd_seconds: list[float]) -> list[dict[str, Any]]:
-    shared = {"shape": "small", "width": 512, "num_layers": 4, "loops": 4, "compile": "no", "checkpoint_loops": False}
+    shared = {
+        "shape": "small",
+        "width": 512,
+        "num_layers": 4,
+        "loops": 4,
+        "compile": "no",
+        "activation_checkpointing": False,
+    }
     shared |= {"batch_size": 2, "precision": "32-true"}
     return [
         shared | {"way": "ilsd", "step_seconds": ilsd_seconds},

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="m
 
 def read_epochs(root: Path, lists: Path, leak: bool) -> float:
     """Read a clip of each video in each epoch; give the bytes per clip that memory grows by after 40 epochs."""
-    clips = TrainingClips(list_videos(root, lists, "all", held_out=False), ClipShape(num_frames=16, size=64))
+    clips = TrainingClips(list_videos(root, lists, "all", val=False), ClipShape(num_frames=16, size=64))
     memory, kept = [], []
     for epoch in range(EPOCHS):
         for place in range(VIDEOS):

@@ -227,7 +227,7 @@ def test_a_run_folder_is_never_used_twice(checkpoint: Path, refused: Callable[..
         (["fit", "--config", str(DIGITS), "--model.network=elt_lightning.networks.masked.Looped"], "Looped"),
         (["fit", "--config", str(DIGITS), "--model.distillation.min_loops=4"], "min_loops"),
         (["fit", "--config", str(DIGITS), "--model.distillation.mode=nothing"], "nothing"),
-        (["fit", "--config", str(DIGITS), "--model.network.init_args.heads=5"], "heads"),
+        (["fit", "--config", str(DIGITS), "--model.network.init_args.num_heads=5"], "num_heads"),
         (["fit", "--config", str(DIGITS), "--data.init_args.batch_size=0"], "batch"),
         (["fit", "--config", str(DIGITS), "--data.init_args.batch_size=99999"], "99999"),
         (["fit", "--config", str(DIGITS), "--trainer.max_steps=-1"], "max_steps"),
@@ -342,7 +342,7 @@ def assert_same(first: object, second: object) -> None:
 
 @pytest.mark.parametrize(
     ("command", "setting"),
-    [("fit", "micro_batch_size"), ("fit", "checkpoint_loops"), ("test", "loop_metrics.batch_size")],
+    [("fit", "micro_batch_size"), ("fit", "activation_checkpointing"), ("test", "loop_metrics.batch_size")],
 )
 def test_running_out_of_memory_names_what_to_change(
     command: str, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

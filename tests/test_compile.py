@@ -33,11 +33,11 @@ def forget_compilations() -> Iterator[None]:
 
 
 def masked(**settings: object) -> LoopedMaskedTransformer:
-    return LoopedMaskedTransformer(13, (3, 4), 5, num_layers=2, width=16, heads=2, **settings)  # type: ignore[arg-type]
+    return LoopedMaskedTransformer(13, (3, 4), 5, num_layers=2, width=16, num_heads=2, **settings)  # type: ignore[arg-type]
 
 
 def dit(**settings: object) -> LoopedDiT:
-    return LoopedDiT((2, 4, 6), 5, num_layers=2, width=16, heads=2, **settings)  # type: ignore[arg-type]
+    return LoopedDiT((2, 4, 6), 5, num_layers=2, width=16, num_heads=2, **settings)  # type: ignore[arg-type]
 
 
 def pair(make: Callable[..., Network], **settings: object) -> tuple[Network, Network]:
@@ -76,7 +76,7 @@ def test_one_compilation_serves_every_loop_count(make: Callable[..., Network]) -
 def operations_compiled(num_layers: int, loops: int) -> int:
     torch.compiler.reset()
     counters.clear()
-    network = LoopedMaskedTransformer(13, (3, 4), 5, num_layers=num_layers, width=16, heads=2)
+    network = LoopedMaskedTransformer(13, (3, 4), 5, num_layers=num_layers, width=16, num_heads=2)
     network.backbone.compile_loop(backend="eager")
     network(*inputs(network), loops)
     return counters["stats"]["calls_captured"]
@@ -88,11 +88,11 @@ def test_what_is_compiled_grows_with_layers_and_not_with_loops() -> None:
     assert operations_compiled(4, 1) == 2 * two
 
 
-@pytest.mark.parametrize("checkpoint_loops", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("make", [masked, dit])
-def test_gradients_are_those_without(make: Callable[..., Network], checkpoint_loops: bool) -> None:
+def test_gradients_are_those_without(make: Callable[..., Network], activation_checkpointing: bool) -> None:
     compiled, plain = pair(make)
-    compiled.backbone.checkpoint_loops = checkpoint_loops
+    compiled.backbone.activation_checkpointing = activation_checkpointing
     compiled.backbone.compile_loop(backend="aot_eager")
     x, condition = inputs(plain)
     for loops in (3, 5):

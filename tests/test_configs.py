@@ -83,7 +83,7 @@ def test_rows_of_the_tables_are_what_they_are_called(path: Path) -> None:
     assert (len(module.network.backbone.layers), module.max_loops) == PUBLISHED[path.stem]  # type: ignore[union-attr, arg-type]
     assert config["data"]["init_args"]["batch_size"] == 512
     assert module.distillation.mode == ("vanilla" if module.max_loops == 1 else "ilsd")
-    assert module.label_drop == 0.1
+    assert module.class_dropout_prob == 0.1
     if "dit" in path.stem or config["trainer"]["max_steps"] == 500_000:
         assert (module.sampler.steps, module.sampler.guidance.scale) == (512, 3.0)
     else:
@@ -99,7 +99,7 @@ def test_table_4s_model_is_of_the_published_size() -> None:
     backbone, total = module.num_parameters()
     assert backbone == pytest.approx(76e6, rel=0.01)
     assert total == pytest.approx(78.8e6, rel=0.01)
-    assert (data.num_samples, module.max_loops, module.sampler.steps, module.label_drop) == (9537, 4, 12, 0.0)
+    assert (data.num_samples, module.max_loops, module.sampler.steps, module.class_dropout_prob) == (9537, 4, 12, 0.0)
     assert config["data"]["init_args"]["batch_size"] == 256
     # Table 4 gives multiply-accumulates: 4.3k GFLOPs at 4 loops and 12 steps, 13k at 6 loops and 24 steps.
     assert module.macs_per_sample(4) == pytest.approx(4.3e12, rel=0.02)
@@ -112,4 +112,4 @@ def test_the_tokenizers_config_builds_magvits_network() -> None:
     with torch.device("meta"):
         training = VQTraining(**settings)
     assert training.network.settings.grid(training.sample_shape) == (4, 16, 16)
-    assert training.network.settings.num_codes == 1024
+    assert training.network.settings.codebook_size == 1024

@@ -37,11 +37,11 @@ Network = LoopedMaskedTransformer | LoopedDiT
 
 
 def masked() -> LoopedMaskedTransformer:
-    return LoopedMaskedTransformer(CODES, (8, 8), CLASSES, num_layers=2, width=128, heads=4)
+    return LoopedMaskedTransformer(CODES, (8, 8), CLASSES, num_layers=2, width=128, num_heads=4)
 
 
 def dit() -> LoopedDiT:
-    return LoopedDiT((4, 16, 16), CLASSES, num_layers=2, width=128, heads=4)
+    return LoopedDiT((4, 16, 16), CLASSES, num_layers=2, width=128, num_heads=4)
 
 
 def build(make: Callable[[], Network], device: str = "cuda") -> Network:
@@ -220,7 +220,9 @@ def kept_bytes(network: Network, loops: int) -> int:
 @pytest.mark.parametrize("compile_loop", [False, True])
 def test_weights_are_cast_once_for_all_loops(compile_loop: bool) -> None:
     """With four tokens, activations are small beside copies of the weights: those show if each loop makes its own."""
-    network = build(lambda: LoopedMaskedTransformer(CODES, (2, 2), CLASSES, num_layers=2, width=256, heads=4)).train()
+    network = build(
+        lambda: LoopedMaskedTransformer(CODES, (2, 2), CLASSES, num_layers=2, width=256, num_heads=4)
+    ).train()
     if compile_loop:
         network.backbone.compile_loop()
     kept_bytes(network, 2)
@@ -235,7 +237,7 @@ def test_loops_that_are_recomputed_take_less_memory_and_give_the_same_gradients(
     results = []
     for recompute in (False, True):
         network = build(dit).train()
-        network.backbone.checkpoint_loops = recompute
+        network.backbone.activation_checkpointing = recompute
         x, condition = inputs(network)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -23,7 +23,7 @@ def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, e
     return ranks
 
 
-def held_out_batches(samples: int, batch: int, world: int) -> list[list[list[int]]]:
+def val_batches(samples: int, batch: int, world: int) -> list[list[list[int]]]:
     """For each rank its batches."""
     orders = [HeldOutOrder(samples, batch, rank, world) for rank in range(world)]
     ranks = [[index.tolist() for index in order] for order in orders]
@@ -91,8 +91,8 @@ def test_a_pass_begins_at_the_step_that_the_trainer_has_reached(done: int, epoch
 
 
 @pytest.mark.parametrize(("samples", "batch", "world"), [(100, 12, 2), (7, 1, 4), (50, 8, 1), (96, 4, 3)])
-def test_all_held_out_samples_are_shown_once_in_stored_order(samples: int, batch: int, world: int) -> None:
-    ranks = held_out_batches(samples, batch, world)
+def test_all_val_samples_are_shown_once_in_stored_order(samples: int, batch: int, world: int) -> None:
+    ranks = val_batches(samples, batch, world)
     assert sorted(i for rank in ranks for part in rank for i in part) == list(range(samples))
     for rank in ranks:
         shown = list(itertools.chain(*rank))
@@ -101,8 +101,8 @@ def test_all_held_out_samples_are_shown_once_in_stored_order(samples: int, batch
 
 
 @pytest.mark.parametrize(("samples", "batch", "world"), [(65, 32, 2), (7, 1, 4), (50, 6, 4), (9, 4, 3), (2, 5, 4)])
-def test_no_rank_is_handed_an_empty_held_out_batch(samples: int, batch: int, world: int) -> None:
-    ranks = held_out_batches(samples, batch, world)
+def test_no_rank_is_handed_an_empty_val_batch(samples: int, batch: int, world: int) -> None:
+    ranks = val_batches(samples, batch, world)
     assert all(part for rank in ranks for part in rank)
 
 

@@ -195,7 +195,7 @@ def test_two_devices_measure_and_draw_what_one_does(home: Path, strategy: str) -
 def pixel_index(counts: list[int]) -> ShardIndex:
     """An index of shards of pictures of 8×8 pixels."""
     shape = (3, 8, 8)
-    return replace(token_index(counts), image_size=8, input_shape=shape, stored_shape=shape, num_codes=None)
+    return replace(token_index(counts), image_size=8, input_shape=shape, stored_shape=shape, codebook_size=None)
 
 
 def test_uneven_shards_are_read_to_the_end_by_sharded_devices(tmp_path: Path) -> None:
@@ -216,11 +216,11 @@ def test_uneven_shards_are_read_to_the_end_by_sharded_devices(tmp_path: Path) ->
 SHARD_CONFIG = """
 data:
   class_path: elt_lightning.data.imagenet.ImageNetDataModule
-  init_args: {training_shards: shards, held_out_shards: shards, batch_size: 4, num_workers: 1}
+  init_args: {training_shards: shards, val_shards: shards, batch_size: 4, num_workers: 1}
 model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
-    init_args: {num_layers: 1, patch_size: 4, width: 8, heads: 2}
+    init_args: {num_layers: 1, patch_size: 4, width: 8, num_heads: 2}
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -251,10 +251,10 @@ def test_what_cannot_be_shared_out_is_refused_in_one_line(home: Path) -> None:
         assert "model_parallel" in line
 
 
-def test_fewer_held_out_samples_than_devices_are_refused(tmp_path: Path) -> None:
+def test_fewer_val_samples_than_devices_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", pixel_index([8]))
     write_shards(tmp_path / "few", pixel_index([1]))
-    (tmp_path / "small.yaml").write_text(SHARD_CONFIG.replace("held_out_shards: shards", "held_out_shards: few"))
+    (tmp_path / "small.yaml").write_text(SHARD_CONFIG.replace("val_shards: shards", "val_shards: few"))
     logs = elt_on_ranks(
         ["fit", "--config=small.yaml", DDP, "--trainer.devices=2", "--run_dir=run"], tmp_path, 2, status=2
     )

@@ -51,7 +51,7 @@ def test_a_checkpoint_says_how_to_build_model_and_tokenizer(checkpoint: Path) ->
     assert content["elt"]["model"]["network"]["init_args"]["input_shape"] == [1, 40, 40]
     assert isinstance(load_tokenizer(content["elt"]["tokenizer"]), PixelScaling)
     module = build_module(content)
-    assert (module.network.sample_shape, module.num_classes, module.label_drop) == ((1, 40, 40), 5, 0.1)
+    assert (module.network.sample_shape, module.num_classes, module.class_dropout_prob) == ((1, 40, 40), 5, 0.1)
 
 
 def test_sweep_scores_continuous_pictures_as_it_does_tokens(checkpoint: Path) -> None:
@@ -98,7 +98,7 @@ def test_schedules_that_differ_are_refused(checkpoint: Path, capsys: pytest.Capt
 
 def test_checkpointed_loops_train_the_same_weights() -> None:
     plain = trained_weights("runs/plain")
-    recomputed = trained_weights("runs/recomputed", "--model.network.init_args.checkpoint_loops=true")
+    recomputed = trained_weights("runs/recomputed", "--model.network.init_args.activation_checkpointing=true")
     assert plain.keys() == recomputed.keys()
     for name, weight in plain.items():
         torch.testing.assert_close(recomputed[name], weight, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ BLOCKS = ("adaln_zero", "film")
 
 
 def randomised(network: nn.Module, std: float = 0.2) -> nn.Module:
-    """Give every weight a random value: an untrained network's zeros would hide most mistakes."""
+    """Return every weight a random value: an untrained network's zeros would hide most mistakes."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=std)
@@ -25,7 +25,14 @@ def randomised(network: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def small_network(block: str = "adaln_zero", **settings: object) -> LoopedDiT:
-    arguments = {"input_shape": (3, 8, 12), "num_classes": 5, "num_layers": 2, "width": 24, "heads": 4, "block": block}
+    arguments = {
+        "input_shape": (3, 8, 12),
+        "num_classes": 5,
+        "num_layers": 2,
+        "width": 24,
+        "num_heads": 4,
+        "block": block,
+    }
     return randomised(LoopedDiT(**(arguments | settings)))  # type: ignore[arg-type, return-value]
 
 
@@ -98,7 +105,7 @@ def random_dit_state(depth: int, width: int, classes: int, patch: int, channels:
 
 
 def dit_forward(
-    state: dict[str, Tensor], x: Tensor, timestep: Tensor, labels: Tensor, heads: int, depth: int
+    state: dict[str, Tensor], x: Tensor, timestep: Tensor, labels: Tensor, num_heads: int, depth: int
 ) -> Tensor:
     """DiT in plain tensor algebra and float64, from its paper and its weights' names; no code of the package."""
     w = {name: value.double() for name, value in state.items()}
@@ -134,9 +141,9 @@ def dit_forward(
         shift1, scale1, gate1, shift2, scale2, gate2 = (six[..., k * width : (k + 1) * width] for k in range(6))
         q, k, v = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + scale1) + shift1).split(width, -1)
         mixed = []
-        for head in range(heads):
-            part = slice(head * width // heads, (head + 1) * width // heads)
-            scores = q[..., part] @ k[..., part].mT / math.sqrt(width // heads)
+        for head in range(num_heads):
+            part = slice(head * width // num_heads, (head + 1) * width // num_heads)
+            scores = q[..., part] @ k[..., part].mT / math.sqrt(width // num_heads)
             mixed.append(scores.softmax(-1) @ v[..., part])
         h = h + gate1 * linear(f"blocks.{i}.attn.proj", torch.cat(mixed, -1))
         hidden = gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + scale2) + shift2))
@@ -154,14 +161,16 @@ def dit_forward(
 @pytest.mark.parametrize(("channels", "out"), [(4, 8), (3, 3)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_parity_with_dit(channels: int, out: int, dtype: torch.dtype, tolerance: float) -> None:
-    depth, width, heads, classes, patch, side = 3, 48, 4, 7, 2, 8
+    depth, width, num_heads, classes, patch, side = 3, 48, 4, 7, 2, 8
     state = random_dit_state(depth, width, classes, patch, channels, out)
-    network = LoopedDiT((channels, side, side), classes, depth, patch, width=width, heads=heads, out_channels=out)
+    network = LoopedDiT(
+        (channels, side, side), classes, depth, patch, width=width, num_heads=num_heads, out_channels=out
+    )
     state["pos_embed"] = network.positions[None]  # the table itself is checked below
     network.load_state_dict(from_dit_state_dict(state), strict=True)
     x, labels, time = torch.randn(5, channels, side, side), torch.randint(classes + 1, (5,)), torch.rand(5)
     ours = network.to(dtype).eval()(x, Condition(labels, time), loops=1)[1]
-    theirs = dit_forward(state, x, time * 1000, labels, heads, depth)
+    theirs = dit_forward(state, x, time * 1000, labels, num_heads, depth)
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
 
@@ -263,7 +272,7 @@ def test_class_and_time_matter_and_samples_do_not_mix(block: str) -> None:
 
 def test_an_untrained_network_predicts_zero_at_every_exit_and_can_learn() -> None:
     for block in BLOCKS:
-        network = LoopedDiT((3, 8, 12), 5, 2, width=24, heads=4, block=block)  # type: ignore[arg-type]
+        network = LoopedDiT((3, 8, 12), 5, 2, width=24, num_heads=4, block=block)  # type: ignore[arg-type]
         predictions, _ = network(torch.randn(2, 3, 8, 12), condition_of(2), 3, (1, 2))
         assert all((prediction == 0).all() for prediction in predictions.values())
         sum((prediction - 1).square().sum() for prediction in predictions.values()).backward()  # type: ignore[union-attr]
@@ -271,8 +280,8 @@ def test_an_untrained_network_predicts_zero_at_every_exit_and_can_learn() -> Non
 
 
 def test_film_block_against_plain_algebra() -> None:
-    width, heads, hidden, told = 12, 3, 20, 7
-    block = randomised(FiLMBlock(width, heads, hidden, told)).double()
+    width, num_heads, hidden, told = 12, 3, 20, 7
+    block = randomised(FiLMBlock(width, num_heads, hidden, told)).double()
     h, condition = torch.randn(2, 5, width).double(), torch.randn(2, told).double()
     p = {name: value.detach() for name, value in block.named_parameters()}
 
@@ -280,10 +289,10 @@ def test_film_block_against_plain_algebra() -> None:
         return (value - value.mean(-1, keepdim=True)) / (value.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
 
     qkv = (norm(h) * p["attention_norm.weight"]) @ p["attention.query_key_value.weight"].T
-    qkv = (qkv + p["attention.query_key_value.bias"]).reshape(2, 5, 3, heads, width // heads)
+    qkv = (qkv + p["attention.query_key_value.bias"]).reshape(2, 5, 3, num_heads, width // num_heads)
     query = norm(qkv[:, :, 0]) * p["attention.query_norm.weight"] + p["attention.query_norm.bias"]
     key = norm(qkv[:, :, 1]) * p["attention.key_norm.weight"] + p["attention.key_norm.bias"]
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / (width // heads) ** 0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / (width // num_heads) ** 0.5
     attended = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), qkv[:, :, 2]).reshape(2, 5, width)
     expected = h + attended @ p["attention.output.weight"].T + p["attention.output.bias"]
     units = (norm(expected) * p["mlp_norm.weight"]) @ p["mlp_in.weight"].T + p["mlp_in.bias"]
@@ -319,7 +328,7 @@ def test_half_precision_tells_neighbouring_times_apart() -> None:
         {"block": "other"},
         {"positions": "other"},
         {"num_layers": 0},
-        {"heads": 5},
+        {"num_heads": 5},
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
@@ -355,8 +364,8 @@ def test_checkpointed_loops_give_equal_gradients_for_less_memory(block: str) -> 
     calls: list[int] = []
     network.backbone.layers[0].register_forward_hook(lambda *_: calls.append(1))
 
-    def run(checkpoint_loops: bool) -> tuple[list[Tensor], int, int]:
-        network.backbone.checkpoint_loops = checkpoint_loops
+    def run(activation_checkpointing: bool) -> tuple[list[Tensor], int, int]:
+        network.backbone.activation_checkpointing = activation_checkpointing
         network.zero_grad()
         calls.clear()
         kept = 0
@@ -371,25 +380,25 @@ def test_checkpointed_loops_give_equal_gradients_for_less_memory(block: str) -> 
         sum(prediction.square().sum() for prediction in predictions.values()).backward()  # type: ignore[union-attr]
         return [parameter.grad.clone() for parameter in network.parameters()], kept, len(calls)  # type: ignore[union-attr]
 
-    plain, plain_bytes, plain_calls = run(checkpoint_loops=False)
-    saved, saved_bytes, saved_calls = run(checkpoint_loops=True)
+    plain, plain_bytes, plain_calls = run(activation_checkpointing=False)
+    saved, saved_bytes, saved_calls = run(activation_checkpointing=True)
     for one, other in zip(plain, saved, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
     assert (plain_calls, saved_calls) == (6, 12)
     states = 6 * 4 * 24 * 24 * 4  # what a checkpoint keeps: six states of 4 samples, 24 tokens, 24 units, 4 bytes
     assert saved_bytes + states < plain_bytes / 2
     network.eval()
-    assert run(checkpoint_loops=True)[2] == 6
+    assert run(activation_checkpointing=True)[2] == 6
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])
 def test_the_class_table_begins_as_loud_as_it_is_told(std: float) -> None:
     torch.manual_seed(0)
-    condition = LoopedDiT((1, 4, 4), 100, 1, width=64, heads=2, class_std=std).condition
+    condition = LoopedDiT((1, 4, 4), 100, 1, width=64, num_heads=2, class_std=std).condition
     assert condition.classes.weight.std().item() == pytest.approx(std, rel=0.05)
     assert condition.time_in.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_checkpointing_is_a_setting_of_the_network() -> None:
-    assert small_network(checkpoint_loops=True).backbone.checkpoint_loops
-    assert not small_network().backbone.checkpoint_loops
+    assert small_network(activation_checkpointing=True).backbone.activation_checkpointing
+    assert not small_network().backbone.activation_checkpointing

@@ -18,8 +18,8 @@ from elt_lightning.processes.gaussian import (
     Prediction,
     ShiftedCosine,
     StraightPath,
+    add_noise,
     clean_and_noise,
-    mix,
     predicted,
     sigmoid_weight,
 )
@@ -135,7 +135,7 @@ def random_mixture() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     clean, noise = torch.randn(5, *SHAPE).double(), torch.randn(5, *SHAPE).double()
     schedule = random_schedule()
     a, s = schedule.amounts(schedule.logsnr(torch.rand(5, dtype=torch.float64)))
-    return clean, noise, a, s, mix(clean, noise, a, s)
+    return clean, noise, a, s, add_noise(clean, noise, a, s)
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
@@ -150,7 +150,7 @@ def test_round_trips_of_wrong_predictions(kind: Prediction, other: Prediction) -
     _, _, a, s, noisy = random_mixture()
     value = torch.randn(5, *SHAPE).double()  # what a network says need not be true
     clean, noise = clean_and_noise(kind, value, noisy, a, s)
-    torch.testing.assert_close(mix(clean, noise, a, s), noisy)
+    torch.testing.assert_close(add_noise(clean, noise, a, s), noisy)
     turned = predicted(other, clean, noise, a, s)
     again = predicted(kind, *clean_and_noise(other, turned, noisy, a, s), a, s)
     torch.testing.assert_close(again, value, rtol=1e-6, atol=1e-6)

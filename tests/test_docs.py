@@ -78,7 +78,7 @@ def test_files_and_symbols_that_are_named_exist(page: Path) -> None:
 
 
 def is_importable(dotted: str) -> bool:
-    """Say whether a dotted name is a module, or something in one."""
+    """Return whether a dotted name is a module, or something in one."""
     module, _, last = dotted.rpartition(".")
     try:
         importlib.import_module(dotted)
@@ -193,7 +193,7 @@ def test_the_examples_of_extending_run(
     for line in ran:
         flags = FEW_STEPS if line.split()[1] == "fit" else SMALL
         if "focal" in line:
-            flags = [*flags, "--data.init_args.num_train=64", "--data.init_args.num_held_out=40"]
+            flags = [*flags, "--data.init_args.num_train=64", "--data.init_args.num_val=40"]
         assert main([*shlex.split(line)[1:], *flags]) == 0, capsys.readouterr().err
 
     focal = json.loads(Path("runs/focal/test_0/loops.json").read_text())
@@ -248,7 +248,7 @@ def test_measured_rows_are_those_of_the_results() -> None:
 
 
 def tables_in(page: Path) -> list[list[dict[str, str]]]:
-    """Give a page's tables, each row as {heading: cell}."""
+    """Return a page's tables, each row as {heading: cell}."""
     tables = []
     for block in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
         headings, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
@@ -303,7 +303,7 @@ def test_tensors_of_ones_own_train_with_the_config_of_the_page(
     text = (ROOT / "docs" / "data.md").read_text()
     (config,) = (body for kind, body in FENCE.findall(text) if kind == "yaml")
     Path("tensors.yaml").write_text(config)
-    for name in ("train", "held_out"):
+    for name in ("train", "val"):
         save_file({"x": torch.rand(80, 1, 8, 8) * 2 - 1, "labels": torch.arange(80) % 10}, f"{name}.safetensors")
     flags = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--loop_metrics.num_validation_samples=4"]
     assert main(["fit", "--config", "tensors.yaml", *flags, "--run_dir=runs/tensors"]) == 0, capsys.readouterr().err

@@ -35,11 +35,11 @@ class Brightness(ImageTokenizer):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        self.num_codes = int(Path(path).read_text())
+        self.codebook_size = int(Path(path).read_text())
 
     def encode(self, pixels: Tensor) -> Tensor:
         means = torch.nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 4)
-        return (means * (self.num_codes or 0) * 0.999).long().flatten(1)
+        return (means * (self.codebook_size or 0) * 0.999).long().flatten(1)
 
     def decode(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
@@ -126,7 +126,7 @@ def test_pixels_come_out_as_the_crop_says_with_labels_sources_and_mirror_images(
     index = ShardIndex.read(str(tmp_path / "out"))
     assert (index.classes, index.image_size, index.copies) == (CLASSES, 32, 2)
     assert (index.input_shape, index.stored_shape) == ((3, 32, 32), (3, 32, 32))
-    assert (index.num_codes, index.latent_scale, index.unreadable) == (None, None, ())
+    assert (index.codebook_size, index.latent_scale, index.unreadable) == (None, None, ())
     assert [(shard.name, shard.num_samples) for shard in index.shards] == [
         ("00000.tar", 4), ("00001.tar", 4), ("00002.tar", 4), ("00003.tar", 3)
     ]  # fmt: skip
@@ -148,7 +148,7 @@ def test_tokens_and_moments_are_what_the_tokenizer_gives(root: Path, tmp_path: P
     elt_encode(root, tmp_path / "tokens", f"--tokenizer_path={levels}", tokenizer="test_encode.Brightness")
     elt_encode(root, tmp_path / "moments", "--mirrored")
     tokens, moments = ShardIndex.read(str(tmp_path / "tokens")), ShardIndex.read(str(tmp_path / "moments"))
-    assert (tokens.input_shape, tokens.stored_shape, tokens.num_codes) == ((8, 8), (64,), 300)
+    assert (tokens.input_shape, tokens.stored_shape, tokens.codebook_size) == ((8, 8), (64,), 300)
     assert tokens.tokenizer["sha256"] == sha256(levels)
     assert (moments.input_shape, moments.stored_shape, moments.latent_scale) == ((3, 4, 4), (6, 4, 4), 0.5)
     samples = read(tmp_path / "moments")

@@ -32,11 +32,11 @@ class Brightness(Tokenizer):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.path, self.num_codes = path, int(Path(path).read_text())
+        self.path, self.codebook_size = path, int(Path(path).read_text())
 
     def encode(self, pixels: Tensor) -> Tensor:
         means = torch.nn.functional.avg_pool3d(pixels.mean(1, keepdim=True), (2, 8, 8))
-        return (means * (self.num_codes - 0.001)).long().flatten(1)
+        return (means * (self.codebook_size - 0.001)).long().flatten(1)
 
     def store(self, pixels: Tensor) -> Tensor:
         return self.encode(pixels).to(torch.int16)
@@ -125,7 +125,7 @@ def test_tokens_are_those_of_evenly_spaced_clips(
     elt_encode(layout, levels, tmp_path / "out", *flags)
     index = ShardIndex.read(str(tmp_path / "out"))
     assert (index.classes, index.image_size, index.frames, index.copies) == (CLASSES, 32, 4, 1)
-    assert (index.input_shape, index.stored_shape, index.num_codes) == ((2, 4, 4), (32,), 300)
+    assert (index.input_shape, index.stored_shape, index.codebook_size) == ((2, 4, 4), (32,), 300)
     assert (index.latent_scale, index.crop, index.unreadable) == (None, "short-side-bilinear-centre", ())
     assert index.tokenizer["sha256"] == sha256(levels)
     samples = read(tmp_path / "out")
@@ -146,9 +146,9 @@ def test_tokens_are_those_of_evenly_spaced_clips(
     }
 
 
-def test_mirror_images_held_out_videos_and_all(layout: tuple[Path, Path], levels: Path, tmp_path: Path) -> None:
+def test_mirror_images_val_videos_and_all(layout: tuple[Path, Path], levels: Path, tmp_path: Path) -> None:
     elt_encode(layout, levels, tmp_path / "train", "--mirrored")
-    elt_encode(layout, levels, tmp_path / "test", "--mirrored", "--held_out")
+    elt_encode(layout, levels, tmp_path / "test", "--mirrored", "--val")
     elt_encode(layout, levels, tmp_path / "all", "--mirrored", "--split=all")
     train, test, both = (read(tmp_path / name) for name in ("train", "test", "all"))
     assert (len(train), len(test), len(both)) == (8, 4, 12)
@@ -195,7 +195,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
 
 
 def test_moving_digits_are_encoded_by_the_same_command(tmp_path: Path, levels: Path) -> None:
-    MovingDigits(training_videos=1, held_out_videos=1).write(tmp_path / "digits")
+    MovingDigits(training_videos=1, val_videos=1).write(tmp_path / "digits")
     layout = (tmp_path / "digits/UCF-101", tmp_path / "digits/ucfTrainTestlist")
     elt_encode(layout, levels, tmp_path / "out", "--size=64", "--num_frames=16")
     index = ShardIndex.read(str(tmp_path / "out"))
@@ -233,7 +233,7 @@ def test_broken_and_short_videos_are_named_counted_and_skipped(
         (["--stride=2"], "other stride"),
         (["--num_frames=6"], "other frames"),
         (["--clips_per_video=2"], "other clips_per_video"),
-        (["--held_out"], "other videos"),
+        (["--val"], "other videos"),
         (["--seed=1"], "other seed"),
     ],
 )

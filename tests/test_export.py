@@ -72,13 +72,13 @@ def test_the_config_says_how_to_build_the_model_and_nothing_of_where_the_data_la
 ) -> None:
     config = json.loads((export(checkpoint, tmp_path / "model") / "config.json").read_text())
     recipe = torch.load(checkpoint, weights_only=True)["elt"]
-    assert (config["version"], config["weights"], config["step"]) == (1, "ema", 6)
+    assert (config["version"], config["weights"], config["step"]) == (2, "ema", 6)
     assert (config["model"], config["tokenizer"]) == (recipe["model"], recipe["tokenizer"])
     assert config["data"] == {
         "class_path": "elt_lightning.data.toy.latin_squares.LatinSquaresDataModule",
         "num_classes": 5,
         "input_shape": [5, 5],
-        "num_codes": recipe["model"]["network"]["init_args"]["num_codes"],
+        "codebook_size": recipe["model"]["network"]["init_args"]["codebook_size"],
     }
 
 

@@ -11,7 +11,7 @@ from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
 def network() -> LoopedMaskedTransformer:
     torch.manual_seed(0)
-    return LoopedMaskedTransformer(11, (3, 3), 4, num_layers=2, width=16, heads=2)
+    return LoopedMaskedTransformer(11, (3, 3), 4, num_layers=2, width=16, num_heads=2)
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> list[object]:

@@ -39,7 +39,9 @@ def tokenizer(tmp_path: Path) -> VideoVQ:
 @pytest.fixture
 def module() -> ELTModule:
     """A model of clips of 4×4×4 tokens."""
-    network = LoopedMaskedTransformer(num_codes=V, input_shape=GRID, num_classes=2, num_layers=1, width=8, heads=2)
+    network = LoopedMaskedTransformer(
+        codebook_size=V, input_shape=GRID, num_classes=2, num_layers=1, width=8, num_heads=2
+    )
     sampler = partial(MaskGITSampler, steps=4)
     return ELTModule(network, MaskingProcess(V), MaskedObjective, ILSD(2), sampler, num_classes=2).eval()
 

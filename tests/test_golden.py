@@ -32,7 +32,7 @@ def measure(name: str) -> dict[str, Any]:
         "--model.sampler.init_args.steps=3",
         "--data.init_args.batch_size=16",
         "--data.init_args.num_train=64",
-        "--data.init_args.num_held_out=32",
+        "--data.init_args.num_val=32",
         "--loop_metrics.num_validation_samples=0",
         "--trainer.max_steps=4",
         "--trainer.val_check_interval=4",

@@ -212,7 +212,7 @@ def test_bad_loop_ranges_are_refused(min_loops: int, max_loops: int) -> None:
 
 
 def small_network() -> LoopedMaskedTransformer:
-    return LoopedMaskedTransformer(V, (2, 3), 4, num_layers=2, width=16, heads=2)
+    return LoopedMaskedTransformer(V, (2, 3), 4, num_layers=2, width=16, num_heads=2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -220,7 +220,9 @@ def test_a_training_step_is_one_forward_pass_and_logs_its_terms(mode: str, monke
     torch.manual_seed(1)
     network, distillation, sampler = small_network(), ILSD(4, mode=mode), partial(MaskGITSampler, steps=2)
     process = MaskingProcess(V)
-    module = ELTModule(network, process, MaskedObjective, distillation, sampler, num_classes=4, label_drop=0.5, seed=13)
+    module = ELTModule(
+        network, process, MaskedObjective, distillation, sampler, num_classes=4, class_dropout_prob=0.5, seed=13
+    )
     logged: dict[str, float] = {}
     monkeypatch.setattr(ELTModule, "global_step", 30)
     monkeypatch.setattr(ELTModule, "total_steps", 40)

@@ -104,7 +104,7 @@ def test_the_vqgan_holds_exactly_the_published_tensors(vqgan: MaskGITVQGAN, vqga
     assert not vqgan.training
     assert isinstance(vqgan, ImageTokenizer)
     assert vqgan.code_shape(256, 256) == (16, 16)
-    assert (vqgan.num_codes, vqgan.latent_channels, vqgan.latent_scale) == (1024, None, None)
+    assert (vqgan.codebook_size, vqgan.latent_channels, vqgan.latent_scale) == (1024, None, None)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
@@ -271,7 +271,7 @@ def test_the_small_autoencoder_of_the_tests_has_the_published_names(vae_folder: 
 
 def test_the_autoencoder_says_what_its_latents_are(vae: KLAutoencoder, vae_folder: Path, tmp_path: Path) -> None:
     assert isinstance(vae, ImageTokenizer)
-    assert (vae.downsampling, vae.latent_channels, vae.latent_scale, vae.num_codes) == (8, 4, 0.18215, None)
+    assert (vae.downsampling, vae.latent_channels, vae.latent_scale, vae.codebook_size) == (8, 4, 0.18215, None)
     assert vae.code_shape(256, 256) == (4, 32, 32)
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     assert not any(module.training for module in vae.modules())
@@ -463,7 +463,7 @@ def test_scaled_pixels_can_be_kept_on_disk() -> None:
     tokenizer = PixelScaling()
     assert isinstance(tokenizer, ImageTokenizer)
     assert tokenizer.code_shape(64, 32) == (3, 64, 32)
-    assert (tokenizer.downsampling, tokenizer.latent_scale, tokenizer.num_codes) == (1, None, None)
+    assert (tokenizer.downsampling, tokenizer.latent_scale, tokenizer.codebook_size) == (1, None, None)
     pixels = torch.arange(256).float().div(255).expand(1, 3, 4, 256)
     stored = tokenizer.store(pixels)
     assert stored.dtype == torch.float16

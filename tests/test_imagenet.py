@@ -24,11 +24,11 @@ from elt_lightning.processes.noise import sample_seeds
 CONFIG = """
 data:
   class_path: elt_lightning.data.imagenet.ImageNetDataModule
-  init_args: {training_shards: train, held_out_shards: val, batch_size: 8, micro_batch_size: 4, num_workers: 1}
+  init_args: {training_shards: train, val_shards: val, batch_size: 8, micro_batch_size: 4, num_workers: 1}
 model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
-    init_args: {num_layers: 1, patch_size: 4, width: 16, heads: 2}
+    init_args: {num_layers: 1, patch_size: 4, width: 16, num_heads: 2}
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -144,7 +144,7 @@ def server(home: Path) -> Iterator[str]:
 
 
 def test_shards_are_read_from_urls(server: str, checkpoints: Path) -> None:
-    urls = [f"--data.init_args.training_shards={server}/train", f"--data.init_args.held_out_shards={server}/val"]
+    urls = [f"--data.init_args.training_shards={server}/train", f"--data.init_args.val_shards={server}/val"]
     over_http = fit("runs/http", *urls)
     assert_same(
         torch.load(checkpoints / "last.ckpt", weights_only=True)["state_dict"],
@@ -171,17 +171,17 @@ def test_shards_that_do_not_go_with_each_other_or_the_model_are_refused(
     tokens = f"--data.init_args.training_shards={write_shards(tmp_path / 'tokens', index)}"
     assert "differ in classes: 3 and 3, or in another order" in refusal(capsys, tokens)
     fewer = write_shards(tmp_path / "fewer", replace(index, classes=index.classes[:2]))
-    assert "differ in classes: 3 and 2" in refusal(capsys, tokens, f"--data.init_args.held_out_shards={fewer}")
+    assert "differ in classes: 3 and 2" in refusal(capsys, tokens, f"--data.init_args.val_shards={fewer}")
     other = write_shards(tmp_path / "other", replace(index, tokenizer=index.tokenizer | {"sha256": "00"}))
-    assert "different tokenizers" in refusal(capsys, tokens, f"--data.init_args.held_out_shards={other}")
-    both = [tokens, f"--data.init_args.held_out_shards={tmp_path / 'tokens'}"]
+    assert "different tokenizers" in refusal(capsys, tokens, f"--data.init_args.val_shards={other}")
+    both = [tokens, f"--data.init_args.val_shards={tmp_path / 'tokens'}"]
     assert "(2, 2) is a grid of tokens" in refusal(capsys, *both)
     masked = [
         "--model.network.class_path=elt_lightning.networks.masked.LoopedMaskedTransformer",
         "--model.objective.class_path=elt_lightning.objectives.masked.MaskedObjective",
         "--model.sampler.class_path=elt_lightning.samplers.masked.MaskGITSampler",
     ]
-    assert "num_codes" in refusal(capsys, *masked)
+    assert "codebook_size" in refusal(capsys, *masked)
     assert not list(Path("runs").glob("small_*"))  # refused before anything is written
     assert "fewer than batch_size 64" in refusal(capsys, "--data.init_args.batch_size=64")
     assert "do not exist" in refusal(capsys, "--data.init_args.inception_path=nowhere.pth")
@@ -199,20 +199,19 @@ def test_a_checkpoint_of_another_tokenizers_codes_is_refused(
         content["tokenizer"]["sha256"] = "another"
         (folder / "index.json").write_text(json.dumps(content))
     shards = [
-        f"--data.init_args.{kind}_shards={tmp_path / name}"
-        for kind, name in (("training", "train"), ("held_out", "val"))
+        f"--data.init_args.{kind}_shards={tmp_path / name}" for kind, name in (("training", "train"), ("val", "val"))
     ]
     assert main(["fit", "--config", "small.yaml", *shards, "--ckpt_path", str(checkpoints / "step_4.ckpt")]) == 2
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def module_of(tmp_path: Path, latent_scale: float | None, num_codes: int | None) -> ImageNetDataModule:
-    shape = (4,) if num_codes else (4 if latent_scale is None else 8, 2, 2)
+def module_of(tmp_path: Path, latent_scale: float | None, codebook_size: int | None) -> ImageNetDataModule:
+    shape = (4,) if codebook_size else (4 if latent_scale is None else 8, 2, 2)
     index = replace(
         token_index([3]),
         stored_shape=shape,
-        input_shape=(2, 2) if num_codes else (4, 2, 2),
-        num_codes=num_codes,
+        input_shape=(2, 2) if codebook_size else (4, 2, 2),
+        codebook_size=codebook_size,
         latent_scale=latent_scale,
     )
     where = write_shards(tmp_path, index)
@@ -220,7 +219,7 @@ def module_of(tmp_path: Path, latent_scale: float | None, num_codes: int | None)
 
 
 def test_latents_are_drawn_from_their_moments_anew_at_every_step(tmp_path: Path) -> None:
-    data = module_of(tmp_path, latent_scale=0.5, num_codes=None)
+    data = module_of(tmp_path, latent_scale=0.5, codebook_size=None)
     mean, std = torch.randn(20_000, 4, 2, 2), torch.rand(20_000, 4, 2, 2)
     seeds = sample_seeds(0, torch.arange(20_000))
     moments = torch.cat([mean, std], dim=1)

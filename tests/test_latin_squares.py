@@ -61,10 +61,10 @@ def test_permuting_the_reduced_squares_gives_all_161280_once() -> None:
 def test_squares_of_other_orders(order: int, latin_squares_root: Path) -> None:
     squares = draw_latin_squares(200, torch.Generator().manual_seed(0), order)
     assert all(is_latin(square) for square in as_tuples(squares))
-    data = LatinSquaresDataModule(str(latin_squares_root), num_train=20, num_held_out=20, order=order)
+    data = LatinSquaresDataModule(str(latin_squares_root), num_train=20, num_val=20, order=order)
     data.prepare_data()
     data.setup("fit")
-    assert (data.num_classes, data.input_shape, data.num_codes) == (order, (order, order), 8 * order)
+    assert (data.num_classes, data.input_shape, data.codebook_size) == (order, (order, order), 8 * order)
     codes, labels, _ = data.training_set()[torch.arange(20)]
     scores = next(m for m in data.build_metrics() if isinstance(m, LatinSquareScores))
     scores.update(data.tokenizer.decode(codes), labels)
@@ -147,28 +147,28 @@ def test_scores_are_the_shares_counted_one_picture_at_a_time(seed: int) -> None:
     assert scores["valid_lines"].item() == pytest.approx(sum(lines) / 1500)
 
 
-def training_and_held_out() -> tuple[Handwriting, Handwriting]:
-    return load_handwriting(held_out=False), load_handwriting(held_out=True)
+def training_and_val() -> tuple[Handwriting, Handwriting]:
+    return load_handwriting(val=False), load_handwriting(val=True)
 
 
-def test_training_and_held_out_handwriting_are_disjoint_and_complete() -> None:
-    training, held_out = training_and_held_out()
-    assert len(training.images) + len(held_out.images) == 1797
-    seen, unseen = ({image.numpy().tobytes() for image in part.images} for part in (training, held_out))
+def test_training_and_val_handwriting_are_disjoint_and_complete() -> None:
+    training, val = training_and_val()
+    assert len(training.images) + len(val.images) == 1797
+    seen, unseen = ({image.numpy().tobytes() for image in part.images} for part in (training, val))
     assert not seen & unseen
     for digit in range(10):
-        of_digit = [int((part.labels == digit).sum()) for part in (training, held_out)]
+        of_digit = [int((part.labels == digit).sum()) for part in (training, val)]
         assert of_digit[1] == sum(of_digit) // 5
-    for part in (training, held_out):
+    for part in (training, val):
         assert part.images.shape[1:] == (1, 8, 8)
         assert torch.equal(part.images * 16, (part.images * 16).round())
         assert part.images.min() == 0
         assert part.images.max() == 1
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_pictures_show_latin_squares_in_the_handwriting_that_was_asked_for(held_out: bool) -> None:
-    handwriting, draw_pictures = load_handwriting(held_out), LatinSquaresDataModule().draw_pictures
+@pytest.mark.parametrize("val", [False, True])
+def test_pictures_show_latin_squares_in_the_handwriting_that_was_asked_for(val: bool) -> None:
+    handwriting, draw_pictures = load_handwriting(val), LatinSquaresDataModule().draw_pictures
     digit_of = {i.numpy().tobytes(): int(d) for i, d in zip(handwriting.images, handwriting.labels, strict=True)}
     pictures, labels = draw_pictures(60, handwriting, seed=4)
     assert pictures.shape == (60, 1, 40, 40)
@@ -186,7 +186,7 @@ def test_pictures_show_latin_squares_in_the_handwriting_that_was_asked_for(held_
 
 @pytest.fixture(scope="module")
 def data(latin_squares_root: Path) -> LatinSquaresDataModule:
-    data = LatinSquaresDataModule(str(latin_squares_root), num_train=400, num_held_out=300)
+    data = LatinSquaresDataModule(str(latin_squares_root), num_train=400, num_val=300)
     data.setup("fit")
     return data
 
@@ -202,9 +202,9 @@ def test_every_codebook_entry_is_read_as_its_own_digit(data: LatinSquaresDataMod
     assert read_codebook(data.load_digit_network(), codebook) == [code // 8 + 1 for code in range(40)]
 
 
-def test_the_digit_network_reads_held_out_handwriting(data: LatinSquaresDataModule) -> None:
-    network, (training, held_out) = data.load_digit_network(), training_and_held_out()
-    for part, least in ((training, 0.985), (held_out, 0.97)):
+def test_the_digit_network_reads_val_handwriting(data: LatinSquaresDataModule) -> None:
+    network, (training, val) = data.load_digit_network(), training_and_val()
+    for part, least in ((training, 0.985), (val, 0.97)):
         assert (network(part.images).argmax(1) == part.labels).float().mean() > least
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert not network.training
@@ -228,16 +228,16 @@ def test_perfect_codes_score_one(data: LatinSquaresDataModule) -> None:
     assert {name: value.item() for name, value in scores.compute().items()} == {"valid_squares": 1, "valid_lines": 1}
 
 
-def test_all_that_is_trained_on_and_held_out_is_latin_squares(data: LatinSquaresDataModule) -> None:
+def test_all_that_is_trained_on_and_val_is_latin_squares(data: LatinSquaresDataModule) -> None:
     """Writings whose nearest code is another digit's are left out: they would bound what a model can learn."""
-    for samples in (data.training_set(), data.held_out_set()):
+    for samples in (data.training_set(), data.val_set()):
         digits = samples.x // data.codes_per_digit + 1
         assert valid_lines(digits.view(-1, 5, 5)).all()
         assert torch.equal(digits[:, 12] - 1, samples.labels)
 
 
 def test_labels_and_codes_of_both_sets(data: LatinSquaresDataModule) -> None:
-    assert (len(data.training_set()), len(data.held_out_set())) == (400, 300)
+    assert (len(data.training_set()), len(data.val_set())) == (400, 300)
     batch = data.training_set()[torch.tensor([5, 3])]
     assert batch.x.shape == (2, 25)
     assert batch.x.dtype == batch.labels.dtype == torch.int64
@@ -248,9 +248,9 @@ def test_labels_and_codes_of_both_sets(data: LatinSquaresDataModule) -> None:
 def test_the_order_seed_changes_no_picture_and_a_second_set_up_gives_the_same(latin_squares_root: Path) -> None:
     sets = []
     for seed in (0, 7):
-        data = LatinSquaresDataModule(str(latin_squares_root), num_train=50, num_held_out=20, seed=seed)
+        data = LatinSquaresDataModule(str(latin_squares_root), num_train=50, num_val=20, seed=seed)
         data.setup("fit")
-        sets.append((data.training_set().x, data.held_out_set().x))
+        sets.append((data.training_set().x, data.val_set().x))
     assert torch.equal(sets[0][0], sets[1][0])
     assert torch.equal(sets[0][1], sets[1][1])
 
@@ -258,7 +258,7 @@ def test_the_order_seed_changes_no_picture_and_a_second_set_up_gives_the_same(la
 def test_fd_digits_compares_features_averaged_over_cells(data: LatinSquaresDataModule) -> None:
     metric = next(m for m in data.build_metrics() if isinstance(m, FrechetDistance))
     assert (metric.name, metric.feature_network) == ("fd_digits", "digit_network")
-    pictures, labels = data.draw_pictures(300, load_handwriting(held_out=True), seed=1)
+    pictures, labels = data.draw_pictures(300, load_handwriting(val=True), seed=1)
     metric.update(pictures, labels)
     assert metric.compute()["fd_digits"].item() < 1e-5
     network = data.load_digit_network()
@@ -273,7 +273,7 @@ def test_fd_digits_compares_features_averaged_over_cells(data: LatinSquaresDataM
 def test_impossible_sizes_are_refused() -> None:
     for wrong in (
         {"num_train": 0},
-        {"num_held_out": 1},
+        {"num_val": 1},
         {"codes_per_digit": 0},
         {"batch_size": 0},
         {"num_workers": -1},

@@ -15,7 +15,7 @@ from elt_lightning.processes.conditioning import Condition
 
 
 def small_block(dropout: float = 0.0) -> PostNormBlock:
-    return PostNormBlock(width=16, heads=4, mlp_width=24, dropout=dropout)
+    return PostNormBlock(width=16, num_heads=4, mlp_width=24, dropout=dropout)
 
 
 def randomise(module: nn.Module) -> None:
@@ -25,7 +25,14 @@ def randomise(module: nn.Module) -> None:
 
 
 def small_network(**changes: object) -> LoopedMaskedTransformer:
-    settings = {"num_codes": 11, "input_shape": (3, 5), "num_classes": 4, "num_layers": 2, "width": 16, "heads": 4}
+    settings = {
+        "codebook_size": 11,
+        "input_shape": (3, 5),
+        "num_classes": 4,
+        "num_layers": 2,
+        "width": 16,
+        "num_heads": 4,
+    }
     network = LoopedMaskedTransformer(**(settings | changes))
     randomise(network)
     return network.eval()
@@ -43,15 +50,15 @@ def reference_gelu(h: Tensor) -> Tensor:
 def reference_block(block: PostNormBlock, h: Tensor) -> Tensor:
     """One BERT layer, one head at a time."""
     weights = dict(block.named_parameters())
-    width, heads = h.shape[-1], block.attention.heads
-    size = width // heads
+    width, num_heads = h.shape[-1], block.attention.num_heads
+    size = width // num_heads
     q, k, v = (
         h @ weights["attention.query_key_value.weight"][i * width : (i + 1) * width].T
         + weights["attention.query_key_value.bias"][i * width : (i + 1) * width]
         for i in range(3)
     )
     mixed = []
-    for head in range(heads):
+    for head in range(num_heads):
         part = slice(head * size, (head + 1) * size)
         scores = torch.einsum("btd,bsd->bts", q[..., part], k[..., part]) / math.sqrt(size)
         scores = (scores - scores.amax(-1, keepdim=True)).exp()
@@ -112,7 +119,7 @@ def test_post_norm_block_equals_torchs_own_encoder_layer(seed: int) -> None:
 @pytest.mark.parametrize("width", [32, 96, 768])
 def test_post_norm_block_has_twelve_d_squared_and_thirteen_d_parameters(width: int) -> None:
     with torch.device("meta"):
-        block = PostNormBlock(width, heads=8, mlp_width=4 * width)
+        block = PostNormBlock(width, num_heads=8, mlp_width=4 * width)
     assert sum(p.numel() for p in block.parameters()) == 12 * width**2 + 13 * width
 
 
@@ -268,7 +275,7 @@ def test_masked_transformer_takes_image_and_video_grids() -> None:
 
 
 def test_initial_weights_are_a_truncated_normal_and_zero_biases() -> None:
-    network = LoopedMaskedTransformer(500, (4, 4), 10, num_layers=1, width=128, heads=4)
+    network = LoopedMaskedTransformer(500, (4, 4), 10, num_layers=1, width=128, num_heads=4)
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             assert module.weight.abs().max() <= 0.04
@@ -281,7 +288,7 @@ def test_initial_weights_are_a_truncated_normal_and_zero_biases() -> None:
 
 
 def meta_network(layers: int, scale: str, **changes: object) -> LoopedMaskedTransformer:
-    settings = {"num_codes": 1024, "input_shape": (16, 16), "num_classes": 1000}
+    settings = {"codebook_size": 1024, "input_shape": (16, 16), "num_classes": 1000}
     with torch.device("meta"):
         return LoopedMaskedTransformer(**(settings | changes), num_layers=layers, scale=scale)
 

@@ -51,7 +51,7 @@ def test_samples_of_moving_digits_are_judged_by_their_motions(smoke: Path) -> No
     )
     assert (data.num_classes, data.input_shape, data.primary_metric) == (10, (4, 4, 4), "recognised")
     data.prepare_data()
-    real = read_all(list_videos(videos / "UCF-101", videos / "ucfTrainTestlist", 1, held_out=False), data.shape, 1)
+    real = read_all(list_videos(videos / "UCF-101", videos / "ucfTrainTestlist", 1, val=False), data.shape, 1)
     scores = {}
     for metric in data.build_metrics():
         metric.update(real.pixels.float() / 255, real.labels)

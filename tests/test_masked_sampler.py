@@ -157,7 +157,7 @@ def test_without_known_tokens_all_start_masked() -> None:
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_samples_depend_on_their_own_seed_and_label_alone(scale: float) -> None:
     torch.manual_seed(3)
-    network = LoopedMaskedTransformer(V, (5, 5), CLASSES, num_layers=1, width=16, heads=2).double().eval()
+    network = LoopedMaskedTransformer(V, (5, 5), CLASSES, num_layers=1, width=16, num_heads=2).double().eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter))

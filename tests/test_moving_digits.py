@@ -20,7 +20,7 @@ from elt_lightning.data.ucf101 import list_videos, read_classes
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.handwriting import load_handwriting
 
-DIGITS = MovingDigits(training_videos=9, held_out_videos=3)
+DIGITS = MovingDigits(training_videos=9, val_videos=3)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def test_the_layout_is_that_of_ucf101(root: Path) -> None:
     assert sorted(os.listdir(root)) == ["UCF-101", "moving_digits.json", "ucfTrainTestlist"]
     assert sorted(os.listdir(videos)) == sorted(MOTIONS) == list(read_classes(lists))
     assert (lists / "classInd.txt").read_text().splitlines()[:2] == ["1 Bouncing", "2 Clockwise"]
-    training, held_out = ((lists / f"{name}list01.txt").read_text().splitlines() for name in ("train", "test"))
+    training, val = ((lists / f"{name}list01.txt").read_text().splitlines() for name in ("train", "test"))
     assert training[0] == "Bouncing/v_Bouncing_g02_c01.avi 1"
     assert training[-1] == "Zigzag/v_Zigzag_g04_c01.avi 10"
-    assert held_out[:3] == [f"Bouncing/v_Bouncing_g01_c0{clip}.avi" for clip in (1, 2, 3)]
+    assert val[:3] == [f"Bouncing/v_Bouncing_g01_c0{clip}.avi" for clip in (1, 2, 3)]
     both = [list_videos(videos, lists, 1, side) for side in (False, True)]
     assert [len(side) for side in both] == [90, 30]
-    assert sorted(both[0] + both[1]) == list_videos(videos, lists, "all", held_out=False)
+    assert sorted(both[0] + both[1]) == list_videos(videos, lists, "all", val=False)
 
 
 def test_files_are_what_xvid_writes_and_a_third_have_b_frames(root: Path) -> None:
@@ -105,14 +105,14 @@ def test_motions_are_what_they_are_called_in_any_16_frames(root: Path) -> None:
                 assert recognise(read_clip(path, first, 16)) == motion, (path.name, first)
 
 
-def test_held_out_videos_show_other_writings() -> None:
+def test_val_videos_show_other_writings() -> None:
     shown: dict[bool, set[bytes]] = {True: set(), False: set()}
     for label in range(10):
-        for held_out, _, _, writing in DIGITS._writings(label):
-            shown[held_out].add(writing.numpy().tobytes())
-    for held_out, writings in shown.items():
-        there = {image.numpy().tobytes() for image in load_handwriting(held_out).images[:, 0]}
-        other = {image.numpy().tobytes() for image in load_handwriting(not held_out).images[:, 0]}
+        for val, _, _, writing in DIGITS._writings(label):
+            shown[val].add(writing.numpy().tobytes())
+    for val, writings in shown.items():
+        there = {image.numpy().tobytes() for image in load_handwriting(val).images[:, 0]}
+        other = {image.numpy().tobytes() for image in load_handwriting(not val).images[:, 0]}
         assert writings <= there - other
 
 
@@ -149,7 +149,7 @@ def test_what_was_interrupted_leaves_nothing_and_is_made_anew(tmp_path: Path, mo
         original(*arguments, **options)
 
     monkeypatch.setattr(moving_digits, "write_clip", stop_at_the_fourth)
-    small = MovingDigits(training_videos=1, held_out_videos=1)
+    small = MovingDigits(training_videos=1, val_videos=1)
     with pytest.raises(KeyboardInterrupt):
         small.write(tmp_path / "digits")
     assert os.listdir(tmp_path) == []
@@ -158,7 +158,7 @@ def test_what_was_interrupted_leaves_nothing_and_is_made_anew(tmp_path: Path, mo
 
 
 def test_another_process_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = MovingDigits(training_videos=1, held_out_videos=1)
+    small = MovingDigits(training_videos=1, val_videos=1)
     original = MovingDigits._write_videos
 
     def be_overtaken(digits: MovingDigits, folder: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_folder_of_something_else_is_left_alone(root: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="something else"):
         DIGITS.write(tmp_path / "thesis.tex")
     with pytest.raises(UserError, match="other settings"):
-        MovingDigits(training_videos=10, held_out_videos=3).write(root)
+        MovingDigits(training_videos=10, val_videos=3).write(root)
     assert json.loads((root / "moving_digits.json").read_text())["training_videos"] == 9
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -194,7 +194,7 @@ class Watcher(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.shapes: set[tuple[int, ...]] = set()
         self.labels: set[int] = set()
-        self.held_out = 0
+        self.val = 0
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         self.shapes.add(tuple(batch.pixels.shape))
@@ -204,7 +204,7 @@ class Watcher(LightningModule):
         return self.weight * 0
 
     def validation_step(self, batch: ClipBatch, batch_idx: int) -> None:
-        self.held_out += len(batch.labels)
+        self.val += len(batch.labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -221,5 +221,5 @@ def test_the_data_module_writes_the_files_and_gives_clips_of_them(tmp_path: Path
     trainer.fit(model, data)
     assert model.shapes == {(10, 3, 8, 32, 32)}
     assert model.labels == set(range(10))
-    assert model.held_out == 10
+    assert model.val == 10
     assert data.classes == tuple(MOTIONS)

@@ -71,10 +71,10 @@ def test_a_model_is_looked_at_beside_its_training_samples(
     flags = ["--nearest", "--save_samples=samples.npz", "--loops=1", f"--run_dir={tested}", *SMALL_SQUARES]
     assert main(["test", "--config", str(QUICKSTART), "--ckpt_path", str(small_squares), *flags]) == 0
     found = json.loads((tested / "nearest.json").read_text())
-    data = LatinSquaresDataModule(batch_size=16, codes_per_digit=4, num_train=64, num_held_out=40)
+    data = LatinSquaresDataModule(batch_size=16, codes_per_digit=4, num_train=64, num_val=40)
     data.prepare_data()
     data.setup("fit")
-    training, held_out = (
+    training, val = (
         np.concatenate(
             [data.tokenizer.present(data.tokenizer.decode(codes)).numpy() for codes in data.all_codes(side, 7)]
         )
@@ -83,7 +83,7 @@ def test_a_model_is_looked_at_beside_its_training_samples(
     )
     drawn = torch.from_numpy(np.load(tested / "samples_L1.npz")["arr_0"]).permute(0, 3, 1, 2)[:8, :1]
     samples = data.tokenizer.present(drawn / 255).numpy() / 255
-    for name, values in (("distances", samples), ("distances_of_held_out_samples", held_out[:8])):
+    for name, values in (("distances", samples), ("distances_of_val_samples", val[:8])):
         errors = ((values[:, None] - training[None]) ** 2).mean((2, 3, 4))
         assert found[name] == pytest.approx(errors.min(1).tolist(), abs=1e-9)
     assert found["loops"] == 1

@@ -32,12 +32,12 @@ CODES, CLASSES, BATCH, STEPS = 11, 5, 3, 4
 
 def masked() -> LoopedMaskedTransformer:
     with NOWHERE:
-        return LoopedMaskedTransformer(CODES, (3, 4), CLASSES, num_layers=1, width=16, heads=2)
+        return LoopedMaskedTransformer(CODES, (3, 4), CLASSES, num_layers=1, width=16, num_heads=2)
 
 
 def dit(block: str = "adaln_zero") -> LoopedDiT:
     with NOWHERE:
-        return LoopedDiT((2, 4, 6), CLASSES, num_layers=1, width=16, heads=2, block=block)  # type: ignore[arg-type]
+        return LoopedDiT((2, 4, 6), CLASSES, num_layers=1, width=16, num_heads=2, block=block)  # type: ignore[arg-type]
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

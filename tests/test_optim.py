@@ -11,7 +11,7 @@ from elt_lightning.training.optimiser import LearningRateSchedule, parameter_gro
 
 
 def network() -> LoopedMaskedTransformer:
-    return LoopedMaskedTransformer(11, (3, 3), 4, num_layers=2, width=16, heads=2, prelude_layers=1, coda_layers=1)
+    return LoopedMaskedTransformer(11, (3, 3), 4, num_layers=2, width=16, num_heads=2, prelude_layers=1, coda_layers=1)
 
 
 def names_in(group: dict, module: nn.Module) -> set[str]:

@@ -91,7 +91,7 @@ def test_table_2_counts_the_network(name: str, layers: int, published: float, to
 
 def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
     return ELTModule(
-        network=LoopedMaskedTransformer(50, (4, 4), 10, num_layers=2, width=32, heads=4, **settings),  # type: ignore[arg-type]
+        network=LoopedMaskedTransformer(50, (4, 4), 10, num_layers=2, width=32, num_heads=4, **settings),  # type: ignore[arg-type]
         process=MaskingProcess(50),
         objective=MaskedObjective,
         distillation=ILSD(max_loops),
@@ -102,7 +102,7 @@ def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
 
 def small_diffusion(block: str = "film") -> ELTModule:
     return ELTModule(
-        network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, heads=4, block=block),  # type: ignore[arg-type]
+        network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, num_heads=4, block=block),  # type: ignore[arg-type]
         process=GaussianProcess(),
         objective=DiffusionObjective,
         distillation=ILSD(3),
@@ -115,7 +115,7 @@ def really_kept(module: ELTModule, num_samples: int, types: Types) -> int:
     """Run the whole loss of a training step on real tensors: bytes that autograd keeps, weights left out."""
     network = module.network.train()
     shape = (num_samples, *network.sample_shape)
-    x = torch.randint(50, shape) if module.num_codes else torch.randn(shape)
+    x = torch.randint(50, shape) if module.codebook_size else torch.randn(shape)
     batch = Batch(x, torch.randint(10, (num_samples,)), torch.arange(num_samples))
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     found: dict[int, Tensor] = {}
@@ -190,7 +190,7 @@ def settings(**changes: object) -> Settings:
         "steps": 10,
         "num_validations": 2,
         "num_validation_samples": 3,
-        "num_held_out": 7,
+        "num_val": 7,
         "num_test_samples": 11,
         "loops": [1, 2, 3],
         "guidance": None,
@@ -251,7 +251,7 @@ def test_hours_of_training_validation_and_test_by_hand() -> None:
     validation = 3 * sum(samples) + 7 * (3 * loop + 3 * head)
     assert plan.validation_hours == pytest.approx(2 * 2 * validation / 395.6e12 / 3600)
 
-    module.network.backbone.checkpoint_loops = True
+    module.network.backbone.activation_checkpointing = True
     assert make_plan(module, planned).image_macs == image + 3 * loop
     two_scales = make_plan(module, settings(guidance=[1.0, 2.0], loops=[2]))
     assert two_scales.test_hours[2] == pytest.approx(11 * 2 * (24 + 48) * (2 * loop + head) / 0.5e12 / 3600)
@@ -322,9 +322,9 @@ def test_imagenet_is_assumed_where_there_are_no_shards(capsys: pytest.CaptureFix
 
 def test_shards_are_asked_where_they_are(tmp_path: Path) -> None:
     places = [write_shards(tmp_path / name, token_index([40], classes=3)) for name in ("train", "val")]
-    flags = [f"--data.init_args.training_shards={places[0]}", f"--data.init_args.held_out_shards={places[1]}"]
+    flags = [f"--data.init_args.training_shards={places[0]}", f"--data.init_args.val_shards={places[1]}"]
     _, data, module = read([f"--config={IMAGENET / 'elt_l_8n3l.yaml'}", *flags])
-    assert (data.assumed, data.num_samples, data.num_held_out) == (None, 40, 40)
+    assert (data.assumed, data.num_samples, data.num_val) == (None, 40, 40)
     assert data.disk()["training_codes"] == 40 * 4 * 2
     assert (module.num_classes, module.network.sample_shape) == (3, (4,))
 
@@ -345,7 +345,7 @@ def test_data_that_need_no_download_are_asked_and_nothing_is_trained(capsys: pyt
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config", str(QUICKSTART), "--model.network.init_args.widht=3"], "widht"),
         (["--config", str(QUICKSTART), "--device=3"], "device"),
-        (["--config", str(QUICKSTART), "--model.network.init_args.heads=5"], "heads"),
+        (["--config", str(QUICKSTART), "--model.network.init_args.num_heads=5"], "num_heads"),
         (["--config", str(QUICKSTART), "--model.distillation.min_loops=4"], "min_loops"),
         (["--config", str(QUICKSTART), "--devices=7"], "batch_size 64"),
         (["--config", str(QUICKSTART), "--devices=0"], "--devices"),
@@ -365,9 +365,9 @@ def test_a_wrong_command_line_gives_one_clear_line(
 ) -> None:
     tensors = {
         "class_path": "elt_lightning.data.tensors.TensorDataModule",
-        "init_args": {"training_files": ["squares.safetensors"], "held_out_files": ["squares.safetensors"]},
+        "init_args": {"training_files": ["squares.safetensors"], "val_files": ["squares.safetensors"]},
     }
-    tensors["init_args"] |= {"num_classes": 5, "num_codes": 20}  # type: ignore[operator]
+    tensors["init_args"] |= {"num_classes": 5, "codebook_size": 20}  # type: ignore[operator]
     Path("tensors.yaml").write_text(json.dumps({"base": str(QUICKSTART)} | {"data": tensors}))
     assert main(["plan", *arguments]) == 2
     complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("elt: error: ")]

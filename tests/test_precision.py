@@ -15,7 +15,7 @@ from elt_lightning.training.precision import CachedMixedPrecision, cache_weight_
 
 def network() -> LoopedMaskedTransformer:
     torch.manual_seed(0)
-    return LoopedMaskedTransformer(50, (4, 4), 3, num_layers=2, width=64, heads=2)
+    return LoopedMaskedTransformer(50, (4, 4), 3, num_layers=2, width=64, num_heads=2)
 
 
 def run(model: LoopedMaskedTransformer, plugin: MixedPrecision, loops: int) -> Tensor:

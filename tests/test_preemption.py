@@ -165,8 +165,12 @@ def members(group: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("training", "number", "saved"),
-    [(6, signal.SIGTERM, 4), (7, signal.SIGTERM, 4), (7, signal.SIGINT, 4), (None, signal.SIGTERM, 12)],
-    ids=["first half", "second", "Ctrl-C", "validation"],
+    [
+        pytest.param(6, signal.SIGTERM, 4, id="first half", marks=pytest.mark.slow),
+        pytest.param(7, signal.SIGTERM, 4, id="second"),
+        pytest.param(7, signal.SIGINT, 4, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(None, signal.SIGTERM, 12, id="validation", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_takes_effect_between_steps(
     training: int | None,
@@ -189,7 +193,7 @@ def test_a_signal_takes_effect_between_steps(
     resume_and_compare(whole, last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_sampling_of_a_validation_after_its_batch(
     number: signal.Signals, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ def test_the_video_quickstart_runs_resumes_and_predicts_frames(
             "--trainer.max_steps=2",
             "--model.init_args.filters=4",
             "--data.init_args.training_videos=8",
-            "--data.init_args.held_out_videos=4",
+            "--data.init_args.val_videos=4",
         ],
         "elt": ["--trainer.max_steps=2"],
     }

@@ -44,12 +44,12 @@ def randomised(network: LoopedNetwork) -> LoopedNetwork:
 
 
 def masked(recall: bool = True, **settings: object) -> LoopedNetwork:
-    size = {"num_layers": 2, "width": WIDTH, "heads": 2} | settings
+    size = {"num_layers": 2, "width": WIDTH, "num_heads": 2} | settings
     return randomised(LoopedMaskedTransformer(V, (3, 3), CLASSES, recall=recall, **size))  # type: ignore[arg-type]
 
 
 def dit(recall: bool = True, **settings: object) -> LoopedNetwork:
-    size = {"num_layers": 2, "width": WIDTH, "heads": 2} | settings
+    size = {"num_layers": 2, "width": WIDTH, "num_heads": 2} | settings
     return randomised(LoopedDiT((1, 6, 6), CLASSES, recall=recall, **size))  # type: ignore[arg-type]
 
 
@@ -131,13 +131,15 @@ def test_recall_is_off_by_default_decays_by_no_optimiser_and_is_recomputed_alike
     network, plain = make(), make(recall=False)
     more = network.state_dict().keys() - plain.state_dict().keys()
     assert len(more) == 1
-    assert not type(plain)(*((V, (3, 3)) if make is masked else ((1, 6, 6),)), CLASSES, 1, width=8, heads=1).has_recall
+    assert not type(plain)(
+        *((V, (3, 3)) if make is masked else ((1, 6, 6),)), CLASSES, 1, width=8, num_heads=1
+    ).has_recall
     decaying = {id(weight) for weight in parameter_groups(network)[0]["params"]}
     assert id(network.get_parameter(next(iter(more)))) not in decaying
     x, condition = inputs(network)
     gradients = []
     for recompute in (False, True):
-        network.train().backbone.checkpoint_loops = recompute
+        network.train().backbone.activation_checkpointing = recompute
         network.zero_grad()
         sum(p.square().sum() for p in network(x, condition, 4, (2,)).predictions.values()).backward()  # type: ignore[union-attr]
         gradients.append([weight.grad for weight in network.parameters()])

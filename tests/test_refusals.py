@@ -23,8 +23,8 @@ REFUSED: dict[str, tuple[str, object, str]] = {
     ),
     "data, class": ("data.class_path", "LatinSquares", "class 'LatinSquares': did you mean LatinSquaresDataModule?"),
     "model, key": ("model.lops", 3, "there is no setting model.lops: there are network, objective, distillation"),
-    "model, type": ("model.label_drop", "much", "model.label_drop: expected a number, not much"),
-    "model, range": ("model.label_drop", 2, "label_drop must lie in [0, 1], not 2"),
+    "model, type": ("model.class_dropout_prob", "much", "model.class_dropout_prob: expected a number, not much"),
+    "model, range": ("model.class_dropout_prob", 2, "class_dropout_prob must lie in [0, 1], not 2"),
     "network, key": (
         "model.network.init_args.widht",
         3,
@@ -65,7 +65,11 @@ REFUSED: dict[str, tuple[str, object, str]] = {
     "a section of no program": ("modle.seed", 3, "there is no setting modle.seed: there are"),
     "a section that is a number": ("ema", 3, "ema: expected a section of settings, not 3"),
     "what the data decide": ("model.num_classes", 3, "model.num_classes is decided by the data: leave it out"),
-    "what the data decide of a class": ("model.network.init_args.num_codes", 3, "num_codes is decided by the data"),
+    "what the data decide of a class": (
+        "model.network.init_args.codebook_size",
+        3,
+        "codebook_size is decided by the data",
+    ),
     "a seed of its own": ("data.init_args.seed", 3, "data.init_args.seed is decided by seed_everything: leave it out"),
 }
 
@@ -82,7 +86,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def config(latin_squares_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config of which one thing is to be spoiled, in the current folder; its data are there."""
     content = yaml.safe_load(QUICKSTART.read_text())
-    content["data"]["init_args"] |= {"root": str(latin_squares_root), "num_train": 64, "num_held_out": 8}
+    content["data"]["init_args"] |= {"root": str(latin_squares_root), "num_train": 64, "num_val": 8}
     content["trainer"] |= {"logger": LOGGER, "callbacks": [STOPPING], "accelerator": "cpu"}
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
@@ -135,9 +139,9 @@ def test_the_name_of_a_class_is_enough(latin_squares_root: Path, tmp_path: Path)
     """Of data, network, objective, sampler, optimiser, logger and callback; the run records where each is from."""
     content = f"""
 data: {{class_path: LatinSquaresDataModule, init_args: {{root: {latin_squares_root}, batch_size: 8, num_train: 64,
-  num_held_out: 8}}}}
+  num_val: 8}}}}
 model:
-  network: {{class_path: LoopedMaskedTransformer, init_args: {{num_layers: 1, width: 16, heads: 2}}}}
+  network: {{class_path: LoopedMaskedTransformer, init_args: {{num_layers: 1, width: 16, num_heads: 2}}}}
   objective: MaskedObjective
   distillation: {{max_loops: 2}}
   sampler: {{class_path: MaskGITSampler, init_args: {{steps: 2}}}}

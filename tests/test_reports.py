@@ -266,7 +266,7 @@ class Recorder(SampleMetric):
 @pytest.fixture
 def module() -> ELTModule:
     torch.manual_seed(0)
-    network = LoopedMaskedTransformer(9, (2, 3), 4, num_layers=1, width=16, heads=2).double()
+    network = LoopedMaskedTransformer(9, (2, 3), 4, num_layers=1, width=16, num_heads=2).double()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.5)

@@ -158,7 +158,7 @@ def test_a_tokenizer_goes_on_from_its_checkpoint_alone(
     elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ["--config", str(CONFIGS / "quickstart_video_tokenizer.yaml")]
-    small = ["--model.init_args.filters=4", "--data.init_args.training_videos=8", "--data.init_args.held_out_videos=4"]
+    small = ["--model.init_args.filters=4", "--data.init_args.training_videos=8", "--data.init_args.val_videos=4"]
     once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
     assert main(["fit", *config, *small, *once, "--run_dir=run"]) == 0
     last = "--ckpt_path=run/checkpoints/last.ckpt"

@@ -50,7 +50,7 @@ class Watch(Callback):
         self.kept.append(torch.ones(self.leak, dtype=torch.uint8))
 
     def settled(self) -> dict[str, Any]:
-        """Give bytes per step after warming up, the slope of a line through what was measured, and the open files."""
+        """Return bytes per step after warming up, the slope of a line through what was measured, and the open files."""
         first = int(len(self.memory) * WARM_UP)
         measured = torch.tensor(self.memory[first:], dtype=torch.float64)
         steps = torch.arange(len(measured), dtype=torch.float64)

@@ -106,12 +106,12 @@ def test_neighbours_in_a_shard_are_mixed(location: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
-def test_held_out_pictures_come_once_over_all_ranks(location: str, world_size: int, num_workers: int) -> None:
+def test_val_pictures_come_once_over_all_ranks(location: str, world_size: int, num_workers: int) -> None:
     shown: list[int] = []
     for rank in range(world_size):
-        held_out = HeldOutStream(location, ShardIndex.read(location), 8, num_workers, rank, world_size)
-        batches = [batch for reader in range(held_out.readers) for batch in held_out.batches(reader)]
-        assert len(batches) == len(held_out)
+        val = HeldOutStream(location, ShardIndex.read(location), 8, num_workers, rank, world_size)
+        batches = [batch for reader in range(val.readers) for batch in val.batches(reader)]
+        assert len(batches) == len(val)
         shown += [number for batch in batches for number in batch.indices.tolist()]
     assert sorted(shown) == list(range(60))
 

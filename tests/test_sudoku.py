@@ -93,7 +93,7 @@ def test_a_latin_square_without_right_boxes_is_no_sudoku() -> None:
 @pytest.fixture(scope="module")
 def make_data(latin_squares_root: Path) -> Callable[..., SudokuDataModule]:
     def make(stage: str = "fit", **settings: object) -> SudokuDataModule:
-        sizes: dict[str, object] = {"num_train": 60, "num_held_out": 40, "codes_per_digit": 4}
+        sizes: dict[str, object] = {"num_train": 60, "num_val": 40, "codes_per_digit": 4}
         data = SudokuDataModule(str(latin_squares_root), **(sizes | settings))  # type: ignore[arg-type]
         data.prepare_data()
         data.setup(stage)
@@ -106,25 +106,25 @@ def make_data(latin_squares_root: Path) -> Callable[..., SudokuDataModule]:
 def test_data_are_sudokus_that_score_one(make_data: Callable[..., SudokuDataModule], boxes: tuple[int, int]) -> None:
     data = make_data(boxes=boxes)
     order = boxes[0] * boxes[1]
-    assert (data.num_classes, data.input_shape, data.num_codes) == (order, (order, order), 4 * order)
+    assert (data.num_classes, data.input_shape, data.codebook_size) == (order, (order, order), 4 * order)
     scores = next(m for m in data.build_metrics() if isinstance(m, LatinSquareScores))
-    for samples in (data.training_set(), data.held_out_set()):
+    for samples in (data.training_set(), data.val_set()):
         digits = (samples.x // 4 + 1).view(-1, order, order)
         assert all(is_sudoku(grid, boxes) for grid in as_grids(digits))
         assert torch.equal(digits[:, order // 2, order // 2] - 1, samples.labels)
         scores.update(data.tokenizer.decode(samples.x), samples.labels)
     assert {name: value.item() for name, value in scores.compute().items()} == {"valid_squares": 1, "valid_lines": 1}
-    right = data.tokenizer.decode(data.held_out_set().x)
+    right = data.tokenizer.decode(data.val_set().x)
     transposed = (
         right.unflatten(2, (order, 8)).unflatten(4, (order, 8)).permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(2, 3)
     )
     scores.reset()
-    scores.update(transposed, data.held_out_set().labels)
+    scores.update(transposed, data.val_set().labels)
     share = scores.compute()["valid_lines"].item()
     assert share == 1 if boxes == (2, 2) else 2 / 3 <= share < 1  # rows and columns stay right, other boxes do not
 
 
-def test_puzzles_do_not_depend_on_batches_and_give_parts_of_held_out_squares(
+def test_puzzles_do_not_depend_on_batches_and_give_parts_of_val_squares(
     make_data: Callable[..., SudokuDataModule],
 ) -> None:
     data = make_data(num_given=10)
@@ -135,8 +135,8 @@ def test_puzzles_do_not_depend_on_batches_and_give_parts_of_held_out_squares(
         part = data.request(torch.arange(start, 90))
         assert part.known is not None
         assert torch.equal(part.known, known[start:])
-    squares = data.held_out_set()
-    given = known != data.num_codes
+    squares = data.val_set()
+    given = known != data.codebook_size
     assert (given.sum(1) == 10).all()
     index = torch.arange(90) % 40
     assert torch.equal(known[given], squares.x[index][given])
@@ -172,7 +172,7 @@ class Solver(MaskGITSampler):
 
 def test_a_sweep_gives_the_model_the_puzzles_and_shows_them(make_data: Callable[..., SudokuDataModule]) -> None:
     data = make_data(boxes=(2, 2), num_given=5)
-    network = LoopedMaskedTransformer(16, (4, 4), 4, num_layers=1, width=16, heads=2)
+    network = LoopedMaskedTransformer(16, (4, 4), 4, num_layers=1, width=16, num_heads=2)
     module = ELTModule(network, MaskingProcess(16), MaskedObjective, ILSD(2), partial(Solver, steps=2), 4).eval()
     metrics = data.build_metrics()
     sweep = Sweep(40, 16, seed=0, num_pictures=6)
@@ -193,7 +193,7 @@ def test_a_sweep_gives_the_model_the_puzzles_and_shows_them(make_data: Callable[
 def test_given_cells_stay(make_data: Callable[..., SudokuDataModule], loops: int) -> None:
     data = make_data(num_given=12)
     torch.manual_seed(0)
-    network = LoopedMaskedTransformer(24, (6, 6), 6, num_layers=1, width=16, heads=2)
+    network = LoopedMaskedTransformer(24, (6, 6), 6, num_layers=1, width=16, num_heads=2)
     sampler = partial(MaskGITSampler, steps=4)
     module = ELTModule(network, MaskingProcess(24), MaskedObjective, ILSD(3), sampler, num_classes=6).eval()
     asked = data.request(torch.arange(20))
@@ -217,7 +217,7 @@ def test_the_config_from_training_to_pictures(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "latin_squares").symlink_to(latin_squares_root.resolve())
     monkeypatch.chdir(tmp_path)
-    flags = ["--config", str(config), *SMALL, "--data.init_args.num_train=64", "--data.init_args.num_held_out=40"]
+    flags = ["--config", str(config), *SMALL, "--data.init_args.num_train=64", "--data.init_args.num_val=40"]
     training = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--run_dir=runs/sudoku"]
     assert main(["fit", *flags, *training]) == 0
     checkpoint = "runs/sudoku/checkpoints/last.ckpt"

@@ -289,13 +289,13 @@ def test_no_run_takes_the_place_of_another(tmp_path: Path) -> None:
 
 
 def test_benchmarks_fill_table_8(tmp_path: Path) -> None:
-    common = {"shape": "wide", "num_layers": 8, "loops": 4, "compile": "no", "checkpoint_loops": False}
+    common = {"shape": "wide", "num_layers": 8, "loops": 4, "compile": "no", "activation_checkpointing": False}
     common |= {"precision": "bf16-mixed", "batch_size": 32}
     ilsd = {**common, "way": "ilsd", "step_seconds": [3.0, 3.3], "peak_memory_bytes": 60}
     vanilla = {**common, "way": "vanilla", "step_seconds": [2.0, 2.2], "peak_memory_bytes": 50}
     unlooped = {**common, "way": "unlooped", "step_seconds": [2.0, 2.2], "peak_memory_bytes": 80}
     smaller = [{**row, "batch_size": 8, "peak_memory_bytes": 10} for row in (ilsd, unlooped)]
-    recomputed = {**ilsd, "checkpoint_loops": True, "step_seconds": [4.0, 4.4]}
+    recomputed = {**ilsd, "activation_checkpointing": True, "step_seconds": [4.0, 4.4]}
     write_benchmark(tmp_path / "training.json", *smaller, ilsd, vanilla, unlooped, recomputed)
     rows = make_table(8, tmp_path)["rows"]
     assert [row["step time ratio_measured"] for row in rows] == pytest.approx([1.5, 1.5, 1.0, 2.0])

@@ -185,7 +185,7 @@ def test_the_published_layout_is_read_from_a_lightning_checkpoint(tats: TATSVQGA
     assert all(torch.equal(value, state[name]) for name, value in held.items())
     assert not any(parameter.requires_grad for parameter in tats.parameters())
     assert isinstance(tats, Tokenizer)
-    assert (tats.num_codes, tats.downsampling) == (16384, (4, 8, 8))
+    assert (tats.codebook_size, tats.downsampling) == (16384, (4, 8, 8))
     assert tats.code_shape(16, 128, 128) == (4, 16, 16)
     with pytest.raises(ValueError, match="15×128×128 is not a multiple"):
         tats.code_shape(15, 128, 128)

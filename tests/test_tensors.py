@@ -74,12 +74,12 @@ def resident_bytes() -> int:
 
 def test_what_the_network_needs_to_know_comes_from_the_files(latents: list[str], tmp_path: Path) -> None:
     data = TensorDataModule(latents[:2], latents[2:], num_classes=3)
-    assert (data.input_shape, data.num_codes) == ((1, 8, 8), None)
-    assert (len(data.training_set()), len(data.held_out_set())) == (21, 12)
+    assert (data.input_shape, data.codebook_size) == ((1, 8, 8), None)
+    assert (len(data.training_set()), len(data.val_set())) == (21, 12)
     assert isinstance(data.tokenizer, PixelScaling)
     tokens = write(tmp_path / "tokens.safetensors", 9, (16,), codes=5)
-    data = TensorDataModule([tokens], [tokens], num_classes=3, num_codes=5, tokenizer=PixelScaling())
-    assert (data.input_shape, data.num_codes) == ((16,), 5)
+    data = TensorDataModule([tokens], [tokens], num_classes=3, codebook_size=5, tokenizer=PixelScaling())
+    assert (data.input_shape, data.codebook_size) == ((16,), 5)
     assert data.training_set()[torch.arange(2)].x.dtype == torch.int64
 
 
@@ -100,18 +100,18 @@ def wrong_settings(folder: Path) -> Iterator[tuple[dict[str, object], str]]:
     (folder / "text.safetensors").write_text("not tensors")
     for name in ("missing", "text", "keys", "flat", "labels", "kinds", "empty"):
         path = str(folder / f"{name}.safetensors")
-        yield {"training_files": [path], "held_out_files": [good]}, path
+        yield {"training_files": [path], "val_files": [good]}, path
     other, channels = str(folder / "other.safetensors"), str(folder / "channels.safetensors")
-    yield {"training_files": [good, other], "held_out_files": [good]}, other
-    yield {"training_files": [good], "held_out_files": [other]}, other
-    yield {"training_files": [], "held_out_files": [good]}, "training_files"
-    yield {"training_files": [good], "held_out_files": [good], "num_classes": 2}, "num_classes is 2"
-    yield {"training_files": [channels], "held_out_files": [channels]}, "tokenizer"
-    yield {"training_files": [good], "held_out_files": [good], "num_codes": 5}, "num_codes"
-    yield {"training_files": [tokens], "held_out_files": [tokens]}, "num_codes"
-    yield {"training_files": [tokens], "held_out_files": [tokens], "num_codes": 5}, "tokenizer"
-    wrong_codes = {"num_codes": 4, "tokenizer": PixelScaling()}
-    yield {"training_files": [tokens], "held_out_files": [tokens], **wrong_codes}, "num_codes is 4"
+    yield {"training_files": [good, other], "val_files": [good]}, other
+    yield {"training_files": [good], "val_files": [other]}, other
+    yield {"training_files": [], "val_files": [good]}, "training_files"
+    yield {"training_files": [good], "val_files": [good], "num_classes": 2}, "num_classes is 2"
+    yield {"training_files": [channels], "val_files": [channels]}, "tokenizer"
+    yield {"training_files": [good], "val_files": [good], "codebook_size": 5}, "codebook_size"
+    yield {"training_files": [tokens], "val_files": [tokens]}, "codebook_size"
+    yield {"training_files": [tokens], "val_files": [tokens], "codebook_size": 5}, "tokenizer"
+    wrong_codes = {"codebook_size": 4, "tokenizer": PixelScaling()}
+    yield {"training_files": [tokens], "val_files": [tokens], **wrong_codes}, "codebook_size is 4"
 
 
 def test_what_the_user_can_mend_is_said_in_one_line(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_the_command_line_trains_on_files_and_compares_loop_counts_by_loss(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     files = [f"--data.init_args.training_files=[{','.join(latents[:2])}]"]
-    files += [f"--data.init_args.held_out_files=[{latents[2]}]"]
+    files += [f"--data.init_args.val_files=[{latents[2]}]"]
     data = ["--data=elt_lightning.data.tensors.TensorDataModule", *files, "--data.init_args.num_classes=3"]
     data += ["--data.init_args.batch_size=8"]
-    small = ["--model.network.init_args.width=16", "--model.network.init_args.heads=2"]
+    small = ["--model.network.init_args.width=16", "--model.network.init_args.num_heads=2"]
     small += ["--model.sampler.init_args.steps=2", "--loop_metrics.num_samples=4"]
     steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=2", "--run_dir=runs/files"]
     config = ["--config", str(CONFIGS / "digits_diffusion.yaml")]
@@ -143,7 +143,7 @@ def test_the_command_line_trains_on_files_and_compares_loop_counts_by_loss(
     assert all(set(row["metrics"]) == {"loss"} and row["metrics"]["loss"]["mean"] > 0 for row in report["rows"])
     assert main(["sample", *checkpoint, "--num=2", "--output=grid.png"]) == 0
     capsys.readouterr()
-    assert main(["fit", *config, *data, *small, *steps[:2], "--data.init_args.held_out_files=[gone.safetensors]"]) == 2
+    assert main(["fit", *config, *data, *small, *steps[:2], "--data.init_args.val_files=[gone.safetensors]"]) == 2
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("elt: error: ")] == [
         "elt: error: the data file gone.safetensors does not exist"
     ]
@@ -162,26 +162,26 @@ def test_pixels_are_scaled_and_come_back() -> None:
 
 def test_digit_images_are_the_digits_of_the_tokens(tmp_path: Path) -> None:
     tokens, images = DigitsDataModule(root=str(tmp_path)), DigitImagesDataModule(root=str(tmp_path))
-    assert (images.input_shape, images.num_codes) == ((1, 8, 8), None)
-    assert (tokens.input_shape, tokens.num_codes) == ((8, 8), 17)
+    assert (images.input_shape, images.codebook_size) == ((1, 8, 8), None)
+    assert (tokens.input_shape, tokens.codebook_size) == ((8, 8), 17)
     for ours, theirs in zip(both_sets(images), both_sets(tokens), strict=True):
         assert torch.equal(images.tokenizer.decode(ours.x), tokens.tokenizer.decode(theirs.x))
         assert torch.equal(ours.labels, theirs.labels)
 
 
 def both_sets(data: DigitsDataModule) -> list[Batch]:
-    return [files[torch.arange(len(files))] for files in (data.training_set(), data.held_out_set())]
+    return [files[torch.arange(len(files))] for files in (data.training_set(), data.val_set())]
 
 
 def test_latin_square_images_are_judged_as_the_tokens_are(latin_squares_root: Path) -> None:
     root = str(latin_squares_root)
-    images = LatinSquareImagesDataModule(root=root, num_train=30, num_held_out=200)
-    tokens = LatinSquaresDataModule(root=root, num_held_out=200)
-    assert (images.input_shape, images.num_codes, images.num_classes) == ((1, 40, 40), None, 5)
+    images = LatinSquareImagesDataModule(root=root, num_train=30, num_val=200)
+    tokens = LatinSquaresDataModule(root=root, num_val=200)
+    assert (images.input_shape, images.codebook_size, images.num_classes) == ((1, 40, 40), None, 5)
     images.prepare_data()
     images.setup("fit")
     assert len(images.training_set()) == 30
-    batch = images.held_out_set()[torch.arange(200)]
+    batch = images.val_set()[torch.arange(200)]
     assert (batch.x.shape[1:], float(batch.x.min()), float(batch.x.max())) == ((1, 40, 40), -1, 1)
     scores, distance = images.build_metrics()
     for metric in (scores, distance):

@@ -39,7 +39,7 @@ def own_layout(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def videos(layout: tuple[Path, Path]) -> list[Video]:
-    return list_videos(*layout, "all", held_out=False)
+    return list_videos(*layout, "all", val=False)
 
 
 def number_of(video: Video) -> int:
@@ -56,35 +56,35 @@ def request(*places: int, epoch: int = 0) -> ClipRequest:
 
 def test_lists_are_read_as_they_are_published(layout: tuple[Path, Path]) -> None:
     assert read_classes(layout[1]) == CLASSES
-    training, held_out = (list_videos(*layout, 1, held_out) for held_out in (False, True))
+    training, val = (list_videos(*layout, 1, val) for val in (False, True))
     assert {number_of(video) for video in training} == {0, 1, 3, 4, 6, 7, 9, 10}
-    assert {number_of(video) for video in held_out} == {2, 5, 8, 11}
-    for video in training + held_out:
+    assert {number_of(video) for video in val} == {2, 5, 8, 11}
+    for video in training + val:
         assert CLASSES[video.label] == Path(video.path).parent.name
         assert Path(video.path) == layout[0] / video.name
     assert training == sorted(training)
 
 
 def test_all_takes_every_video(layout: tuple[Path, Path]) -> None:
-    for held_out in (False, True):
-        assert len({number_of(video) for video in list_videos(*layout, "all", held_out)}) == 12
+    for val in (False, True):
+        assert len({number_of(video) for video in list_videos(*layout, "all", val)}) == 12
 
 
 def test_lists_and_names_may_come_from_windows(own_layout: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     root, lists = own_layout
-    before = {held_out: list_videos(root, lists, 1, held_out) for held_out in (False, True)}
+    before = {val: list_videos(root, lists, 1, val) for val in (False, True)}
     for path in lists.iterdir():
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     for number in (0, 2):
         (root / video_name(number)).rename((root / video_name(number)).with_suffix(".AVI"))
     assert read_classes(lists) == CLASSES
-    for held_out, videos in before.items():
-        found = list_videos(root, lists, 1, held_out)
+    for val, videos in before.items():
+        found = list_videos(root, lists, 1, val)
         assert [(video.name, video.label) for video in found] == [(video.name, video.label) for video in videos]
         assert all(Path(video.path).is_file() for video in found)
     assert caplog.messages == []
     (root / video_name(5)).rename((root / video_name(5)).with_suffix(".mp4"))
-    assert len(list_videos(root, lists, "all", held_out=False)) == 11
+    assert len(list_videos(root, lists, "all", val=False)) == 11
     assert caplog.messages == [f"left out of {root}, as no .avi: 1 .mp4"]
 
 
@@ -112,7 +112,7 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(
 ) -> None:
     spoil(*own_layout)
     with pytest.raises(UserError, match=telling) as refusal:
-        list_videos(*own_layout, split, held_out=False)
+        list_videos(*own_layout, split, val=False)
     assert "\n" not in str(refusal.value)
 
 
@@ -222,7 +222,7 @@ def broken_layout(own_layout: tuple[Path, Path]) -> tuple[list[Video], set[str]]
     names = {video_name(number) for number in (1, 5, 9)}
     for name, how in zip(sorted(names), ("cut", "garbled", "empty"), strict=True):
         break_video(own_layout[0] / name, how)
-    return list_videos(*own_layout, "all", held_out=False), names
+    return list_videos(*own_layout, "all", val=False), names
 
 
 def test_in_training_another_video_takes_the_place_of_a_broken_one(
@@ -302,7 +302,7 @@ def test_too_many_broken_videos_stop_the_loader(broken_layout: tuple[list[Video]
 def test_a_set_that_is_all_broken_stops_the_loader(own_layout: tuple[Path, Path], num_workers: int) -> None:
     for path in own_layout[0].rglob("*.avi"):
         break_video(path, "cut")
-    clips = TrainingClips(list_videos(*own_layout, "all", held_out=False), SHAPE)
+    clips = TrainingClips(list_videos(*own_layout, "all", val=False), SHAPE)
     loader = ClipLoader(clips, HeldOutOrder(12, 4, 0, 1), num_workers, max_broken=1)
     with pytest.raises(UserError, match=r"^8 videos that were tried .*cut short") as stop:
         list(loader)
@@ -319,7 +319,7 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.shown: list[tuple[list[int], list[int]]] = []
-        self.held_out: list[int] = []
+        self.val: list[int] = []
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         self.check(batch)
@@ -328,7 +328,7 @@ class Recorder(LightningModule):
 
     def validation_step(self, batch: ClipBatch, batch_idx: int) -> None:
         self.check(batch)
-        self.held_out += batch.indices.tolist()
+        self.val += batch.indices.tolist()
 
     @staticmethod
     def check(batch: ClipBatch) -> None:
@@ -387,13 +387,13 @@ def test_a_resumed_run_goes_on_with_the_batch_that_was_next(
     assert first.shown + second.shown == whole.shown
 
 
-def test_validation_shows_every_held_out_video_once(layout: tuple[Path, Path], tmp_path: Path) -> None:
+def test_validation_shows_every_val_video_once(layout: tuple[Path, Path], tmp_path: Path) -> None:
     model = Recorder()
     trainer(tmp_path, limit_val_batches=1.0).validate(model, data_module(layout, batch_size=3), verbose=False)
-    assert model.held_out == [0, 1, 2, 3]
+    assert model.val == [0, 1, 2, 3]
     model = Recorder()
     trainer(tmp_path, limit_val_batches=1.0).validate(model, data_module(layout, split="all"), verbose=False)
-    assert model.held_out == list(range(12))
+    assert model.val == list(range(12))
 
 
 def test_too_large_batches_and_senseless_settings_are_refused(layout: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ STEPS, LOOPS, SAMPLES = 3, 4, 5
 
 def masked(num_layers: int) -> ELTModule:
     network = LoopedMaskedTransformer(
-        num_codes=7, input_shape=(3, 3), num_classes=3, num_layers=num_layers, width=16, heads=2
+        codebook_size=7, input_shape=(3, 3), num_classes=3, num_layers=num_layers, width=16, num_heads=2
     )
     sampler = partial(MaskGITSampler, steps=STEPS)
     return ELTModule(network, MaskingProcess(7), MaskedObjective, ILSD(2), sampler, 3).eval()
 
 
 def diffusion(num_layers: int) -> ELTModule:
-    network = LoopedDiT((1, 4, 4), 3, num_layers, width=16, heads=2)
+    network = LoopedDiT((1, 4, 4), 3, num_layers, width=16, num_heads=2)
     for parameter in network.parameters():  # untrained adaLN-Zero blocks change nothing
         nn.init.normal_(parameter, std=0.2)
     sampler = partial(DDIMSampler, steps=STEPS, guidance=Guidance(2.0))

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings, inflate
 
-TINY = {"filters": 8, "multipliers": (1, 2, 2), "num_codes": 12, "code_channels": 6}
+TINY = {"filters": 8, "multipliers": (1, 2, 2), "codebook_size": 12, "code_channels": 6}
 
 
 def tiny(dimensions: int, seed: int = 0, **settings: object) -> VQNetwork:
@@ -196,7 +196,7 @@ def test_where_channels_change_the_shortcut_sees_the_input_of_the_block() -> Non
 
 def test_kernels_start_with_the_variance_of_their_inputs() -> None:
     torch.manual_seed(0)
-    network = VQNetwork(VQSettings(filters=16, multipliers=(1, 2), temporal_levels=1, num_codes=64))
+    network = VQNetwork(VQSettings(filters=16, multipliers=(1, 2), temporal_levels=1, codebook_size=64))
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv3d):
             inputs = layer.weight[0].numel()
@@ -243,7 +243,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     assert VQSettings(**TINY, padding="zeros").grid((4, 16, 16)) == (1, 4, 4)
     with pytest.raises(ValueError, match="not a multiple"):
         tiny(3).encode(random_pixels(1, 3, 6, 8, 8))
-    for wrong in ({"dimensions": 4}, {"filters": 7}, {"temporal_levels": 3}, {"multipliers": ()}, {"num_codes": 0}):
+    for wrong in ({"dimensions": 4}, {"filters": 7}, {"temporal_levels": 3}, {"multipliers": ()}, {"codebook_size": 0}):
         with pytest.raises(ValueError):  # noqa: PT011 (every value has its own message)
             VQSettings(**TINY | wrong)
     assert VQSettings(2, multipliers=(1, 1), temporal_levels=2).downsampling == (2, 2)
@@ -251,7 +251,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 def test_a_small_network_runs_in_single_precision() -> None:
     torch.manual_seed(0)
-    network = VQNetwork(VQSettings(filters=16, multipliers=(1, 2, 4), num_codes=32, code_channels=16))
+    network = VQNetwork(VQSettings(filters=16, multipliers=(1, 2, 4), codebook_size=32, code_channels=16))
     pixels = torch.rand(2, 3, 8, 32, 32)
     reconstruction, quantized = network(pixels)
     assert reconstruction.shape == pixels.shape

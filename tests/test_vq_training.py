@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "multipliers": (1, 2),
     "residual_blocks": 1,
     "temporal_levels": 1,
-    "num_codes": 16,
+    "codebook_size": 16,
     "code_channels": 8,
     "discriminator_filters": 4,
     "discriminator_multipliers": (2, 2),
@@ -82,9 +82,9 @@ def trained(
 ) -> Trainer:
     content = content or batches(module.sample_shape)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
-    held_out = {"check_val_every_n_epoch": None, "val_check_interval": 10**6, "num_sanity_val_steps": 0}
+    val = {"check_val_every_n_epoch": None, "val_check_interval": 10**6, "num_sanity_val_steps": 0}
     options = {"max_steps": steps, "enable_checkpointing": False, "use_distributed_sampler": False}
-    runner = Trainer(default_root_dir=folder, **quiet | held_out | options | trainer)
+    runner = Trainer(default_root_dir=folder, **quiet | val | options | trainer)
     ckpt_path = getattr(module, "resumed_from", None)
     runner.fit(module, loader(content, 10**6), loader(content, len(content)), ckpt_path=ckpt_path)
     return runner
@@ -135,7 +135,7 @@ def test_the_entropy_loss_is_its_formula(temperature: float) -> None:
 
 def test_codebook_and_commitment_pull_one_side_each() -> None:
     torch.manual_seed(0)
-    network = VQNetwork(VQSettings(filters=8, multipliers=(1,), temporal_levels=0, num_codes=6, code_channels=4))
+    network = VQNetwork(VQSettings(filters=8, multipliers=(1,), temporal_levels=0, codebook_size=6, code_channels=4))
     encoded = torch.randn(2, 4, 2, 3, 3, requires_grad=True)
     quantized = network.quantizer(encoded)
     nearest = torch.stack([network.quantizer.codebook[code] for code in quantized.codes.tolist()])
@@ -314,7 +314,7 @@ def test_a_tiny_tokenizer_of_clips_learns_a_few(tmp_path: Path) -> None:
         (8, 16, 16),
         filters=16,
         multipliers=(1, 2),
-        num_codes=32,
+        codebook_size=32,
         code_channels=16,
         adversarial_weight=0.0,
         entropy_temperature=0.1,
@@ -353,7 +353,7 @@ def test_pictures_train_the_same_way(tmp_path: Path) -> None:
     path = str(tmp_path / "tokenizer.safetensors")
     tokenizer = build_tokenizer("elt_lightning.tokenizers.video_vq.ImageVQ", path)
     assert isinstance(tokenizer, ImageTokenizer)
-    assert (tokenizer.downsampling, tokenizer.num_codes, tokenizer.latent_channels) == (2, 16, None)
+    assert (tokenizer.downsampling, tokenizer.codebook_size, tokenizer.latent_channels) == (2, 16, None)
     assert tokenizer.code_shape(16, 24) == (8, 12)
     stored = tokenizer.store(content[0].pixels)
     assert (stored.dtype, stored.shape) == (torch.int16, (8, 64))
@@ -470,7 +470,7 @@ def test_clips_come_back_from_the_file_as_the_average_gives_them(tmp_path: Path)
     assert torch.equal(codes, quantized.codes.unflatten(0, (2, -1)))
     assert torch.equal(tokenizer.decode(codes), expected.clamp(0, 1))
     assert torch.equal(tokenizer.store(pixels), codes.to(torch.int16))
-    assert (tokenizer.num_codes, tokenizer.code_shape(4, 16, 16)) == (16, (2, 8, 8))
+    assert (tokenizer.codebook_size, tokenizer.code_shape(4, 16, 16)) == (16, (2, 8, 8))
     assert tokenizer.code_shape(16, 32, 8) == (8, 16, 4)
     longer = tokenizer.decode(codes.flatten()[None])
     assert longer.shape == (1, 3, 8, 16, 16)
@@ -529,7 +529,7 @@ def test_a_checkpoint_writes_the_tokenizer_and_another_networks_is_refused(tmp_p
     runner.save_checkpoint(tmp_path / "one.ckpt")
     stored = load_file(tmp_path / "tokenizer.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in module.average.state_dict().items())
-    other = tiny(num_codes=20)
+    other = tiny(codebook_size=20)
     other.resumed_from = str(tmp_path / "one.ckpt")  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"of another tokenizer .*network.quantizer.codebook|average") as error:
         trained(other, 2, tmp_path / "other")
@@ -615,7 +615,7 @@ def test_only_a_picture_tokenizer_of_the_same_shape_is_inflated(tmp_path: Path) 
     write_tokenizer(tmp_path / "flat.safetensors", flat.network, PICTURE)
     write_tokenizer(tmp_path / "deep.safetensors", deep.network, CLIP)
     for module, name, reason in (
-        (tiny(CLIP, num_codes=12, multipliers=(1, 3)), "flat", r"has multipliers \(1, 2\), num_codes 16;"),
+        (tiny(CLIP, codebook_size=12, multipliers=(1, 3)), "flat", r"has multipliers \(1, 2\), codebook_size 16;"),
         (tiny(CLIP), "deep", "it is 3-D already;"),
         (tiny(CLIP), "nothing", "there is no tokenizer"),
     ):
@@ -659,7 +659,7 @@ def test_a_file_that_is_no_such_tokenizer_is_refused_in_one_line(tmp_path: Path)
     assert "settings" in refused(state, {"format": "elt_lightning.vq.1"})
     assert "settings" in refused(state, told(settings | {"new": 1}))
     assert "not a multiple" in refused(state, told(settings | {"sample_shape": [3, 5, 5]}))
-    message = refused(state | {"extra": torch.zeros(1)}, told(settings | {"num_codes": 20}))
+    message = refused(state | {"extra": torch.zeros(1)}, told(settings | {"codebook_size": 20}))
     assert "1 extra such as extra, 1 of another shape such as quantizer.codebook (16, 8)" in message
     with pytest.raises(UserError, match="of clips: VideoVQ reads it, not ImageVQ"):
         ImageVQ(str(good))

@@ -14,7 +14,7 @@ from elt_lightning.data.toy.moving_digits import MovingDigits
 def write_stand_ins(folder: Path) -> None:
     """Write ``videos/UCF-101``, ``videos/ucfTrainTestlist``, ``i3d.pt`` and ``c3d.pt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    MovingDigits(training_videos=3, held_out_videos=1, side=32).write(folder / "videos")
+    MovingDigits(training_videos=3, val_videos=1, side=32).write(folder / "videos")
     write_network(folder / "i3d.pt", SmallI3D())
     write_network(folder / "c3d.pt", SmallC3D())
 

@@ -120,15 +120,15 @@ def write_ucf101(folder: Path, lengths: list[int] | None = None, side: int = SID
     lengths = lengths or [20 + 3 * number for number in range(12)]
     root, lists = folder / "UCF-101", folder / "ucfTrainTestlist"
     lists.mkdir(parents=True)
-    training, held_out = [], []
+    training, val = [], []
     for number, length in enumerate(lengths):
         name = video_name(number)
         write_clip(root / name, numbered_frames(length, number, side, side), b_frames=number % 3)
         label = CLASSES.index(name.partition("/")[0])
-        (held_out if number % 3 == 2 else training).append(name if number % 3 == 2 else f"{name} {label + 1}")
+        (val if number % 3 == 2 else training).append(name if number % 3 == 2 else f"{name} {label + 1}")
     write_lines(lists / "classInd.txt", [f"{label + 1} {name}" for label, name in enumerate(CLASSES)])
     write_lines(lists / "trainlist01.txt", training)
-    write_lines(lists / "testlist01.txt", held_out)
+    write_lines(lists / "testlist01.txt", val)
     return root, lists
 
 

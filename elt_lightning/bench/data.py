@@ -69,7 +69,7 @@ class Reading:
         return self.published / median(self.per_second) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """Give everything as plain data; speeds are named after the unit."""
+        """Return everything as plain data; speeds are named after the unit."""
         content = asdict(self)
         speeds = {f"{self.unit}_per_second": content.pop("per_second")}
         middle = median(self.per_second)

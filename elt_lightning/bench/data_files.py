@@ -42,10 +42,10 @@ def random_shards(index: ShardIndex) -> Iterator[str]:
         for place, shard in enumerate(index.shards):
             with folder.writing(place) as writer:
                 for _ in range(shard.num_samples):
-                    if index.num_codes is None:
+                    if index.codebook_size is None:
                         codes = generator.standard_normal(shape).astype(np.float16)
                     else:
-                        codes = generator.integers(0, index.num_codes, shape).astype(np.int16)
+                        codes = generator.integers(0, index.codebook_size, shape).astype(np.int16)
                     label = number % len(index.classes)
                     writer.add(
                         Picture(f"n{label:08d}/n{label:08d}_{number}.JPEG", "", label=label, number=number), codes

@@ -47,7 +47,7 @@ TRAINING_KEYS = (
     "loops",
     "way",
     "compile",
-    "checkpoint_loops",
+    "activation_checkpointing",
     "batch_size",
     "precision",
 )
@@ -120,7 +120,7 @@ def training_lines(rows: Sequence[Row]) -> Lines:
         ),
     )
     for row in rows:
-        unlooped = find(rows, row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
+        unlooped = find(rows, row, TRAINING_KEYS, way="unlooped", activation_checkpointing=False)
         saved = None if unlooped is None else unlooped["peak_memory_bytes"] - row["peak_memory_bytes"]
         looped = row["way"] != "unlooped"
         lines.cells.append(
@@ -130,12 +130,12 @@ def training_lines(rows: Sequence[Row]) -> Lines:
                 row["way"],
                 str(row["batch_size"]),
                 row["compile"],
-                "yes" if row["checkpoint_loops"] else "no",
+                "yes" if row["activation_checkpointing"] else "no",
                 row["precision"],
                 f"{row['images_per_second']:,.3g}",
                 f"{median(row['step_seconds']):.3g}",
                 with_spread(time_over(row, rows, way="vanilla")) if row["way"] == "ilsd" else "",
-                with_spread(time_over(row, rows, way="unlooped", checkpoint_loops=False)) if looped else "",
+                with_spread(time_over(row, rows, way="unlooped", activation_checkpointing=False)) if looped else "",
                 f"{100 * row['share_of_peak']:.0f} %",
                 mebibytes(row["peak_memory_bytes"]),
                 mebibytes(saved) if looped and saved is not None else "",

@@ -42,7 +42,7 @@ class Shape:
         loops: L of training, and the largest of inference.
         input_shape: of a sample, as the networks take it.
         num_classes: classes.
-        num_codes: V of masked models.
+        codebook_size: V of masked models.
     """
 
     family: Family
@@ -51,14 +51,14 @@ class Shape:
     loops: int
     input_shape: tuple[int, ...] = (16, 16)
     num_classes: int = 1000
-    num_codes: int = 1024
+    codebook_size: int = 1024
 
     def build(self, num_layers: int, dtype: torch.dtype, device: torch.device) -> Network:
         """Build the network with any number of layers, and random weights: from zeros some hardware computes faster."""
         settings: dict[str, Any] = {"input_shape": self.input_shape, "num_classes": self.num_classes, **self.layer}
         with device:
             if self.family == "masked":
-                network: Network = LoopedMaskedTransformer(self.num_codes, num_layers=num_layers, **settings)
+                network: Network = LoopedMaskedTransformer(self.codebook_size, num_layers=num_layers, **settings)
             else:
                 network = LoopedDiT(num_layers=num_layers, **settings)
             for weight in network.parameters():
@@ -69,7 +69,7 @@ class Shape:
         """Wire a network up as the configs of its family do."""
         scale = Guidance(guidance)
         if self.family == "masked":
-            process: Process = MaskingProcess(self.num_codes)
+            process: Process = MaskingProcess(self.codebook_size)
             objective: Callable[[Any], Objective] = MaskedObjective
             sampler: Callable[..., Sampler] = MaskGITSampler
         else:
@@ -81,7 +81,7 @@ class Shape:
         """Draw samples as training meets them, and labels in turn."""
         index = torch.arange(batch_size, device=device)
         if self.family == "masked":
-            x = torch.randint(self.num_codes, (batch_size, math.prod(self.input_shape)), device=device)
+            x = torch.randint(self.codebook_size, (batch_size, math.prod(self.input_shape)), device=device)
         else:
             x = torch.randn(batch_size, *self.input_shape, device=device)
         return Batch(x, index % self.num_classes, index)
@@ -94,10 +94,10 @@ class Shape:
 
 LATENTS = (4, 32, 32)
 SHAPES = {
-    "tiny": Shape("masked", {"width": 32, "heads": 2}, 1, 2, (4, 4), 10, 16),
-    "tiny_dit": Shape("diffusion", {"width": 32, "heads": 2}, 1, 2, (4, 8, 8), 10),
-    "small": Shape("masked", {"width": 512, "heads": 8}, 4, 4),
-    "small_dit": Shape("diffusion", {"width": 512, "heads": 8}, 4, 4, LATENTS),
+    "tiny": Shape("masked", {"width": 32, "num_heads": 2}, 1, 2, (4, 4), 10, 16),
+    "tiny_dit": Shape("diffusion", {"width": 32, "num_heads": 2}, 1, 2, (4, 8, 8), 10),
+    "small": Shape("masked", {"width": 512, "num_heads": 8}, 4, 4),
+    "small_dit": Shape("diffusion", {"width": 512, "num_heads": 8}, 4, 4, LATENTS),
     "B": Shape("masked", {"scale": "B"}, 6, 2),
     "L": Shape("masked", {"scale": "L"}, 8, 3),
     "XL": Shape("masked", {"scale": "XL"}, 7, 4),
@@ -109,7 +109,7 @@ layers and 2.1B parameters; ``small`` ones keep a CPU at matrix products; ``tiny
 
 
 def twin(network: AnyNetwork) -> AnyNetwork:
-    """Give a network of the same weights, not copies of them, that can be compiled or checkpointed by itself."""
+    """Return a network of the same weights, not copies of them, that can be compiled or checkpointed by itself."""
     return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
 

@@ -120,7 +120,7 @@ class SideBySide:
 
 
 def matmuls(device: torch.device, dtype: torch.dtype) -> dict[int, Work]:
-    """Give square matrix products by the side of their matrices: contenders that no network can beat."""
+    """Return square matrix products by the side of their matrices: contenders that no network can beat."""
 
     def product(side: int) -> Work:
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

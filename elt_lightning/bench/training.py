@@ -22,12 +22,12 @@ class Contender(NamedTuple):
     Attributes:
         way: how the step is made.
         compile: mode of `torch.compile`, "no" without it.
-        checkpoint_loops: whether each loop is computed again in the backward pass.
+        activation_checkpointing: whether each loop is computed again in the backward pass.
     """
 
     way: Literal["ilsd", "vanilla", "unlooped"]
     compile: str
-    checkpoint_loops: bool
+    activation_checkpointing: bool
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Settings(timing.Settings):
 
     Attributes:
         num_layers: N.
-        checkpoint_loops: without, with, or both. The unlooped model has one loop, where it saves nothing: it goes
+        activation_checkpointing: without, with, or both. The unlooped model has one loop, where it saves nothing: it
+            goes
             without.
     """
 
     num_layers: int
-    checkpoint_loops: Sequence[bool]
+    activation_checkpointing: Sequence[bool]
 
 
 class Trained:
@@ -120,9 +121,9 @@ def _measure_batch(
             1 if contender.way == "unlooped" else loops, mode="ilsd" if contender.way == "ilsd" else "vanilla"
         )
         network = trained.network
-        if contender.compile != "no" or contender.checkpoint_loops:
+        if contender.compile != "no" or contender.activation_checkpointing:
             network = twin(network)
-            network.backbone.checkpoint_loops = contender.checkpoint_loops
+            network.backbone.activation_checkpointing = contender.activation_checkpointing
         if contender.compile != "no":
             network.backbone.compile_loop(contender.compile, dynamic=False)  # type: ignore[arg-type]
         steps[contender] = Step(shape, trained, network, distillation, settings, batch_size)
@@ -152,9 +153,9 @@ def _measure_batch(
 
 def _contenders(settings: Settings, loops: int) -> Iterator[Contender]:
     for compile_mode in settings.compile:
-        for checkpoint_loops in settings.checkpoint_loops:
+        for activation_checkpointing in settings.activation_checkpointing:
             if loops > 1:
-                yield Contender("ilsd", compile_mode, checkpoint_loops)
-            yield Contender("vanilla", compile_mode, checkpoint_loops)
-            if not checkpoint_loops:
-                yield Contender("unlooped", compile_mode, checkpoint_loops)
+                yield Contender("ilsd", compile_mode, activation_checkpointing)
+            yield Contender("vanilla", compile_mode, activation_checkpointing)
+            if not activation_checkpointing:
+                yield Contender("unlooped", compile_mode, activation_checkpointing)

@@ -116,7 +116,7 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
 
 
 def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
-    """Give the averaged or the raw weights of a checkpoint.
+    """Return the averaged or the raw weights of a checkpoint.
 
     Raises:
         UserError: it does not hold these.

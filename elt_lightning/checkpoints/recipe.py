@@ -9,8 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from elt_lightning.errors import UserError
 
-FORMAT_VERSION = 1
-"""Of checkpoints and exported models."""
+FORMAT_VERSION = 2
+"""Of checkpoints and exported models; version 1 had other names of settings."""
 
 
 class Recipe(Callback):
@@ -41,6 +41,11 @@ def check_recipe(path: str | Path, recipe: Any) -> None:
         raise UserError(f"{path} does not say how to build its model: it was not written by `elt`, or is damaged")
     if not is_count(recipe["version"]) or recipe["version"] == 0:
         raise UserError(f"{path} is damaged: its format has versions from 1 on, not {recipe['version']!r:.20}")
+    if recipe["version"] < FORMAT_VERSION:
+        raise UserError(
+            f"{path} was written by an older elt_lightning (version {recipe['version']} of the format, known here is "
+            f"{FORMAT_VERSION}): train it again, or use the version that wrote it"
+        )
     if recipe["version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} was written by a newer elt_lightning (version {recipe['version']} of the format, known here is "
@@ -67,12 +72,12 @@ def _found_in(folder: str, settings: Any) -> Any:
 
 
 def is_count(value: Any) -> bool:
-    """Say whether a value is a whole number from 0 up."""
+    """Return whether a value is a whole number from 0 up."""
     return type(value) is int and value >= 0
 
 
 def is_laid_out(value: Any, layout: Any) -> bool:
-    """Say whether nested data are of a layout: a type, a test, ``[layout]`` of items, or of names those it lists.
+    """Return whether nested data are of a layout: a type, a test, ``[layout]`` of items, or of names those it lists.
 
     The name ``...`` stands for all names.
     """

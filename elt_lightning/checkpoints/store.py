@@ -26,7 +26,7 @@ Weights = Literal["ema", "raw"]
 
 
 def is_weight(value: Any) -> bool:
-    """Say whether a value is a plain tensor; None stands where one of a sharded checkpoint was not read."""
+    """Return whether a value is a plain tensor; None stands where one of a sharded checkpoint was not read."""
     if not isinstance(value, Tensor):
         return value is None
     return value.layout == torch.strided and not (value.is_meta or value.is_complex())

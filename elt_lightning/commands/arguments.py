@@ -76,7 +76,7 @@ def numbers_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], lis
 
 
 def device_of(name: str | None) -> torch.device:
-    """Give the device of that name, or a GPU where there is one.
+    """Return the device of that name, or a GPU where there is one.
 
     Raises:
         UserError: there is no such device.

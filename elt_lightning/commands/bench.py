@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--loops", type=numbers_from(1), metavar="1,4", help="L_max (default: the size's)")
     train.add_argument("--num_layers", type=number_from(1), help="N (default: the size's)")
     train.add_argument(
-        "--checkpoint_loops",
+        "--activation_checkpointing",
         type=choices_from("no", "yes"),
         default=["no"],
         metavar="no,yes",
@@ -177,7 +177,7 @@ def bench_train(options: argparse.Namespace) -> None:
             loops=options.loops or [shape.loops],
             batch_sizes=options.batch_sizes or ([8, 32] if on_gpu else [2, 8]),
             compile=options.compile,
-            checkpoint_loops=[choice == "yes" for choice in options.checkpoint_loops],
+            activation_checkpointing=[choice == "yes" for choice in options.activation_checkpointing],
             precision=options.precision or ("bf16-mixed" if on_gpu else "32-true"),
             rounds=options.rounds,
             turn_seconds=options.turn_seconds,

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="1", choices=("1", "2", "3", "all"), help="which lists; all takes every video (default 1)"
     )
-    parser.add_argument("--held_out", action="store_true", help="encode the videos of the split's testlist")
+    parser.add_argument("--val", action="store_true", help="encode the videos of the split's testlist")
     parser.add_argument("--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of another")
     parser.add_argument("--num_frames", type=number_from(1), default=16, help="frames of a clip (default 16)")
     parser.add_argument("--stride", type=number_from(1), default=1, help="frames from one to the next (default 1)")
@@ -48,7 +48,7 @@ def encode_ucf101(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output} lies in --root: choose a folder beside it")
     device = device_of(options.device)
     split: Split = "all" if options.split == "all" else int(options.split)
-    videos = list_videos(options.root, options.annotations, split, options.held_out)
+    videos = list_videos(options.root, options.annotations, split, options.val)
     tokenizer = build_clip_tokenizer(options.tokenizer, options.tokenizer_path, device)
     source = ClipSource(
         videos, read_classes(options.annotations), options.clips_per_video, options.samples_per_shard, options.seed

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
-    """Say in plain data what the weights are of: the content of ``config.json``.
+    """Describe in plain data what the weights are of: the content of ``config.json``.
 
     Of the data there is what the model depends on, not where they lay.
     """
@@ -63,7 +63,7 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
             "class_path": recipe["data"]["class_path"],
             "num_classes": recipe["model"]["num_classes"],
             "input_shape": network.get("input_shape"),
-            "num_codes": network.get("num_codes"),
+            "codebook_size": network.get("codebook_size"),
         },
         "tokenizer": recipe["tokenizer"],
         "model": recipe["model"],

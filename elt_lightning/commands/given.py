@@ -52,7 +52,7 @@ def read_given(
     Raises:
         UserError: the file cannot be read, or the given part does not lie in the grid.
     """
-    grid, num_codes = module.grid, module.num_codes
+    grid, codebook_size = module.grid, module.codebook_size
     unknown = torch.zeros(grid, dtype=torch.bool, device=module.device)
     if frames is not None:
         if len(grid) != 3 or not 0 < frames < grid[0]:
@@ -64,12 +64,12 @@ def read_given(
             raise UserError(f"--hole: {hole} is no rectangle in a grid of {grid[-2]} rows and {grid[-1]} columns")
         unknown[..., top:bottom, left:right] = True
     codes = torch.zeros(1, *module.network.sample_shape, device=module.device)
-    shape = tokenizer.decode(codes if num_codes is None else codes.long()).shape[1:]
+    shape = tokenizer.decode(codes if codebook_size is None else codes.long()).shape[1:]
     pixels = hide(read_pixels(path, shape, stride).to(module.device) / 255, unknown, frames)
     known = tokenizer.encode(pixels[None])
-    if num_codes is None:
+    if codebook_size is None:
         return Given(known.masked_fill(unknown, torch.nan), pixels[None])
-    return Given(known.masked_fill(unknown.flatten(), num_codes), pixels[None])
+    return Given(known.masked_fill(unknown.flatten(), codebook_size), pixels[None])
 
 
 def hide(pixels: Tensor, unknown: Tensor, frames: int | None) -> Tensor:

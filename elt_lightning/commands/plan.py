@@ -106,13 +106,13 @@ class Data:
     Attributes:
         module: says the shape of a sample and the number of classes.
         num_samples: to train on; None where that is known only once they are there.
-        num_held_out: whose losses validation measures, 0 where that is not known.
+        num_val: whose losses validation measures, 0 where that is not known.
         assumed: what data set is assumed, and why; None where the data themselves were asked.
     """
 
     module: GenerativeDataModule
     num_samples: int | None
-    num_held_out: int
+    num_val: int
     assumed: str | None = None
 
     def disk(self) -> dict[str, int]:
@@ -124,19 +124,19 @@ class Data:
             "training_codes": self.num_samples * 2 * math.prod(index.stored_shape),
             "training_shards": self.num_samples * bytes_in_shard(index, copies=1),
             "training_shards_mirrored": self.num_samples * bytes_in_shard(index, copies=2),
-            "held_out_shards": self.num_held_out * bytes_in_shard(index, copies=1),
+            "val_shards": self.num_val * bytes_in_shard(index, copies=1),
         }
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
-        said = {name: getattr(self.module, name) for name in ("num_classes", "input_shape", "num_codes")}
-        counts = {name: getattr(self, name) for name in ("num_samples", "num_held_out", "assumed")}
+        said = {name: getattr(self.module, name) for name in ("num_classes", "input_shape", "codebook_size")}
+        counts = {name: getattr(self, name) for name in ("num_samples", "num_val", "assumed")}
         return {"data": said | counts, "disk": self.disk()}
 
 
 def bytes_in_shard(index: ShardIndex, copies: int) -> int:
     """Return the bytes of a picture's two members in a tar, written as `elt encode` writes them."""
-    codes = np.zeros((copies, *index.stored_shape), np.float16 if index.num_codes is None else np.int16)
+    codes = np.zeros((copies, *index.stored_shape), np.float16 if index.codebook_size is None else np.int16)
     with tarfile.open(fileobj=io.BytesIO(), mode="w", format=tarfile.USTAR_FORMAT) as tar:
         ShardWriter(tar).add(Picture("n01440764/n01440764_10026.JPEG", path=""), codes)
         return tar.offset
@@ -199,7 +199,7 @@ def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
         module = build(GenerativeDataModule, section)
     except UserError as error:
         kind: Any = pydoc.locate(section["class_path"])
-        has_tokens = find_section(config, "model.network.init_args.num_codes")[0] is not None
+        has_tokens = find_section(config, "model.network.init_args.codebook_size")[0] is not None
         if issubclass(kind, ImageNetDataModule):
             name, sizes = "ImageNet-1k", (1_281_167, 50_000)
             describe = imagenet_tokens if has_tokens else imagenet_moments
@@ -208,17 +208,17 @@ def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
         else:
             raise
         assumed = f"{name}, because {error}"
-        with tempfile.TemporaryDirectory() as training, tempfile.TemporaryDirectory() as held_out:
-            for folder, size in zip((training, held_out), sizes, strict=True):
+        with tempfile.TemporaryDirectory() as training, tempfile.TemporaryDirectory() as val:
+            for folder, size in zip((training, val), sizes, strict=True):
                 describe(size).write(folder)
-            places = {"training_shards": training, "held_out_shards": held_out}
+            places = {"training_shards": training, "val_shards": val}
             module = build(GenerativeDataModule, section | {"init_args": section["init_args"] | places})
     if isinstance(module, EncodedDataModule):
-        counts = module.training_index.num_samples, module.held_out_index.num_samples
+        counts = module.training_index.num_samples, module.val_index.num_samples
     elif isinstance(module, TensorDataModule):
-        counts = len(module.training_set()), len(module.held_out_set())
+        counts = len(module.training_set()), len(module.val_set())
     else:
-        counts = getattr(module, "num_train", None), getattr(module, "num_held_out", 0)
+        counts = getattr(module, "num_train", None), getattr(module, "num_val", 0)
     return Data(module, num_samples or counts[0], counts[1], assumed)
 
 
@@ -245,7 +245,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         steps=steps,
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
-        num_held_out=data.num_held_out,
+        num_val=data.num_val,
         num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
         loops=sorted(set(measured["loops"] or range(1, module.max_loops + 1))),
         guidance=measured["guidance"],
@@ -316,12 +316,12 @@ def num_checkpoints(checkpoint: dict[str, Any], steps: int, num_validations: int
 def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
     """Write what a plan says as lines, by title, each figure with the arithmetic that leads to it."""
     settings, sampler, datamodule = plan.settings, module.sampler, data.module
-    shape, codes = "×".join(map(str, datamodule.input_shape)), datamodule.num_codes
+    shape, codes = "×".join(map(str, datamodule.input_shape)), datamodule.codebook_size
     what = f"latents {shape}" if codes is None else f"{shape} tokens of {codes:,} codes"
     count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
-    held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
+    val = f", {data.num_val:,} held out" if data.num_val else ""
     passes = settings.batch_size // settings.devices // settings.micro_batch_size
-    recomputes = module.network.backbone.checkpoint_loops
+    recomputes = module.network.backbone.activation_checkpointing
 
     def memory(name: str, is_config: bool, total: int, per_sample: int, largest: int) -> str:
         return (
@@ -332,14 +332,14 @@ def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
     disk = {name: in_units(amount, "B") for name, amount in data.disk().items()}
     encoded = (
         "{training_codes} of codes; {training_shards} in shards, {training_shards_mirrored} with --mirrored; held-out "
-        "shards {held_out_shards}"
+        "shards {val_shards}"
     )
     kept, images, test = settings.num_checkpoints, settings.steps * settings.batch_size, plan.test_hours
     scales = f" at each guidance of {settings.guidance}" if settings.guidance else ""
     return {
         "data": [
             *([f"assumed, as {data.assumed}"] if data.assumed else []),
-            f"{count} training samples{held_out}; {datamodule.num_classes:,} classes; {what}",
+            f"{count} training samples{val}; {datamodule.num_classes:,} classes; {what}",
         ],
         "parameters": [
             f"{in_units(plan.parameters_backbone)} in the shared backbone, {in_units(plan.parameters)} in all"
@@ -359,7 +359,7 @@ def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
         "memory": [
             memory("all kept", not recomputes, plan.memory, plan.kept.per_sample, plan.largest_batch),
             memory(
-                "checkpoint_loops",
+                "activation_checkpointing",
                 recomputes,
                 plan.memory_recomputing,
                 plan.kept.recomputing,

@@ -30,7 +30,8 @@ class Kept:
 
     Attributes:
         per_sample: activations of each sample of a pass.
-        recomputing: the same with ``checkpoint_loops``: what loops begin with, and one loop that is computed again.
+        recomputing: the same with ``activation_checkpointing``: what loops begin with, and one loop that is
+            computed again.
         copies: weights in autocast's type, one copy of each, however many samples there are.
     """
 
@@ -83,8 +84,8 @@ def rehearse(module: ELTModule, types: Types) -> Kept:
 
         kept.clear()
         states.clear()
-        network.backbone.checkpoint_loops = recompute
-        dtype = torch.float32 if module.num_codes is None else torch.int64
+        network.backbone.activation_checkpointing = recompute
+        dtype = torch.float32 if module.codebook_size is None else torch.int64
         with ExitStack() as stack:
             stack.enter_context(without_contents)
             index = torch.arange(num_samples)
@@ -123,7 +124,7 @@ class Settings:
         steps: optimiser steps.
         num_validations: how often training stops to validate.
         num_validation_samples: drawn at each loop count in each validation.
-        num_held_out: samples whose losses are measured in each validation.
+        num_val: samples whose losses are measured in each validation.
         num_test_samples: drawn at each loop count and guidance scale by `elt test`: all repeats, from zero and carried.
         loops: loop counts that are measured.
         guidance: guidance scales of `elt test`; None for the sampler's own.
@@ -140,7 +141,7 @@ class Settings:
     steps: int
     num_validations: int
     num_validation_samples: int
-    num_held_out: int
+    num_val: int
     num_test_samples: int
     loops: Sequence[int]
     guidance: Sequence[float] | None
@@ -166,9 +167,9 @@ class Plan:
         resident: {what: bytes on a device whatever the batch}.
         kept: what a step keeps of a sample.
         memory: bytes on one device at the end of a pass's forward half, where most is held.
-        memory_recomputing: the same with ``checkpoint_loops``.
+        memory_recomputing: the same with ``activation_checkpointing``.
         largest_batch: samples of a pass that ``device_memory`` holds, 0 for none.
-        largest_batch_recomputing: the same with ``checkpoint_loops``.
+        largest_batch_recomputing: the same with ``activation_checkpointing``.
         checkpoint_bytes: of one checkpoint: raw weights, the optimiser's state, averaged weights.
         training_hours: GPU-hours of all steps.
         validation_hours: GPU-hours of all validations.
@@ -228,11 +229,11 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
 
     loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
-    again = (network.macs(2) - network.macs(1)) * loops if network.backbone.checkpoint_loops else 0
+    again = (network.macs(2) - network.macs(1)) * loops if network.backbone.activation_checkpointing else 0
     image = 3 * network.macs(loops, exits) + again
     sample = {count: module.macs_per_sample(count) for count in settings.loops}
-    held_out = settings.num_held_out * network.macs(max(settings.loops), settings.loops)
-    validation = settings.num_validation_samples * sum(sample.values()) + held_out
+    val = settings.num_val * network.macs(max(settings.loops), settings.loops)
+    validation = settings.num_validation_samples * sum(sample.values()) + val
     samplers = [module.sampler.with_guidance_scale(scale) for scale in settings.guidance or ()] or [module.sampler]
 
     def hours(macs: int) -> float:

@@ -37,12 +37,12 @@ from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
-from elt_lightning.training.finite_steps import FiniteSteps
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import cache_weight_casts
 from elt_lightning.training.preemption import Preemption, ending_on_interrupt, saved_checkpoint
 from elt_lightning.training.progress import Progress, ValidationScores
 from elt_lightning.training.runs import LOCK, choose_run_dir, locked
+from elt_lightning.training.skip_non_finite_steps import SkipNonFiniteSteps
 from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
 from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
@@ -50,7 +50,7 @@ from elt_lightning.training.trainer_settings import check_trainer_settings, coun
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes"),
     "input_shape": ("model.network.init_args.input_shape",),
-    "num_codes": ("model.network.init_args.num_codes", "model.process.init_args.num_codes"),
+    "codebook_size": ("model.network.init_args.codebook_size", "model.process.init_args.codebook_size"),
 }
 """What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
 
@@ -121,7 +121,7 @@ def run(name: str, arguments: list[str]) -> None:
             if name in ("test", "predict")
             else (
                 "--data.init_args.micro_batch_size, which leaves the global batch as it is, or set "
-                "--model.network.init_args.checkpoint_loops=true; where it happened in validation, lower "
+                "--model.network.init_args.activation_checkpointing=true; where it happened in validation, lower "
                 "--loop_metrics.batch_size"
             )
         )
@@ -267,7 +267,7 @@ class RunCommandLine(LightningCLI):
         """Add the run's folder, checkpoints, what is done about steps that are not finite, and the one seed."""
         parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; a new one by default")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(FiniteSteps, "finite_steps")
+        parser.add_lightning_class_args(SkipNonFiniteSteps, "skip_non_finite_steps")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("seed_everything", "model.init_args.seed" if self.names_model_class else "model.seed")
 
@@ -312,7 +312,7 @@ class RunCommandLine(LightningCLI):
             raise UserError(f"a class broke on its settings ({reason}); --debug shows where") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the trainer its logger, its progress display and the callbacks that need the config."""
+        """Return the trainer its logger, its progress display and the callbacks that need the config."""
         config = self.config_init[self.subcommand]
         logger = config.trainer.logger
         if logger in (None, True):
@@ -360,7 +360,7 @@ class RunCommandLine(LightningCLI):
             print(sizes(self.model), flush=True)
 
     def before_fit(self) -> None:
-        """Say what a limit of time counts, which Lightning keeps counting over all runs of a training."""
+        """Return what a limit of time counts, which Lightning keeps counting over all runs of a training."""
         config = self.config[self.subcommand]
         if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
             timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
@@ -368,7 +368,7 @@ class RunCommandLine(LightningCLI):
             print(f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s are over", flush=True)
 
     def after_fit(self) -> None:
-        """Say where the model is, and what to do with it."""
+        """Print where the model is, and what to do with it."""
         if not (self.trainer.is_global_zero and self.trainer.state.finished):
             return
         step, path = self.trainer.global_step, saved_checkpoint(self.trainer)
@@ -384,7 +384,7 @@ class RunCommandLine(LightningCLI):
             print(f"next: {self.next_command(Path(path))}")
 
     def next_command(self, checkpoint: Path) -> str:
-        """Say what a finished training is there for."""
+        """Return what a finished training is there for."""
         raise NotImplementedError
 
 
@@ -560,7 +560,7 @@ def with_home(tree: Any) -> Any:
 
 
 def is_larger(tree: Any, limit: int) -> bool:
-    """Say whether nested settings hold more than ``limit`` values, where YAML's aliases count every time."""
+    """Return whether nested settings hold more than ``limit`` values, where YAML's aliases count every time."""
     pending, count = [tree], 0
     while pending and count <= limit:
         value = pending.pop()

@@ -62,7 +62,7 @@ class Requests(Dataset[Request]):
         return self.request(indices)
 
 
-HELD_OUT_LOSS = "loss"
+VAL_LOSS = "loss"
 """The primary metric of data that have none of their own: the held-out loss of each loop count."""
 
 
@@ -232,8 +232,8 @@ class BatchedDataModule(LightningDataModule):
             )
         return micro_batch_size, per_device // micro_batch_size
 
-    def held_out_batch_size(self, num_samples: int, world_size: int) -> int:
-        """Give the samples of a pass of validation on one device.
+    def val_batch_size(self, num_samples: int, world_size: int) -> int:
+        """Return the samples of a pass of validation on one device.
 
         Raises:
             UserError: a device would have none, would skip validation, and the others would wait for it for ever.
@@ -243,7 +243,7 @@ class BatchedDataModule(LightningDataModule):
         return self.share_batch(world_size)[0]
 
     def training_order(self, num_samples: int) -> TrainingOrder:
-        """Give the order of a training set, in micro-batches.
+        """Return the order of a training set, in micro-batches.
 
         Raises:
             UserError: there are fewer samples than in a global batch.
@@ -263,14 +263,14 @@ class BatchedDataModule(LightningDataModule):
             lambda: trainer.global_step,
         )
 
-    def held_out_order(self, num_samples: int) -> HeldOutOrder:
-        """Give the order of a set that losses are measured on.
+    def val_order(self, num_samples: int) -> HeldOutOrder:
+        """Return the order of a set that losses are measured on.
 
         Raises:
             UserError: there are fewer samples than devices.
         """
         assert self.trainer is not None
-        micro_batch_size = self.held_out_batch_size(num_samples, self.trainer.world_size)
+        micro_batch_size = self.val_batch_size(num_samples, self.trainer.world_size)
         return HeldOutOrder(num_samples, micro_batch_size, self.trainer.global_rank, self.trainer.world_size)
 
 
@@ -282,14 +282,14 @@ class GenerativeDataModule(BatchedDataModule, ABC):
     Attributes:
         num_classes: number of classes.
         input_shape: the token grid (height, width), or latents (channels, height, width).
-        num_codes: codebook size, None for continuous latents.
-        primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`HELD_OUT_LOSS`.
+        codebook_size: codebook size, None for continuous latents.
+        primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`VAL_LOSS`.
         higher_is_better: its direction.
     """
 
     num_classes: int
     input_shape: tuple[int, ...]
-    num_codes: int | None = None
+    codebook_size: int | None = None
     primary_metric: str
     higher_is_better: bool
 
@@ -303,8 +303,8 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         """Build the metrics of this data, references included, on the CPU."""
 
     @abstractmethod
-    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:
-        """Give all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
+    def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:
+        """Return all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
 
     def tokenizer_description(self) -> dict[str, Any]:
         """Describe the tokenizer, as :meth:`Tokenizer.description` does."""
@@ -332,11 +332,11 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return self.val_dataloader()
 
     def request(self, indices: Tensor) -> Request:
-        """Say what is asked of the samples with these numbers (B,): sample i is of class i mod ``num_classes``."""
+        """Return what is asked of the samples with these numbers (B,): sample i is of class i mod ``num_classes``."""
         return Request(indices % self.num_classes, indices)
 
     def request_samples(self, num_samples: int, batch_size: int) -> None:
-        """Say what :meth:`predict_dataloader` shall ask for: how many samples, drawn how many at once on one device."""
+        """Return what :meth:`predict_dataloader` shall ask for: how many samples, and how many at once."""
         self._requests, self._request_batch_size = Requests(num_samples, self.request), batch_size
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
@@ -354,11 +354,11 @@ class IndexedDataModule(GenerativeDataModule):
         """What is trained on."""
 
     @abstractmethod
-    def held_out_set(self) -> BatchDataset:
+    def val_set(self) -> BatchDataset:
         """What validation and test losses are measured on."""
 
-    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
-        dataset = self.held_out_set() if held_out else self.training_set()
+    def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
+        dataset = self.val_set() if val else self.training_set()
         return (dataset[places].x for places in torch.arange(len(dataset)).split(batch_size))
 
     def train_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
@@ -366,8 +366,8 @@ class IndexedDataModule(GenerativeDataModule):
         return self._loader(dataset, self.training_order(len(dataset)))
 
     def val_dataloader(self) -> DataLoader[Batch]:  # noqa: D102
-        dataset = self.held_out_set()
-        return self._loader(dataset, self.held_out_order(len(dataset)))
+        dataset = self.val_set()
+        return self._loader(dataset, self.val_order(len(dataset)))
 
     def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return Loader(

@@ -96,7 +96,7 @@ def resize_and_crop(frames: Tensor, size: int) -> Tensor:
 
 
 def fixed_start(num_starts: int, number: int, clips_per_video: int) -> int:
-    """Give where clip ``number`` of a video begins, the same in every run.
+    """Return where clip ``number`` of a video begins, the same in every run.
 
     The places where a clip can begin are cut into ``clips_per_video`` equal stretches, and the middle of each is taken;
     so a single clip is the video's middle. Clips of a short video overlap, and may be the same.

@@ -219,6 +219,6 @@ def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
 
 
 def default_workers() -> int:
-    """Give one process for each CPU core that this one may use, and at most 16."""
+    """Return one process for each CPU core that this one may use, and at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)

@@ -32,7 +32,7 @@ class _Reading(NamedTuple):
 
 
 def default_decoder() -> Decoder:
-    """Give decord where it is installed, and PyAV elsewhere.
+    """Return decord where it is installed, and PyAV elsewhere.
 
     Raises:
         UserError: neither is installed.

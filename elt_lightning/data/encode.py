@@ -175,7 +175,7 @@ class ShardWriter:
 class Storing(Protocol):
     """What encoding asks of a tokenizer; see :class:`~elt_lightning.tokenizers.base.ImageTokenizer`."""
 
-    num_codes: int | None
+    codebook_size: int | None
 
     def store(self, pixels: Tensor) -> Tensor: ...  # noqa: D102
 
@@ -209,8 +209,8 @@ class Encoding(ABC):
     unit: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if (self.tokenizer.num_codes or 0) > 2**15:
-            raise UserError(f"shards keep tokens in 16 bits: {self.tokenizer.num_codes} codes are too many")
+        if (self.tokenizer.codebook_size or 0) > 2**15:
+            raise UserError(f"shards keep tokens in 16 bits: {self.tokenizer.codebook_size} codes are too many")
 
     @property
     @abstractmethod
@@ -240,7 +240,7 @@ class Encoding(ABC):
         """Decode and crop, in the order of the requests; they are taken as they are needed."""
 
     def settings(self) -> dict[str, Any]:
-        """Say in plain data what decides the content of the shards."""
+        """Describe in plain data what decides the content of the shards."""
         return {
             "tokenizer": self.tokenizer.description(),
             "size": self.size,
@@ -341,7 +341,7 @@ class Encoding(ABC):
             copies=2 if self.mirrored else 1,
             input_shape=self.input_shape,
             stored_shape=self.stored_shape,
-            num_codes=self.tokenizer.num_codes,
+            codebook_size=self.tokenizer.codebook_size,
             latent_scale=self.latent_scale,
             tokenizer=folder.settings["tokenizer"],
             crop=self.crop,

@@ -23,7 +23,7 @@ class ClipTokenizer(Storing, Protocol):
     """What encoding clips asks of a tokenizer, such as :class:`~elt_lightning.tokenizers.video_vq.VideoVQ`."""
 
     def code_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Give the token grid (frames, rows, columns); ValueError where the size does not divide into tokens."""
+        """Return the token grid (frames, rows, columns); ValueError where the size does not divide into tokens."""
         ...
 
 
@@ -126,7 +126,7 @@ class ClipEncoding(Encoding):
             shape = self.input_shape
         except ValueError as error:
             raise UserError(f"--num_frames {self.num_frames} and --size {self.size}: {error}") from error
-        if self.tokenizer.num_codes is None or len(shape) != 3:
+        if self.tokenizer.codebook_size is None or len(shape) != 3:
             raise UserError("clips are encoded as tokens (frames, rows, columns): this is a tokenizer of another kind")
 
     @property

@@ -28,7 +28,7 @@ class EncodedDataModule(GenerativeDataModule):
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training samples.
-        held_out_shards: the same of the samples that losses are measured on; None for the training samples, where there
+        val_shards: the same of the samples that losses are measured on; None for the training samples, where there
             are too few to hold any out.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the samples were encoded.
         batch_size: global batch per optimiser step.
@@ -44,7 +44,7 @@ class EncodedDataModule(GenerativeDataModule):
     def __init__(
         self,
         training_shards: str,
-        held_out_shards: str | None,
+        val_shards: str | None,
         tokenizer_path: str | None,
         batch_size: int,
         micro_batch_size: int | None,
@@ -55,14 +55,14 @@ class EncodedDataModule(GenerativeDataModule):
         super().__init__(batch_size, micro_batch_size, num_workers, seed)
         if shuffle_block < 1:
             raise ValueError(f"shuffle_block must be at least 1, not {shuffle_block}")
-        self.training_shards, self.held_out_shards = training_shards, held_out_shards or training_shards
+        self.training_shards, self.val_shards = training_shards, val_shards or training_shards
         self.tokenizer_path, self.shuffle_block = tokenizer_path, shuffle_block
-        self.training_index, self.held_out_index = (
-            ShardIndex.read(location) for location in (self.training_shards, self.held_out_shards)
+        self.training_index, self.val_index = (
+            ShardIndex.read(location) for location in (self.training_shards, self.val_shards)
         )
-        check_same_codes(self.training_shards, self.training_index, self.held_out_shards, self.held_out_index)
+        check_same_codes(self.training_shards, self.training_index, self.val_shards, self.val_index)
         self.num_classes = len(self.training_index.classes)
-        self.input_shape, self.num_codes = self.training_index.input_shape, self.training_index.num_codes
+        self.input_shape, self.codebook_size = self.training_index.input_shape, self.training_index.codebook_size
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -92,18 +92,18 @@ class EncodedDataModule(GenerativeDataModule):
 
     def val_dataloader(self) -> ShardLoader:  # noqa: D102
         assert self.trainer is not None
-        batch_size = self.held_out_batch_size(self.held_out_index.num_samples, self.trainer.world_size)
-        return ShardLoader(HeldOutStream(**self._place(self.held_out_shards, self.held_out_index, batch_size)))
+        batch_size = self.val_batch_size(self.val_index.num_samples, self.trainer.world_size)
+        return ShardLoader(HeldOutStream(**self._place(self.val_shards, self.val_index, batch_size)))
 
-    def all_codes(self, held_out: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
+    def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
         location, index = self.training_shards, self.training_index
-        if held_out:
-            location, index = self.held_out_shards, self.held_out_index
+        if val:
+            location, index = self.val_shards, self.val_index
         for batch in HeldOutStream(location, index, batch_size).batches(reader=0):
             yield self.codes(batch.x, sample_seeds(self.seed, batch.indices), step=0)
 
     def _place(self, location: str, index: ShardIndex, batch_size: int) -> dict[str, Any]:
-        """Give the settings that both kinds of streams have."""
+        """Return the settings that both kinds of streams have."""
         assert self.trainer is not None
         return {
             "location": location,
@@ -127,7 +127,7 @@ class EncodedDataModule(GenerativeDataModule):
 
         Latents of moments are drawn, anew at every step: scale · (mean + std·ε).
         """
-        if self.num_codes is not None:
+        if self.codebook_size is not None:
             return stored.long()
         if self.training_index.latent_scale is None:
             return stored.float()
@@ -142,7 +142,7 @@ def check_same_codes(first: str, one: ShardIndex, second: str, other: ShardIndex
     Raises:
         UserError: they do not.
     """
-    for name in ("classes", "image_size", "crop", "input_shape", "stored_shape", "num_codes", "latent_scale"):
+    for name in ("classes", "image_size", "crop", "input_shape", "stored_shape", "codebook_size", "latent_scale"):
         here, there = getattr(one, name), getattr(other, name)
         if here != there:
             described = (f"{len(here)} and {len(there)}, or in another order",) if name == "classes" else (here, there)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from elt_lightning.data.base import HELD_OUT_LOSS
+from elt_lightning.data.base import VAL_LOSS
 from elt_lightning.data.encoded import EncodedDataModule
 from elt_lightning.data.images import batches, fingerprint
 from elt_lightning.metrics.base import SampleMetric
@@ -28,7 +28,7 @@ class ImageNetDataModule(EncodedDataModule):
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training pictures.
-        held_out_shards: the same of the pictures that losses are measured on; None for the training pictures, where
+        val_shards: the same of the pictures that losses are measured on; None for the training pictures, where
             there are too few to hold any out.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the pictures were encoded.
         inception_path: Inception weights that FID is defined by, or "download"; None measures neither FID nor IS.
@@ -48,7 +48,7 @@ class ImageNetDataModule(EncodedDataModule):
     def __init__(
         self,
         training_shards: str = "data/imagenet256/train",
-        held_out_shards: str | None = "data/imagenet256/val",
+        val_shards: str | None = "data/imagenet256/val",
         tokenizer_path: str | None = None,
         inception_path: str | None = None,
         reference: str | None = None,
@@ -61,7 +61,7 @@ class ImageNetDataModule(EncodedDataModule):
     ) -> None:
         super().__init__(
             training_shards,
-            held_out_shards,
+            val_shards,
             tokenizer_path,
             batch_size,
             micro_batch_size,
@@ -70,7 +70,7 @@ class ImageNetDataModule(EncodedDataModule):
             seed,
         )
         self.inception_path, self.reference, self.cache = inception_path, reference, Path(cache)
-        self.primary_metric = HELD_OUT_LOSS if inception_path is None else "fid" if reference else "inception_score"
+        self.primary_metric = VAL_LOSS if inception_path is None else "fid" if reference else "inception_score"
         self.higher_is_better = self.primary_metric == "inception_score"
 
     def prepare_data(self) -> None:
@@ -84,7 +84,7 @@ class ImageNetDataModule(EncodedDataModule):
         return FIDInception.load(self.inception_path).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def load_reference(self, network: FIDInception) -> InceptionMoments | None:
-        """Give the moments that FID compares with."""
+        """Return the moments that FID compares with."""
         if self.reference is None:
             return None
         root, size, crop = self.reference, self.training_index.image_size, self.training_index.crop

@@ -69,7 +69,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """Say in plain data what decides the parts: two sources that say the same have the same ones."""
+        """Describe in plain data what decides the parts: two sources that say the same have the same ones."""
 
 
 def open_source(

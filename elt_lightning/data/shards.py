@@ -60,7 +60,7 @@ class ShardIndex:
             (frames, rows, columns).
         stored_shape: of what is kept of one copy: (tokens,), or (channels, rows, columns) with twice the channels where
             ``latent_scale`` is set.
-        num_codes: codebook size, None for latents.
+        codebook_size: codebook size, None for latents.
         latent_scale: as in :class:`~elt_lightning.tokenizers.base.ImageTokenizer`.
         tokenizer: its description: ``class_path``, ``init_args``, and the ``sha256`` of its file.
         crop: how pictures were brought to their size.
@@ -75,7 +75,7 @@ class ShardIndex:
     copies: int
     input_shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
-    num_codes: int | None
+    codebook_size: int | None
     latent_scale: float | None
     tokenizer: dict[str, Any]
     crop: str
@@ -117,7 +117,7 @@ class ShardIndex:
 
 
 def join(location: str, name: str) -> str:
-    """Give the path or URL of a file in a folder."""
+    """Return the path or URL of a file in a folder."""
     return f"{location.rstrip('/')}/{name}"
 
 
@@ -170,7 +170,7 @@ def _parsed(content: dict[str, Any]) -> ShardIndex:
         copies=_from_1(content["copies"]),
         input_shape=numbers("input_shape"),
         stored_shape=numbers("stored_shape"),
-        num_codes=from_1_or_none("num_codes"),
+        codebook_size=from_1_or_none("codebook_size"),
         latent_scale=None if content["latent_scale"] is None else float(content["latent_scale"]),
         tokenizer=dict(content["tokenizer"]),
         crop=str(content["crop"]),
@@ -193,7 +193,7 @@ def _from_1(value: Any) -> int:
 
 def _stored_shape(index: ShardIndex) -> tuple[int, ...]:
     """Derive the shape of what is kept of one copy: tokens in a row, latents as they are, or mean and deviation."""
-    if index.num_codes is not None:
+    if index.codebook_size is not None:
         return (math.prod(index.input_shape),)
     channels, *grid = index.input_shape
     return (channels if index.latent_scale is None else 2 * channels, *grid)

@@ -84,7 +84,7 @@ class ShardStream(IterableDataset[Batch]):
         yield from self.batches(worker.id if worker else 0)
 
     def batches(self, reader: int) -> Iterator[Batch]:
-        """Give the batches of one loader process."""
+        """Return the batches of one loader process."""
         raise NotImplementedError
 
     def read(self, shards: list[Shard], stretch: Stretch) -> Iterator[Sample]:
@@ -103,11 +103,12 @@ class ShardStream(IterableDataset[Batch]):
             UserError: a token is not in the codebook.
         """
         chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
-        if self.index.num_codes is not None and not 0 <= chosen.min() <= chosen.max() < self.index.num_codes:
-            place, *_ = np.argwhere((chosen < 0) | (chosen >= self.index.num_codes))[0]
+        if self.index.codebook_size is not None and not 0 <= chosen.min() <= chosen.max() < self.index.codebook_size:
+            place, *_ = np.argwhere((chosen < 0) | (chosen >= self.index.codebook_size))[0]
             raise UserError(
                 f"{self.location}: sample {samples[place].number} has codes from {chosen[place].min()} to "
-                f"{chosen[place].max()}, but there are {self.index.num_codes}: its shard is damaged or of another set"
+                f"{chosen[place].max()}, but there are "
+                f"{self.index.codebook_size}: its shard is damaged or of another set"
             )
         labels, numbers = (torch.tensor([getattr(sample, name) for sample in samples]) for name in ("label", "number"))
         return Batch(torch.from_numpy(chosen), labels, numbers)
@@ -143,7 +144,7 @@ class TrainingStream(ShardStream):
         return self.global_batch_size // (self.batch_size * self.world_size)
 
     def batches(self, reader: int) -> Iterator[Batch]:
-        """Give what is left of the epoch; readers take turns, so a resumed one begins with whose turn it is."""
+        """Return what is left of the epoch; readers take turns, so a resumed one begins with whose turn it is."""
         epoch, step = divmod(self.first_step, self.steps_per_epoch)
         done = step * self._batches_per_step
         turn = (reader + done) % self.readers
@@ -159,7 +160,7 @@ class TrainingStream(ShardStream):
         return (batches - reader + self.readers - 1) // self.readers
 
     def _shuffled(self, epoch: int, stretch: Stretch, done: int) -> Iterator[Sample]:
-        """Give the samples of a stretch, block by block in random order, without the first that are done."""
+        """Return the samples of a stretch, block by block in random order, without the first that are done."""
         keys = sample_seeds(self.seed, torch.arange(len(self.index.shards)))
         order = random_bits(keys, epoch, Stream.SHARD_ORDER, 1)[:, 0].argsort(stable=True)
         shards = [self.index.shards[place] for place in order.tolist()]
@@ -194,7 +195,7 @@ class HeldOutStream(ShardStream):
         return Stretch(place * total // places, (place + 1) * total // places)
 
     def batches(self, reader: int) -> Iterator[Batch]:
-        """Give this reader's share."""
+        """Return this reader's share."""
         samples = self.read(list(self.index.shards), self._stretch(reader))
         while batch := list(islice(samples, self.batch_size)):
             yield self.collate(batch, torch.zeros(len(batch), dtype=torch.int64))
@@ -263,7 +264,7 @@ def read_sample(members: dict[str, Any], index: ShardIndex) -> Sample:
     copies = read_member(members, "codes.npy", read_npy)
     if copies.shape != (index.copies, *index.stored_shape):
         raise ValueError(f"the codes have shape {copies.shape}, the index says {(index.copies, *index.stored_shape)}")
-    if copies.dtype.kind not in ("iu" if index.num_codes is not None else "f"):
+    if copies.dtype.kind not in ("iu" if index.codebook_size is not None else "f"):
         raise ValueError(f"the codes are of type {copies.dtype}")
     if copies.dtype.kind == "f" and not np.isfinite(copies).all():
         raise ValueError("the codes are not all finite")

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elt_lightning.data.base import HELD_OUT_LOSS, Batch, BatchDataset, IndexedDataModule, TensorBatches
+from elt_lightning.data.base import VAL_LOSS, Batch, BatchDataset, IndexedDataModule, TensorBatches
 from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.tokenizers.base import Tokenizer
@@ -19,14 +19,14 @@ class TensorDataModule(IndexedDataModule):
     """Train on safetensors files: each holds ``x`` and ``labels`` (N,), integers in [0, num_classes).
 
     ``x`` is (N, C, H, W) of floats about as large as standard normal noise, for diffusion; or (N, T) of integers in
-    [0, num_codes), for masked generation. Files are mapped into memory: what is not read takes no room there. There is
+    [0, codebook_size), for masked generation. Files are mapped into memory: what is not read takes no room. There is
     no metric of samples: loop counts are compared by their held-out loss.
 
     Args:
         training_files: what to train on, taken as one set.
-        held_out_files: what losses are measured on, taken as one set.
+        val_files: what losses are measured on, taken as one set.
         num_classes: number of classes.
-        num_codes: size of the tokens' codebook; None for floats.
+        codebook_size: size of the tokens' codebook; None for floats.
         tokenizer: turns ``x`` into pixels for pictures. Floats of 1 or 3 channels are pixels in [−1, 1] unless given.
         batch_size: global batch per optimiser step.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
@@ -37,15 +37,15 @@ class TensorDataModule(IndexedDataModule):
         UserError: a file is missing or holds something else, or the settings do not go with what it holds.
     """
 
-    primary_metric = HELD_OUT_LOSS
+    primary_metric = VAL_LOSS
     higher_is_better = False
 
     def __init__(
         self,
         training_files: list[str],
-        held_out_files: list[str],
+        val_files: list[str],
         num_classes: int,
-        num_codes: int | None = None,
+        codebook_size: int | None = None,
         tokenizer: Tokenizer | None = None,
         batch_size: int = 64,
         micro_batch_size: int | None = None,
@@ -53,17 +53,17 @@ class TensorDataModule(IndexedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, micro_batch_size, num_workers, seed)
-        self.num_classes, self.num_codes = num_classes, num_codes
+        self.num_classes, self.codebook_size = num_classes, codebook_size
         self._training_set = TensorFiles(training_files)
         self.input_shape = self._training_set.sample_shape
-        self._held_out_set = TensorFiles(held_out_files, like=self._training_set)
+        self._val_set = TensorFiles(val_files, like=self._training_set)
         is_tokens = len(self.input_shape) == 1
-        if is_tokens != (num_codes is not None):
-            raise UserError("num_codes must be given for tokens, x (N, T), and only for them")
-        for files in (self._training_set, self._held_out_set):
+        if is_tokens != (codebook_size is not None):
+            raise UserError("codebook_size must be given for tokens, x (N, T), and only for them")
+        for files in (self._training_set, self._val_set):
             files.check_range("labels", num_classes, "num_classes")
-            if num_codes is not None:
-                files.check_range("x", num_codes, "num_codes")
+            if codebook_size is not None:
+                files.check_range("x", codebook_size, "codebook_size")
         if tokenizer is None and (is_tokens or self.input_shape[0] not in (1, 3)):
             raise UserError(
                 f"samples of shape {self.input_shape} are no pixels: name what decodes them in data.init_args.tokenizer"
@@ -77,8 +77,8 @@ class TensorDataModule(IndexedDataModule):
     def training_set(self) -> BatchDataset:  # noqa: D102
         return self._training_set
 
-    def held_out_set(self) -> BatchDataset:  # noqa: D102
-        return self._held_out_set
+    def val_set(self) -> BatchDataset:  # noqa: D102
+        return self._val_set
 
     def build_metrics(self) -> list[SampleMetric]:
         """Nothing is known of these data that samples could be judged by."""
@@ -98,7 +98,7 @@ class TensorFiles(BatchDataset):
 
     def __init__(self, paths: Sequence[str], like: "TensorFiles | None" = None) -> None:
         if not paths:
-            raise UserError("neither training_files nor held_out_files may be empty")
+            raise UserError("neither training_files nor val_files may be empty")
         self.paths = list(paths)
         self.parts = [open_tensors(path) for path in paths]
         expected = (like or self).parts[0].x

@@ -74,25 +74,25 @@ class UCF101DataModule(BatchedDataModule):
         """Names of the classes, in the order of their numbers."""
         return read_classes(self.annotations)
 
-    def videos(self, held_out: bool) -> list[Video]:
+    def videos(self, val: bool) -> list[Video]:
         """List the videos that are trained on, or those held out.
 
         Raises:
             UserError: lists or videos are missing.
         """
-        return list_videos(self.root, self.annotations, self.split, held_out)
+        return list_videos(self.root, self.annotations, self.split, val)
 
     def setup(self, stage: str) -> None:
         """Read the lists, so that what is missing is said before anything else begins."""
-        self._training_videos, self._held_out_videos = self.videos(held_out=False), self.videos(held_out=True)
+        self._training_videos, self._val_videos = self.videos(val=False), self.videos(val=True)
 
     def train_dataloader(self) -> ClipLoader:  # noqa: D102
         clips = TrainingClips(self._training_videos, self.shape, self.mirrored, self.seed)
         return ClipLoader(clips, self.training_order(len(clips)), self.num_workers, self.max_broken)
 
     def val_dataloader(self) -> ClipLoader:  # noqa: D102
-        clips = FixedClips(self._held_out_videos, self.shape)
-        return ClipLoader(clips, self.held_out_order(len(clips)), self.num_workers, self.max_broken)
+        clips = FixedClips(self._val_videos, self.shape)
+        return ClipLoader(clips, self.val_order(len(clips)), self.num_workers, self.max_broken)
 
     def test_dataloader(self) -> ClipLoader:  # noqa: D102
         return self.val_dataloader()
@@ -117,14 +117,14 @@ def read_classes(annotations: str | Path) -> tuple[str, ...]:
     return tuple(name for _, name in numbered)
 
 
-def list_videos(root: str | Path, annotations: str | Path, split: Split, held_out: bool) -> list[Video]:
+def list_videos(root: str | Path, annotations: str | Path, split: Split, val: bool) -> list[Video]:
     """List the videos of one side of a split, sorted by name.
 
     Args:
         root: folder of the class folders.
         annotations: folder of the lists.
         split: number of the split; or "all" for every video below the root, on both sides.
-        held_out: whether those of ``testlist0N.txt`` are asked for, or those of ``trainlist0N.txt``.
+        val: whether those of ``testlist0N.txt`` are asked for, or those of ``trainlist0N.txt``.
 
     Raises:
         UserError: a list or a video is missing, or a class is unknown.
@@ -134,7 +134,7 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, held_ou
     if split == "all":
         where, names = str(root), sorted(present)
     else:
-        path = Path(annotations) / f"{'test' if held_out else 'train'}list{split:02d}.txt"
+        path = Path(annotations) / f"{'test' if val else 'train'}list{split:02d}.txt"
         where, names = str(path), sorted({with_small_suffix(line.split()[0]) for line in _lines(path)})
     videos = []
     for name in names:

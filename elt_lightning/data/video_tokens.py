@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from elt_lightning.data.base import HELD_OUT_LOSS
+from elt_lightning.data.base import VAL_LOSS
 from elt_lightning.data.clip_batches import ClipBatch, ClipRequest, FixedClips
 from elt_lightning.data.clips import ClipShape, Video
 from elt_lightning.data.decoding import BrokenClipError, num_frames
@@ -30,7 +30,7 @@ class VideoTokensDataModule(EncodedDataModule):
     """
 
     def clip_shape(self, stride: int) -> ClipShape:
-        """Give the shape of the clips that were encoded, with frames so far apart."""
+        """Return the shape of the clips that were encoded, with frames so far apart."""
         frames = self.training_index.frames
         if frames is None:
             raise UserError(f"{self.training_shards} holds tokens of pictures, not of clips")
@@ -42,7 +42,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training clips.
-        held_out_shards: the same of the clips that losses are measured on; None for the training clips.
+        val_shards: the same of the clips that losses are measured on; None for the training clips.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the clips were encoded.
         root: folder of the videos, ``<Class>/v_<Class>_gXX_cYY.avi``, which FVD's real clips are of.
         annotations: folder of ``classInd.txt``, ``trainlist0N.txt`` and ``testlist0N.txt``.
@@ -61,7 +61,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
     def __init__(
         self,
         training_shards: str = "data/ucf101/train_tokens",
-        held_out_shards: str | None = "data/ucf101/test_tokens",
+        val_shards: str | None = "data/ucf101/test_tokens",
         tokenizer_path: str | None = None,
         root: str = "data/ucf101/UCF-101",
         annotations: str = "data/ucf101/ucfTrainTestlist",
@@ -78,7 +78,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
     ) -> None:
         super().__init__(
             training_shards,
-            held_out_shards,
+            val_shards,
             tokenizer_path,
             batch_size,
             micro_batch_size,
@@ -89,9 +89,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
         self.root, self.annotations, self.split, self.cache = root, annotations, split, cache
         self.i3d_path, self.c3d_path = i3d_path, c3d_path
         self.protocol = video_protocol(protocol)
-        self.primary_metric = (
-            "fvd" if i3d_path is not None else "inception_score" if c3d_path is not None else HELD_OUT_LOSS
-        )
+        self.primary_metric = "fvd" if i3d_path is not None else "inception_score" if c3d_path is not None else VAL_LOSS
         self.higher_is_better = self.primary_metric == "inception_score"
 
     def prepare_data(self) -> None:
@@ -107,7 +105,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
     def real_clips(self) -> ReferenceImages:
         """Describe the clips that the protocol compares samples with."""
         split: Split = "all" if self.protocol.split == "all" else self.split
-        videos = list_videos(self.root, self.annotations, split, held_out=False)
+        videos = list_videos(self.root, self.annotations, split, val=False)
         shape = self.clip_shape(self.protocol.stride)
         listing = "".join(f"{video.name}\0{os.path.getsize(video.path)}\n" for video in videos)
         return ReferenceImages(

@@ -52,7 +52,7 @@ class Loader(DataLoader[Batch]):
         """Take nothing, see :meth:`state_dict`."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """Give batch after batch.
+        """Return batch after batch.
 
         Raises:
             UserError: what the data set raises, or the path of the temporary folder is too long for the sockets of

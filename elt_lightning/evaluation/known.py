@@ -19,17 +19,17 @@ def grey_out(pixels: Tensor, unknown: Tensor) -> Tensor:
     return pixels.masked_fill(unknown[:, None], GREY)
 
 
-def known_pixels(known: Tensor, grid: tuple[int, ...], num_codes: int | None, tokenizer: Tokenizer) -> Tensor:
+def known_pixels(known: Tensor, grid: tuple[int, ...], codebook_size: int | None, tokenizer: Tokenizer) -> Tensor:
     """Decode what is given of samples: pixels (B, C, …) float in [0, 1], grey elsewhere.
 
     Args:
         known: (B, T) tokens, V where nothing is given; or latents (B, C, *grid), NaN there.
         grid: cells along each side.
-        num_codes: V, or None for latents.
+        codebook_size: V, or None for latents.
         tokenizer: of these codes.
     """
-    if num_codes is None:
+    if codebook_size is None:
         unknown = known.isnan().any(1)
         return grey_out(tokenizer.decode(known.nan_to_num(0.0)), unknown)
-    unknown = known == num_codes
+    unknown = known == codebook_size
     return grey_out(tokenizer.decode(known.masked_fill(unknown, 0)), unknown.view(-1, *grid))

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from elt_lightning.checkpoints.store import read_checkpoint
-from elt_lightning.data.base import HELD_OUT_LOSS, Batch, GenerativeDataModule
+from elt_lightning.data.base import VAL_LOSS, Batch, GenerativeDataModule
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
@@ -98,7 +98,7 @@ class LoopMetrics(Callback):
             ValueError: in test, a state is to be carried that the network does not have.
         """
         module = cast(ELTModule, pl_module)
-        module.held_out_loops = self._loops(module)
+        module.val_loops = self._loops(module)
         if stage == "test":
             self._samplers(module)
 
@@ -121,7 +121,7 @@ class LoopMetrics(Callback):
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
         self._has_model = trainer.ckpt_path is not None
         if not self._has_model:
-            cast(ELTModule, pl_module).held_out_loops = ()
+            cast(ELTModule, pl_module).val_loops = ()
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()
@@ -155,9 +155,9 @@ class LoopMetrics(Callback):
             return
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
         rows = self._run_sweep(trainer, module, sweep, self._samplers(module), folder)
-        if _data(trainer).primary_metric == HELD_OUT_LOSS:
+        if _data(trainer).primary_metric == VAL_LOSS:
             for row in rows:
-                row.metrics[HELD_OUT_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
+                row.metrics[VAL_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
         self.report = self._report(trainer, module, rows)
         if trainer.is_global_zero:
             self.report.write(folder)
@@ -289,7 +289,7 @@ class LoopMetrics(Callback):
 
 
 def _with_float64(device: torch.device) -> torch.device:
-    """Give the device, or the CPU in place of Apple's GPUs, which lack float64."""
+    """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 

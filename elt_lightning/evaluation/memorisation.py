@@ -29,11 +29,11 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         data: gives the codes and their tokenizer.
         batch_size: training samples decoded at once.
     """
-    real = decoded(data, held_out=False, batch_size=batch_size, device=samples.device)
+    real = decoded(data, val=False, batch_size=batch_size, device=samples.device)
     real = counted(real, "training sample", None)
-    held_out = next(decoded(data, held_out=True, batch_size=len(samples), device=samples.device))
-    both = nearest_items(torch.cat([samples, held_out]), real)  # one search: the training samples are decoded once
-    found, of_held_out = (
+    val = next(decoded(data, val=True, batch_size=len(samples), device=samples.device))
+    both = nearest_items(torch.cat([samples, val]), real)  # one search: the training samples are decoded once
+    found, of_val = (
         Nearest(*(part[: len(samples)] for part in both)),
         Nearest(*(part[len(samples) :] for part in both)),
     )
@@ -43,15 +43,15 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         "loops": loops,
         "distances": found.distances[:, 0].tolist(),
         "training_samples": found.indices[:, 0].tolist(),
-        "distances_of_held_out_samples": of_held_out.distances[:, 0].tolist(),
+        "distances_of_val_samples": of_val.distances[:, 0].tolist(),
     }
     with written_aside(folder / "nearest.json") as aside:
         aside.write_text(json.dumps(content, indent=2) + "\n")
     print(folder / "nearest.png")
 
 
-def decoded(data: GenerativeDataModule, held_out: bool, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+def decoded(data: GenerativeDataModule, val: bool, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """Decode all training or held-out samples: (B, C, …) uint8, as they are shown."""
     tokenizer = data.tokenizer.to(device)
-    for codes in data.all_codes(held_out, batch_size):
+    for codes in data.all_codes(val, batch_size):
         yield tokenizer.present(tokenizer.decode(codes.to(device)))

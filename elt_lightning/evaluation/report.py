@@ -209,7 +209,7 @@ def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
 
 
 def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Give {label: pictures}: what was given, if anything was, then the samples of each loop count."""
+    """Return {label: pictures}: what was given, if anything was, then the samples of each loop count."""
     given = {"given": rows[0].given} if len(rows[0].given) else {}
     return given | {f"L = {row.loops}": row.pictures for row in rows}
 
@@ -241,7 +241,7 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Fig
 
 
 def pictures_of(samples: Tensor) -> Tensor:
-    """Give pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
+    """Return pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
     return samples if samples.ndim == 4 else clip_strip(samples)
 
 

@@ -123,7 +123,7 @@ class Sweep:
                 if repeat == 0 and missing > 0:
                     keep_pictures(row, pixels[:missing], labels[:missing], tokenizer, metrics)
                     if known is not None:
-                        shown = known_pixels(known[:missing], module.grid, module.num_codes, tokenizer)
+                        shown = known_pixels(known[:missing], module.grid, module.codebook_size, tokenizer)
                         row.given = joined(row.given, tokenizer.present(shown).cpu())
                 if archive is not None and repeat == 0:
                     archive.add(picture_array(pixels), labels.cpu().numpy())
@@ -142,7 +142,7 @@ class Sweep:
         return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
 
     def _share(self, device: torch.device) -> Sequence[Tensor]:
-        """Give the numbers of this rank's samples in batches (B,)."""
+        """Return the numbers of this rank's samples in batches (B,)."""
         return torch.arange(self.rank, self.num_samples, self.world_size, device=device).split(self.batch_size)
 
 

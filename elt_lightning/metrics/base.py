@@ -23,12 +23,12 @@ class SampleMetric(Metric):
         """Take in pixels (B, C, H, W) float in [0, 1] and the classes (B,) that were asked for."""
 
     def correct(self, pixels: Tensor, labels: Tensor) -> Tensor | None:
-        """Say of each picture whether it is right, (B,) bool, where a single one can be; None otherwise."""
+        """Return for each picture whether it is right, (B,) bool, where a single one can be; None otherwise."""
         return None
 
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
-        """Give the named scores of all that was taken in."""
+        """Return the named scores of all that was taken in."""
 
 
 def scored_as(metric: str, names: Sequence[str]) -> str:

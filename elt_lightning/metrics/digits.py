@@ -43,13 +43,13 @@ class DigitNetwork(nn.Module):
         return self.classifier(self.features(images))
 
 
-def load_or_train_digit_network(path: Path, training: Handwriting, held_out: Handwriting) -> DigitNetwork:
+def load_or_train_digit_network(path: Path, training: Handwriting, val: Handwriting) -> DigitNetwork:
     """Load the network from its cache, or train it once, seeded, in a few seconds, and write the cache."""
     network = DigitNetwork()
     if not path.is_file():
         train_digit_network(network, training)
         with torch.no_grad():
-            accuracy = (network(held_out.images).argmax(1) == held_out.labels).float().mean()
+            accuracy = (network(val.images).argmax(1) == val.labels).float().mean()
         with written_aside(path) as aside:
             save_file(network.state_dict(), aside)
         print(f"made {path}: the digit network, which reads {accuracy:.1%} of the held-out digits", flush=True)

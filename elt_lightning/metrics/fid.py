@@ -75,7 +75,7 @@ class InceptionScores(FixedPrecisionMetric):
         self._score_sums().add(features.logits_unbiased.to(self.split_entropies).softmax(1), splits)
 
     def _splits(self, count: int) -> Tensor:
-        """Give the splits (count,) of the next samples of this rank."""
+        """Return the splits (count,) of the next samples of this rank."""
         rank, world_size = rank_and_world_size()
         place = self.split_counts.sum() + torch.arange(count, device=self.split_counts.device)
         splits = (rank + place * world_size) // SPLIT_SIZE
@@ -101,7 +101,7 @@ class InceptionScores(FixedPrecisionMetric):
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Say which process this is, and of how many."""
+    """Return which process this is, and of how many."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

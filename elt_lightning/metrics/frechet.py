@@ -24,7 +24,7 @@ class Moments:
     covariance: Tensor
 
     def to(self, device: torch.device) -> "Moments":
-        """Give the same moments on another device; on the same one, themselves with what was computed of them."""
+        """Return the same moments on another device; on the same one, themselves with what was computed of them."""
         if self.mean.device == device:
             return self
         return Moments(self.mean.to(device), self.covariance.to(device))

@@ -86,7 +86,7 @@ class VideoScores(FixedPrecisionMetric):
             self._score_sums().add(self.c3d.probabilities(pixels), self._splits(len(pixels)))
 
     def _splits(self, count: int) -> Tensor:
-        """Give the parts (count,) of the next samples of this rank."""
+        """Return the parts (count,) of the next samples of this rank."""
         rank, world_size = rank_and_world_size()
         place = self.split_counts.sum() + torch.arange(count, device=self.split_counts.device)
         return (rank + place * world_size) % self.protocol.inception_splits

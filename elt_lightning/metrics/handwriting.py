@@ -23,7 +23,7 @@ class Handwriting:
     labels: Tensor
 
 
-def load_handwriting(held_out: bool) -> Handwriting:
+def load_handwriting(val: bool) -> Handwriting:
     """Load the digits that training uses (four of five), or those held out for metrics (every fifth of each class).
 
     Raises:
@@ -37,6 +37,6 @@ def load_handwriting(held_out: bool) -> Handwriting:
     place_in_class = np.empty_like(labels)
     for digit in range(10):
         place_in_class[labels == digit] = np.arange((labels == digit).sum())
-    chosen = (place_in_class % 5 == 4) == held_out
+    chosen = (place_in_class % 5 == 4) == val
     pixels = torch.from_numpy(images[chosen] / (LEVELS - 1)).float().view(-1, 1, SIDE, SIDE)
     return Handwriting(pixels, torch.from_numpy(labels[chosen]).long())

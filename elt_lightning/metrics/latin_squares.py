@@ -55,7 +55,7 @@ class LatinSquareScores(SampleMetric):
 
 
 def valid_lines(digits: Tensor, boxes: tuple[int, int] | None = None) -> Tensor:
-    """Say which of the n rows, n columns and n boxes, if there are any, hold each of 1…n once.
+    """Return which of the n rows, n columns and n boxes, if there are any, hold each of 1…n once.
 
     Args:
         digits: (B, n, n) int64.

@@ -77,7 +77,7 @@ def _grey(clips: Tensor) -> Tensor:
 
 
 def load_or_train_motion_network(
-    path: Path, clips: Tensor, labels: Tensor, held_out_clips: Tensor, held_out_labels: Tensor
+    path: Path, clips: Tensor, labels: Tensor, val_clips: Tensor, val_labels: Tensor
 ) -> MotionNetwork:
     """Load the network from its cache, or train it once, seeded, in half a minute, and write the cache.
 
@@ -85,14 +85,14 @@ def load_or_train_motion_network(
         path: the cached file; give another one for other clips.
         clips: (n, 1 or 3, F, H, W) uint8 or float in [0, 1], for training.
         labels: (n,) int64 in [0, 10), their motions.
-        held_out_clips: others, that say how well the network reads.
-        held_out_labels: their motions.
+        val_clips: others, that say how well the network reads.
+        val_labels: their motions.
     """
     network = MotionNetwork()
     if not path.is_file():
         train_motion_network(network, clips, labels)
         with torch.no_grad():
-            accuracy = (network(held_out_clips).argmax(1) == held_out_labels).float().mean()
+            accuracy = (network(val_clips).argmax(1) == val_labels).float().mean()
         with written_aside(path) as aside:
             save_file(network.state_dict(), aside)
         print(f"made {path}: the motion network, which reads {accuracy:.1%} of the held-out clips", flush=True)

@@ -58,7 +58,7 @@ class TorchScriptNetwork(nn.Module):
 
     @classmethod
     def where(cls) -> str:
-        """Say where the file is found, and how it is passed."""
+        """Return where the file is found, and how it is passed."""
         return f"{cls.title} is published with StyleGAN-V at {cls.url}: give its path as {cls.setting}"
 
     @classmethod

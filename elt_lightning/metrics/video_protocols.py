@@ -83,7 +83,7 @@ class VideoProtocol:
         return chosen
 
     def _of_each(self, starts: list[int], generator: torch.Generator) -> list[Window]:
-        """Give a random window of each video, in random order, and begin anew where the rule says so."""
+        """Return a random window of each video, in random order, and begin anew where the rule says so."""
         long_enough = [video for video, count in enumerate(starts) if count]
         chosen: list[Window] = []
         while long_enough and len(chosen) < self.num_real:
@@ -95,7 +95,7 @@ class VideoProtocol:
         return chosen[: self.num_real]
 
     def _any(self, starts: list[int], generator: torch.Generator) -> list[Window]:
-        """Give windows, each as likely as any other and none twice."""
+        """Return windows, each as likely as any other and none twice."""
         ends = torch.tensor(list(accumulate(starts)), dtype=torch.int64)
         total = int(ends[-1]) if len(ends) else 0
         places = torch.randperm(total, generator=generator)[: self.num_real]

@@ -28,9 +28,9 @@ class Block(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all tokens, through torch's fused kernel: (B, T, D) to (B, T, D)."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
 
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
         # Chunks of the last axis, whose gradients are joined where the product's backward pass reads them.
         # Each is B heads T D/heads.
         chunks = self.query_key_value(h).chunk(3, dim=-1)
-        query, key, value = (chunk.unflatten(-1, (self.heads, -1)).transpose(1, 2) for chunk in chunks)
+        query, key, value = (chunk.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for chunk in chunks)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.output(attended.transpose(1, 2).flatten(2))
@@ -56,7 +56,7 @@ class PostNormBlock(Block):
 
     Args:
         width: D.
-        heads: attention heads; must divide the width.
+        num_heads: attention heads; must divide the width.
         mlp_width: hidden units of the MLP.
         dropout: on attention weights and on both residual branches.
         residual_scale: α of DeepNet (Wang et al. 2022, arXiv 2203.00555): norm(α·h + f(h)). MaskGIT has 1. Above 1 it
@@ -65,11 +65,11 @@ class PostNormBlock(Block):
     """
 
     def __init__(
-        self, width: int, heads: int, mlp_width: int, dropout: float = 0.0, residual_scale: float = 1.0
+        self, width: int, num_heads: int, mlp_width: int, dropout: float = 0.0, residual_scale: float = 1.0
     ) -> None:
         super().__init__()
         self.residual_scale = residual_scale
-        self.attention = SelfAttention(width, heads, dropout)
+        self.attention = SelfAttention(width, num_heads, dropout)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
         self.mlp_in = nn.Linear(width, mlp_width)
         self.mlp_out = nn.Linear(mlp_width, width)

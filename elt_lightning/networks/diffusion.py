@@ -33,9 +33,9 @@ class LoopedDiT(LoopedNetwork):
         num_classes: number of classes; class ``num_classes`` is the null class.
         num_layers: N, the unique layers inside the loop.
         patch_size: side of a patch, one number for all axes or one for each.
-        scale: one of the named sizes S, B, L, XL, H, G, wide; or give width and heads.
+        scale: one of the named sizes S, B, L, XL, H, G, wide; or give width and num_heads.
         width: D.
-        heads: attention heads.
+        num_heads: attention heads.
         mlp_width: hidden units of the MLP; four times the width unless given.
         block: "adaln_zero" as in DiT, or "film" as in "simple diffusion", which the paper's Table 2 points to.
         condition_width: width of the time and class embedding; D unless given. Table 2 points to 1024.
@@ -44,7 +44,7 @@ class LoopedDiT(LoopedNetwork):
         coda_layers: layers after the loop; ELT has none.
         out_channels: channels of the output; C unless given. DiT's published networks have 2·C, half of them for a
             variance that no objective here uses.
-        checkpoint_loops: save memory in training by computing each loop again for its gradient.
+        activation_checkpointing: save memory in training by computing each loop again for its gradient.
         recall: every loop reads the embedded input again, as :class:`~elt_lightning.networks.recall.ResidualRecall`
             says: D parameters more, and loops beyond those of training go on refining. ELT has none.
         class_std: standard deviation of the class table's initial weights; DiT has 0.02, which suits long trainings of
@@ -64,7 +64,7 @@ class LoopedDiT(LoopedNetwork):
         patch_size: int | tuple[int, ...] = 2,
         scale: str | None = None,
         width: int | None = None,
-        heads: int | None = None,
+        num_heads: int | None = None,
         mlp_width: int | None = None,
         block: Literal["adaln_zero", "film"] = "adaln_zero",
         condition_width: int | None = None,
@@ -72,12 +72,12 @@ class LoopedDiT(LoopedNetwork):
         prelude_layers: int = 0,
         coda_layers: int = 0,
         out_channels: int | None = None,
-        checkpoint_loops: bool = False,
+        activation_checkpointing: bool = False,
         recall: bool = False,
         class_std: float = 0.02,
     ) -> None:
         super().__init__()
-        width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        width, num_heads, mlp_width = layer_shape(scale, width, num_heads, mlp_width)
         check_possible(num_layers, width, mlp_width)
         check_sizes(1, condition_width=condition_width, out_channels=out_channels)
         if not 0 <= class_std < math.inf:
@@ -108,12 +108,12 @@ class LoopedDiT(LoopedNetwork):
             self.positions = nn.Parameter(table)
         self.condition = TimeClassEmbedding(num_classes, condition_width)
         self.backbone = LoopedStack(
-            lambda: BLOCKS[block](width, heads, mlp_width, condition_width),
+            lambda: BLOCKS[block](width, num_heads, mlp_width, condition_width),
             num_layers,
             prelude_layers,
             coda_layers,
             recall=ResidualRecall(width) if recall else None,
-            checkpoint_loops=checkpoint_loops,
+            activation_checkpointing=activation_checkpointing,
         )
         self.head = OutputHead(
             width, (out_channels or channels) * patch_volume, condition_width if block == "adaln_zero" else None

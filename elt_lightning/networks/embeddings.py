@@ -25,16 +25,16 @@ class MaskedTokenEmbedding(nn.Module):
     row-major order over (height, width) or (frames, height, width).
 
     Args:
-        num_codes: V; row V of the token table is the mask token.
+        codebook_size: V; row V of the token table is the mask token.
         num_tokens: T.
         num_classes: row ``num_classes`` of the class table is the null class.
         width: D.
         dropout: after the layer norm.
     """
 
-    def __init__(self, num_codes: int, num_tokens: int, num_classes: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, codebook_size: int, num_tokens: int, num_classes: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(num_codes + 1, width)
+        self.tokens = nn.Embedding(codebook_size + 1, width)
         self.classes = nn.Embedding(num_classes + 1, width)
         self.positions = nn.Embedding(1 + num_tokens, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)

@@ -49,7 +49,8 @@ class LoopedStack(nn.Module):
         coda_layers: layers after the loop, applied to every exit.
         final_norm: applied to every exit after the coda.
         recall: how every loop reads the embedded input again; None for ELT's loop, which does not.
-        checkpoint_loops: in training, keep only the state between loops and compute each loop again for its gradient.
+        activation_checkpointing: in training, keep only the state between loops and compute each loop again for its
+            gradient.
             Memory no longer grows with layers times loops, a step takes about a third longer, gradients are the same.
 
     Raises:
@@ -64,7 +65,7 @@ class LoopedStack(nn.Module):
         coda_layers: int = 0,
         final_norm: nn.Module | None = None,
         recall: Recall | None = None,
-        checkpoint_loops: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(1, num_layers=num_layers)
@@ -74,7 +75,7 @@ class LoopedStack(nn.Module):
         self.coda = Layers(make_block() for _ in range(coda_layers))
         self.final_norm = final_norm or nn.Identity()
         self.recall = recall
-        self.checkpoint_loops = checkpoint_loops
+        self.activation_checkpointing = activation_checkpointing
         self._is_compiled = self._replays_graphs = False
 
     def compile_loop(self, mode: CompileMode = "default", **settings: Any) -> None:
@@ -133,7 +134,7 @@ class LoopedStack(nn.Module):
         recalled = None
         if self.recall is not None:
             h, recalled = self.recall.begin(embedded, state), self.recall.recalled(embedded)
-        recompute = self.checkpoint_loops and self.training and torch.is_grad_enabled()
+        recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         body, at_exits = self._body(h.device.type), {}
         for loop in range(1, loops + 1):
             h = checkpoint(body, h, shared, recalled, use_reentrant=False) if recompute else body(h, shared, recalled)

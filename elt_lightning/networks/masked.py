@@ -26,18 +26,18 @@ class LoopedMaskedTransformer(LoopedNetwork):
     Letters: B batch, T tokens, D width, V codes.
 
     Args:
-        num_codes: V, size of the tokenizer's codebook.
+        codebook_size: V, size of the tokenizer's codebook.
         input_shape: the token grid, (height, width) or (frames, height, width); T is its product.
         num_classes: number of classes; class ``num_classes`` is the null class.
         num_layers: N, the unique layers inside the loop.
-        scale: one of the paper's sizes B, L, XL, H, G; or give width and heads.
+        scale: one of the paper's sizes B, L, XL, H, G; or give width and num_heads.
         width: D.
-        heads: attention heads.
+        num_heads: attention heads.
         mlp_width: hidden units of the MLP; four times the width unless given.
         dropout: MaskGIT and MAGVIT use 0.1.
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
-        checkpoint_loops: recompute each loop's activations in the backward pass: less memory, more time.
+        activation_checkpointing: recompute each loop's activations in the backward pass: less memory, more time.
         recall: every loop reads the embedded tokens again, as :class:`~elt_lightning.networks.recall.AdditiveRecall`
             says: one parameter more, and loops beyond those of training go on refining. ELT has none.
         residual_scale: see :class:`~elt_lightning.networks.blocks.PostNormBlock`; MaskGIT has 1.
@@ -46,18 +46,18 @@ class LoopedMaskedTransformer(LoopedNetwork):
 
     def __init__(
         self,
-        num_codes: int,
+        codebook_size: int,
         input_shape: tuple[int, ...],
         num_classes: int,
         num_layers: int,
         scale: str | None = None,
         width: int | None = None,
-        heads: int | None = None,
+        num_heads: int | None = None,
         mlp_width: int | None = None,
         dropout: float = 0.0,
         prelude_layers: int = 0,
         coda_layers: int = 0,
-        checkpoint_loops: bool = False,
+        activation_checkpointing: bool = False,
         recall: bool = False,
         residual_scale: float = 1.0,
         initial_std: float = 0.02,
@@ -69,22 +69,22 @@ class LoopedMaskedTransformer(LoopedNetwork):
             raise ValueError(
                 f"residual_scale and initial_std must be above 0 and finite, not {residual_scale} and {initial_std}"
             )
-        width, heads, mlp_width = layer_shape(scale, width, heads, mlp_width)
+        width, num_heads, mlp_width = layer_shape(scale, width, num_heads, mlp_width)
         check_possible(num_layers, width, mlp_width)
         self.width, self.input_shape = width, tuple(input_shape)
         self.sample_shape = (math.prod(input_shape),)
-        self.embedding = MaskedTokenEmbedding(num_codes, *self.sample_shape, num_classes, width, dropout)
+        self.embedding = MaskedTokenEmbedding(codebook_size, *self.sample_shape, num_classes, width, dropout)
         self.backbone = LoopedStack(
-            lambda: PostNormBlock(width, heads, mlp_width, dropout, residual_scale),
+            lambda: PostNormBlock(width, num_heads, mlp_width, dropout, residual_scale),
             num_layers,
             prelude_layers,
             coda_layers,
             recall=AdditiveRecall() if recall else None,
-            checkpoint_loops=checkpoint_loops,
+            activation_checkpointing=activation_checkpointing,
         )
         self.head_dense = nn.Linear(width, width)
         self.head_norm = nn.LayerNorm(width, eps=1e-12)
-        self.head_bias = Parameter(self.head_dense.bias.new_zeros(num_codes))
+        self.head_bias = Parameter(self.head_dense.bias.new_zeros(codebook_size))
         initialise_truncated_normal(self, initial_std)
 
     def forward(

@@ -52,13 +52,13 @@ class AdaptiveNormBlock(ModulatedBlock):
 
     Args:
         width: D.
-        heads: attention heads.
+        num_heads: attention heads.
         mlp_width: hidden units of the MLP, with tanh-GELU.
         condition_width: width of the condition; D in DiT.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int, condition_width: int) -> None:
-        super().__init__(width, mlp_width, condition_width, 6 * width, SelfAttention(width, heads))
+    def __init__(self, width: int, num_heads: int, mlp_width: int, condition_width: int) -> None:
+        super().__init__(width, mlp_width, condition_width, 6 * width, SelfAttention(width, num_heads))
         self.attention_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
@@ -81,16 +81,16 @@ class AdaptiveNormBlock(ModulatedBlock):
         return torch.addcmul(h, mlp_gate, self.mlp_out(F.gelu(hidden, approximate="tanh")))
 
 
-class NormalisedAttention(SelfAttention):
+class QKNormAttention(SelfAttention):
     """Self-attention with queries and keys layer-normalised within each head, so that their products stay bounded."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, heads)
-        self.query_norm = nn.LayerNorm(width // heads, eps=1e-6)
-        self.key_norm = nn.LayerNorm(width // heads, eps=1e-6)
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads)
+        self.query_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
+        self.key_norm = nn.LayerNorm(width // num_heads, eps=1e-6)
 
     def forward(self, h: Tensor) -> Tensor:  # noqa: D102
-        qkv = self.query_key_value(h).unflatten(-1, (3, self.heads, -1))  # B T 3 heads D/heads
+        qkv = self.query_key_value(h).unflatten(-1, (3, self.num_heads, -1))  # B T 3 heads D/heads
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B heads T D/heads
         query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
@@ -107,13 +107,13 @@ class FiLMBlock(ModulatedBlock):
 
     Args:
         width: D.
-        heads: attention heads.
+        num_heads: attention heads.
         mlp_width: M.
         condition_width: width of the condition; 1024 explains Table 2.
     """
 
-    def __init__(self, width: int, heads: int, mlp_width: int, condition_width: int) -> None:
-        super().__init__(width, mlp_width, condition_width, 2 * mlp_width, NormalisedAttention(width, heads))
+    def __init__(self, width: int, num_heads: int, mlp_width: int, condition_width: int) -> None:
+        super().__init__(width, mlp_width, condition_width, 2 * mlp_width, QKNormAttention(width, num_heads))
         self.attention_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-6, bias=False)
 

@@ -14,40 +14,42 @@ class Scale:
 
     width: int
     mlp_width: int
-    heads: int
+    num_heads: int
     full_depth: int
 
 
 SCALES: dict[str, Scale] = {
-    "S": Scale(width=384, mlp_width=1536, heads=6, full_depth=12),
-    "B": Scale(width=768, mlp_width=3072, heads=12, full_depth=12),
-    "L": Scale(width=1024, mlp_width=4096, heads=16, full_depth=24),
-    "XL": Scale(width=1152, mlp_width=4608, heads=16, full_depth=28),
-    "H": Scale(width=1280, mlp_width=5120, heads=16, full_depth=32),
-    "G": Scale(width=1536, mlp_width=6144, heads=16, full_depth=48),
-    "wide": Scale(width=2048, mlp_width=8192, heads=16, full_depth=32),
+    "S": Scale(width=384, mlp_width=1536, num_heads=6, full_depth=12),
+    "B": Scale(width=768, mlp_width=3072, num_heads=12, full_depth=12),
+    "L": Scale(width=1024, mlp_width=4096, num_heads=16, full_depth=24),
+    "XL": Scale(width=1152, mlp_width=4608, num_heads=16, full_depth=28),
+    "H": Scale(width=1280, mlp_width=5120, num_heads=16, full_depth=32),
+    "G": Scale(width=1536, mlp_width=6144, num_heads=16, full_depth=48),
+    "wide": Scale(width=2048, mlp_width=8192, num_heads=16, full_depth=32),
 }
 
 
-def layer_shape(scale: str | None, width: int | None, heads: int | None, mlp_width: int | None) -> tuple[int, int, int]:
+def layer_shape(
+    scale: str | None, width: int | None, num_heads: int | None, mlp_width: int | None
+) -> tuple[int, int, int]:
     """Resolve (width, heads, mlp_width) from a named scale, from explicit numbers, or from a scale with some replaced.
 
     Raises:
-        ValueError: the scale is unknown, or neither a scale nor width and heads were given, a number is below 1, or
+        ValueError: the scale is unknown, or neither a scale nor width and num_heads were given, a number is below 1, or
             heads do not divide width.
     """
-    check_sizes(1, width=width, heads=heads, mlp_width=mlp_width)
+    check_sizes(1, width=width, num_heads=num_heads, mlp_width=mlp_width)
     if scale is not None:
         if scale not in SCALES:
             raise ValueError(f"unknown scale {scale!r}: choose one of {', '.join(SCALES)}")
         named = SCALES[scale]
         mlp_width = mlp_width or (named.mlp_width if width is None else None)
-        width, heads = width or named.width, heads or named.heads
-    if width is None or heads is None:
-        raise ValueError("give either scale, or width and heads")
-    if width % heads:
-        raise ValueError(f"width {width} is not a multiple of heads {heads}")
-    return width, heads, mlp_width or 4 * width
+        width, num_heads = width or named.width, num_heads or named.num_heads
+    if width is None or num_heads is None:
+        raise ValueError("give either scale, or width and num_heads")
+    if width % num_heads:
+        raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
+    return width, num_heads, mlp_width or 4 * width
 
 
 def check_sizes(smallest: int, **sizes: int | None) -> None:

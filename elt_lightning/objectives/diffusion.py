@@ -7,7 +7,7 @@ from elt_lightning.processes.base import check_process
 from elt_lightning.processes.gaussian import (
     GaussianProcess,
     ShiftedCosine,
-    mix,
+    add_noise,
     predicted,
     sigmoid_weight,
     weighted_square_error,
@@ -20,7 +20,7 @@ class DiffusionObjective(Objective):
 
     L_GT = w(t)·‖x̂_L − x‖² and L_dist = w(t)·‖x̂_L − x̂_teacher‖², with the one w(t) for both; means over a sample's
     elements, where the paper writes sums. For a network that predicts v or ε the same numbers are computed from the
-    errors of v or ε: at one z, x̂ is linear in them with the slope −s or −s/a, and w(t) takes the square of that slope
+    errors of v or ε: at one z, x̂ is linear in them with the slope −σ or −σ/α, and w(t) takes the square of that slope
     in. Subtracting two x̂ that are nearly equal would lose digits where there is little noise.
 
     Args:
@@ -42,11 +42,11 @@ class DiffusionObjective(Objective):
         time = uniform(seeds, step, Stream.TIME)
         noise = normal(seeds, step, Stream.NOISE, tuple(x.shape[1:]))
         logsnr = self.schedule.logsnr(time)
-        a, s = self.schedule.amounts(logsnr)
+        alpha, sigma = self.schedule.amounts(logsnr)
         clean = x.float()
         weight = sigmoid_weight(self.prediction, logsnr, self.schedule.logsnr_slope(time), self.weight_bias)
-        target = predicted(self.prediction, clean, noise, a, s)
-        return Corrupted(inputs=mix(clean, noise, a, s), target=target, weight=weight, time=time)
+        target = predicted(self.prediction, clean, noise, alpha, sigma)
+        return Corrupted(inputs=add_noise(clean, noise, alpha, sigma), target=target, weight=weight, time=time)
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
         """w(t)·‖x̂ − x‖², mean over elements: prediction (B, …) to (B,)."""

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from elt_lightning.objectives.base import Corrupted, Objective
 from elt_lightning.processes.base import check_process
-from elt_lightning.processes.gaussian import GaussianProcess, mix, predicted, weighted_square_error
+from elt_lightning.processes.gaussian import GaussianProcess, add_noise, predicted, weighted_square_error
 from elt_lightning.processes.noise import Stream, normal
 
 
 class FlowMatchingObjective(Objective):
-    """Squared error of the velocity u = ε − x on z = (1 − s)·x + s·ε, at logit-normal times t; s is t but for a margin.
+    """Squared error of the velocity u = ε − x on z = (1 − σ)·x + σ·ε, at logit-normal times t; σ is t but for a margin.
 
     t = sigmoid(mean + std·n), n standard normal. Source: Lipman et al. 2023; Esser et al. 2024 (arXiv 2403.03206),
     where, as here, time 1 is noise.
@@ -37,9 +37,12 @@ class FlowMatchingObjective(Objective):
         time = torch.sigmoid(self.time_mean + self.time_std * normal(seeds, step, Stream.TIME))
         noise = normal(seeds, step, Stream.NOISE, tuple(x.shape[1:]))
         clean = x.float()
-        a, s = self.amounts_at(time)
+        alpha, sigma = self.amounts_at(time)
         return Corrupted(
-            mix(clean, noise, a, s), predicted("velocity", clean, noise, a, s), weight=torch.ones_like(time), time=time
+            add_noise(clean, noise, alpha, sigma),
+            predicted("velocity", clean, noise, alpha, sigma),
+            weight=torch.ones_like(time),
+            time=time,
         )
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:

@@ -11,10 +11,10 @@ class Process:
     A model has one; its objective and its sampler are given it, so that they cannot differ.
 
     Attributes:
-        num_codes: V, of tokens; None where data are continuous.
+        codebook_size: V, of tokens; None where data are continuous.
     """
 
-    num_codes: int | None = None
+    codebook_size: int | None = None
 
     def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
         """Return what samplers see of a network's output for ``noisy``: logits as they are, or x̂ of noisy latents."""

@@ -21,7 +21,7 @@ class Condition:
     time: Tensor | None = None
 
     def with_labels(self, labels: Tensor) -> "Condition":
-        """Give the same condition with other labels."""
+        """Return the same condition with other labels."""
         return replace(self, labels=labels)
 
     def joined(self, other: "Condition") -> "Condition":

@@ -1,6 +1,6 @@
-"""Gaussian corruption z = a·x + s·ε in continuous time: schedules, weights, and what a network may predict.
+"""Gaussian corruption z = α·x + σ·ε in continuous time: schedules, weights, and what a network may predict.
 
-Letters: x clean data, ε standard normal noise, z their mixture, a and s their amounts, logsnr = log(a²/s²), B batch.
+Letters: x clean data, ε standard normal noise, z their mixture, α and σ their amounts, logsnr = log(α²/σ²), B batch.
 Time 0 is clean, time 1 is noise. Everything is computed in float32, or float64 where that is what comes in, whatever
 precision a network runs in: at the ends of time a or s is only 5·10⁻⁴.
 """
@@ -18,7 +18,7 @@ from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 
 Prediction = Literal["x", "v", "epsilon", "velocity"]
-"""What a network predicts: the clean data x, the noise ε, v = a·ε − s·x (Salimans and Ho 2022), or flow matching's
+"""What a network predicts: the clean data x, the noise ε, v = α·ε − σ·x (Salimans and Ho 2022), or flow matching's
 velocity ε − x."""
 
 
@@ -27,16 +27,16 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def logsnr(self, time: Tensor) -> Tensor:
-        """Give log(a²/s²) at times of any shape; finite at 0 and at 1, and falling."""
+        """Return log(α²/σ²) at times of any shape; finite at 0 and at 1, and falling."""
 
     @abstractmethod
     def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (a, s) at a log signal-to-noise ratio of any shape."""
+        """Return (alpha, sigma) at a log signal-to-noise ratio of any shape."""
 
 
 @dataclass(frozen=True)
 class ShiftedCosine(NoiseSchedule):
-    """The cosine schedule, shifted for resolution; variance preserving, a² + s² = 1.
+    """The cosine schedule, shifted for resolution; variance preserving, α² + σ² = 1.
 
     logsnr(t) = −2·log tan(t_min + t·(t_max − t_min)) + 2·log shift, with t_min = atan(e^(−highest/2)) and
     t_max = atan(e^(−lowest/2)). Source: "simple diffusion" (arXiv 2301.11093) and SiD2 (arXiv 2410.19324).
@@ -63,17 +63,17 @@ class ShiftedCosine(NoiseSchedule):
         return 2 * (torch.log(torch.sin(complement)) - torch.log(torch.sin(angle))) + 2 * math.log(self.shift)
 
     def logsnr_slope(self, time: Tensor) -> Tensor:
-        """Give d logsnr/dt = −2·(t_max − t_min) / (sin·cos) of the angle: negative, any shape."""
+        """Return d logsnr/dt = −2·(t_max − t_min) / (sin·cos) of the angle: negative, any shape."""
         angle, complement, span = self._angles(time)
         return -2 * span / (torch.sin(angle) * torch.sin(complement))
 
     def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Give a = √sigmoid(logsnr) and s = √sigmoid(−logsnr)."""
+        """Return α = √sigmoid(logsnr) and σ = √sigmoid(−logsnr)."""
         logsnr = _precise(logsnr)
         return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
     def _angles(self, time: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Give the angle that belongs to a time, π/2 less that angle, and the angle between times 0 and 1."""
+        """Return the angle that belongs to a time, π/2 less that angle, and the angle between times 0 and 1."""
         time = _precise(time)
         first = math.atan(math.exp(-self.highest / 2))
         rest = math.atan(math.exp(self.lowest / 2))
@@ -83,9 +83,9 @@ class ShiftedCosine(NoiseSchedule):
 
 @dataclass(frozen=True)
 class StraightPath(NoiseSchedule):
-    """The straight path of flow matching: s = s₀ + t·(1 − 2·s₀) and a = 1 − s.
+    """The straight path of flow matching: σ = s₀ + t·(1 − 2·s₀) and α = 1 − σ.
 
-    The margin s₀ = sigmoid(−limit/2) keeps a and s from vanishing at the ends; without it s would be t.
+    The margin s₀ = sigmoid(−limit/2) keeps alpha and sigma from vanishing at the ends; without it σ would be t.
 
     Attributes:
         limit: logsnr at time 0, and less the sign at time 1; 15 makes s₀ 5·10⁻⁴.
@@ -98,14 +98,14 @@ class StraightPath(NoiseSchedule):
             raise ValueError(f"need limit > 0: {self}")
 
     def logsnr(self, time: Tensor) -> Tensor:
-        """Give 2·log(a/s)."""
+        """Return 2·log(α/σ)."""
         time = _precise(time)
         margin = 1 / (1 + math.exp(self.limit / 2))
         span = 1 - 2 * margin
         return 2 * (torch.log(margin + (1 - time) * span) - torch.log(margin + time * span))
 
     def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Give a = sigmoid(logsnr/2) and s = 1 − a."""
+        """Return α = sigmoid(logsnr/2) and σ = 1 − α."""
         logsnr = _precise(logsnr)
         return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
@@ -132,23 +132,23 @@ class GaussianProcess(Process):
             )
 
     def amounts_at(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (a, s) at times in [0, 1] of any shape."""
+        """Return (alpha, sigma) at times in [0, 1] of any shape."""
         return self.schedule.amounts(self.schedule.logsnr(time))
 
     def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
         """Turn what the network predicted for z (B, …) at ``condition.time`` into x̂ (B, …)."""
         assert condition.time is not None
-        a, s = self.amounts_at(condition.time)
-        if self.prediction == "velocity":  # z = (1 − s)·x + s·ε, so that x̂ = z − s·û
-            return noisy - _per_sample(s, noisy) * prediction.float()
-        return clean_and_noise(self.prediction, prediction, noisy, a, s)[0]
+        alpha, sigma = self.amounts_at(condition.time)
+        if self.prediction == "velocity":  # z = (1 − σ)·x + σ·ε, so that x̂ = z − σ·û
+            return noisy - _per_sample(sigma, noisy) * prediction.float()
+        return clean_and_noise(self.prediction, prediction, noisy, alpha, sigma)[0]
 
 
 def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:
-    """Give the weight of a prediction's squared error under the sigmoid weighting of SiD2.
+    """Return the weight of a prediction's squared error under the sigmoid weighting of SiD2.
 
-    On x: −d logsnr/dt · e^b · sigmoid(logsnr − b). A squared error of v or ε is s⁻² or (a/s)² times the one of x that
-    it makes, so the same loss has the weight s² or (s/a)² times that one.
+    On x: −d logsnr/dt · e^b · sigmoid(logsnr − b). A squared error of v or ε is σ⁻² or (α/σ)² times the one of x that
+    it makes, so the same loss has the weight σ² or (σ/α)² times that one.
 
     Args:
         prediction: whose error.
@@ -163,42 +163,42 @@ def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: 
     return weight * torch.sigmoid(-logsnr) if prediction == "v" else weight
 
 
-def mix(clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Corrupt: z = a·x + s·ε for (B, …), a and s (B,)."""
-    return _per_sample(a, clean) * clean + _per_sample(s, clean) * noise
+def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Corrupt: z = α·x + σ·ε for (B, …), alpha and sigma (B,)."""
+    return _per_sample(alpha, clean) * clean + _per_sample(sigma, clean) * noise
 
 
-def predicted(prediction: Prediction, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Give what a network should predict where x and ε, each (B, …), are known: x, ε, v = a·ε − s·x, or ε − x."""
+def predicted(prediction: Prediction, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return what a network should predict where x and ε, each (B, …), are known: x, ε, v = α·ε − σ·x, or ε − x."""
     if prediction == "velocity":
         return noise - clean
     if prediction == "v":
-        return _per_sample(a, clean) * noise - _per_sample(s, clean) * clean
+        return _per_sample(alpha, clean) * noise - _per_sample(sigma, clean) * clean
     return clean if prediction == "x" else noise
 
 
 def clean_and_noise(
-    prediction: Prediction, value: Tensor, noisy: Tensor, a: Tensor, s: Tensor
+    prediction: Prediction, value: Tensor, noisy: Tensor, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Turn a prediction into both x̂ and ε̂, so that z = a·x̂ + s·ε̂; for a² + s² = 1.
+    """Turn a prediction into both x̂ and ε̂, so that z = α·x̂ + σ·ε̂; for α² + σ² = 1.
 
-    From v: x̂ = a·z − s·v and ε̂ = s·z + a·v. Any other pair of quantities is turned into one another through
+    From v: x̂ = α·z − σ·v and ε̂ = σ·z + α·v. Any other pair of quantities is turned into one another through
     :func:`predicted`.
 
     Args:
         prediction: what ``value`` is.
         value: (B, …) the prediction, of any precision.
         noisy: (B, …) z.
-        a: (B,).
-        s: (B,).
+        alpha: (B,).
+        sigma: (B,).
     """
     value, noisy = _precise(value), _precise(noisy)
-    a, s = _per_sample(a, noisy), _per_sample(s, noisy)
+    alpha, sigma = _per_sample(alpha, noisy), _per_sample(sigma, noisy)
     if prediction == "v":
-        return a * noisy - s * value, s * noisy + a * value
+        return alpha * noisy - sigma * value, sigma * noisy + alpha * value
     if prediction == "x":
-        return value, (noisy - a * value) / s
-    return (noisy - s * value) / a, value
+        return value, (noisy - alpha * value) / sigma
+    return (noisy - sigma * value) / alpha, value
 
 
 def weighted_square_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

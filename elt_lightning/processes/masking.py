@@ -15,26 +15,26 @@ class MaskingProcess(Process):
     """Hide tokens behind a mask token.
 
     Args:
-        num_codes: V, size of the codebook; the mask token is V.
+        codebook_size: V, size of the codebook; the mask token is V.
 
     Raises:
         ValueError: the data have no codebook.
     """
 
-    num_codes: int
+    codebook_size: int
 
-    def __init__(self, num_codes: int) -> None:
-        if num_codes is None:  # what data without a codebook say
-            raise ValueError("a masked model needs tokens, and these data are continuous: their num_codes is null")
-        self.num_codes = num_codes
+    def __init__(self, codebook_size: int) -> None:
+        if codebook_size is None:  # what data without a codebook say
+            raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
+        self.codebook_size = codebook_size
 
     def hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """Put the mask token where ``masked`` is true: (B, T) int64 and (B, T) bool to (B, T)."""
-        return tokens.masked_fill(masked, self.num_codes)
+        return tokens.masked_fill(masked, self.codebook_size)
 
     def is_hidden(self, tokens: Tensor) -> Tensor:
         """Return where the mask token stands: (B, T) int64 to (B, T) bool."""
-        return tokens == self.num_codes
+        return tokens == self.codebook_size
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:

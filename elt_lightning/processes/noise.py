@@ -46,7 +46,7 @@ class Stream(IntEnum):
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
-    """Give each sample its own 63-bit seed: the run's seed in the high half, the sample's index in the low half.
+    """Return each sample its own 63-bit seed: the run's seed in the high half, the sample's index in the low half.
 
     Args:
         seed: the run's seed, 0 ≤ seed < 2³¹.
@@ -64,7 +64,7 @@ def sample_seeds(seed: int, indices: Tensor) -> Tensor:
 
 
 def batch_seed(seeds: Tensor) -> Tensor:
-    """Give the seed that all samples of one run share, for draws made once per batch: (B,) to (1,)."""
+    """Return the seed that all samples of one run share, for draws made once per batch: (B,) to (1,)."""
     return seeds[:1] | _LOW_32_BITS
 
 

@@ -214,7 +214,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        lacking = {"command", "base_sha256", "rows", "held_out", "versions", "machine"} - record.keys()
+        lacking = {"command", "base_sha256", "rows", "val", "versions", "machine"} - record.keys()
         if lacking:
             raise ValueError(f"it has no {', '.join(sorted(lacking))}")
     except (ValueError, AttributeError) as error:
@@ -245,7 +245,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
         **{name: report[name] for name in kept},
         "rows": rows,
-        "held_out": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
+        "val": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
     }
     with written_aside(path) as aside:
         aside.write_text(json.dumps(record) + "\n")
@@ -280,13 +280,13 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
             "label": arm.label,
             "training_seconds": [record["training_seconds"] for record in records],
             "rows": rows,
-            "held_out": held_out_losses([record["held_out"] for record in records]),
+            "val": val_losses([record["val"] for record in records]),
         }
     shared = ("machine", "versions", "primary_metric", "higher_is_better", "num_samples", "sampling_steps")
     return summary | {name: records[-1][name] for name in shared}
 
 
-def held_out_losses(seeds: list[dict[str, list[tuple[int, float]]]]) -> dict[str, dict[str, Any]]:
+def val_losses(seeds: list[dict[str, list[tuple[int, float]]]]) -> dict[str, dict[str, Any]]:
     """Lay out the held-out loss at each loop count over training: its steps, and for each step a value per seed."""
     losses = {}
     for name in seeds[0]:

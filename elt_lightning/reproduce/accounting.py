@@ -97,12 +97,12 @@ def count_row(row: Row) -> Count | None:
 def count_scale(scale: str, num_layers: int | None = None, loops: int = 1) -> Count:
     """Count a masked ImageNet model of a named size, by default its unlooped baseline."""
     num_layers = num_layers or SCALES[scale].full_depth
-    settings = {"num_codes": 1024, "input_shape": (16, 16), "num_classes": 1000, "scale": scale}
+    settings = {"codebook_size": 1024, "input_shape": (16, 16), "num_classes": 1000, "scale": scale}
     return count(_on_meta(LoopedMaskedTransformer, num_layers=num_layers, **settings), loops)
 
 
 def params_as_printed(row: Row, counted: Count) -> int:
-    """Give the count that the paper's column means, by what its numbers come out at (inferred).
+    """Return the count that the paper's column means, by what its numbers come out at (inferred).
 
     Table 2 and MAGVIT-L count embeddings and head, the other rows do not.
     """

@@ -91,7 +91,7 @@ class Arm:
         depth: N·L_max, the layers that a pass of training goes through.
         scores: {loops: a score for each seed}.
         higher_is_better: the direction of the scores.
-        held_out: {loops: losses over training, a row for each step and a column for each seed}.
+        val: {loops: losses over training, a row for each step and a column for each seed}.
     """
 
     label: str
@@ -99,7 +99,7 @@ class Arm:
     depth: int
     scores: dict[int, pd.Series]
     higher_is_better: bool
-    held_out: dict[int, pd.DataFrame]
+    val: dict[int, pd.DataFrame]
 
     def at(self, loops: int) -> pd.Series:
         """Return the scores at a loop count.
@@ -122,7 +122,7 @@ class Arm:
         Raises:
             NotMeasuredError: it was not followed.
         """
-        return measured(self.held_out, self.max_loops)
+        return measured(self.val, self.max_loops)
 
     def show(self, *loops: int) -> str:
         """Write mean and standard deviation of the scores at loop counts; several are named."""
@@ -168,7 +168,7 @@ class Experiment:
         raise NotMeasuredError
 
     def reservation(self, arm: Arm) -> str:
-        """Say in how many seeds an arm hardly learned; of distances that is not told."""
+        """Return in how many seeds an arm hardly learned; of distances that is not told."""
         if not arm.higher_is_better:
             return ""
         best = pd.DataFrame([other.at(other.max_loops) for other in self.arms.values()]).max()
@@ -195,7 +195,7 @@ class Finding:
     reservation: str = ""
 
     def verdict(self) -> str:
-        """Say in how many seeds it holds, whether it does on average, and whether clear of the seeds' spread."""
+        """Return in how many seeds it holds, whether it does on average, and whether clear of the seeds' spread."""
         held, seeds = int(self.holds.sum()), len(self.holds)
         if held == seeds:
             text = f"holds in {held} of {seeds} seeds" if seeds > 1 else "holds in the one seed there is"
@@ -450,9 +450,9 @@ def read_experiment(folder: Path) -> Experiment | None:
 def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: str) -> Arm:
     """Read one arm of a summary."""
     settings = summary["config"]["arms"][name]
-    held_out = {
+    val = {
         int(curve.rpartition("@L")[2]): pd.DataFrame(losses["values"], index=losses["steps"])
-        for curve, losses in arm.get("held_out", {}).items()
+        for curve, losses in arm.get("val", {}).items()
     }
     return Arm(
         label=arm["label"],
@@ -460,7 +460,7 @@ def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: st
         depth=settings["num_layers"] * settings["max_loops"],
         scores={row["loops"]: pd.Series(row["metrics"][metric]) for row in arm["rows"]},
         higher_is_better=summary["higher_is_better"],
-        held_out=held_out,
+        val=val,
     )
 
 
@@ -513,7 +513,7 @@ def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tup
 
 
 def cost_section(benchmarks: Path) -> list[str]:
-    """Say what a step of ILSD costs beside one of vanilla looping, where both took turns in one run of `elt bench`."""
+    """Return what a step of ILSD costs beside one of vanilla looping, both in turns in one run of `elt bench`."""
     lines = [
         "",
         "## What ILSD costs",
@@ -530,7 +530,7 @@ def cost_section(benchmarks: Path) -> list[str]:
     cells = []
     for device, row, ratio in compared:
         verdict = "holds" if round(ratio[0], 2) <= SAME_TIME else "does not hold"
-        recomputed = "yes" if row["checkpoint_loops"] else "no"
+        recomputed = "yes" if row["activation_checkpointing"] else "no"
         what = (device, row["width"], f"{row['num_layers']}×{row['loops']}", row["batch_size"], row["compile"])
         cells.append((*what, recomputed, with_spread(ratio), f"**{verdict}**"))
     lines += ["", *markdown_table(headings, cells).splitlines()]
@@ -538,7 +538,7 @@ def cost_section(benchmarks: Path) -> list[str]:
 
 
 def norms_section(results: Path) -> list[str]:
-    """Say what the update norms of one model show, beside the paper's Figure 14."""
+    """Return what the update norms of one model show, beside the paper's Figure 14."""
     title = [
         "",
         "## Update norms",

@@ -104,7 +104,7 @@ def settings_of(row: Row, options: Namespace) -> list[object]:
     kind = TOKENIZERS[family_of(str(row.name))][1]
     data = {
         "training_shards": options.data / f"train_{kind}",
-        "held_out_shards": options.data / f"val_{kind}",
+        "val_shards": options.data / f"val_{kind}",
         "inception_path": options.inception,
         "reference": options.reference,
     }

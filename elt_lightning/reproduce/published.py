@@ -44,7 +44,7 @@ class Printed:
         return None if spread is None else float(spread)
 
     def agrees(self, value: float) -> bool:
-        """Say whether ``value`` would be printed so: it is within half a unit of the last digit."""
+        """Return whether ``value`` would be printed so: it is within half a unit of the last digit."""
         parts = self._parts()
         last_digit = _UNITS[parts["unit"]] * 10.0 ** -len(parts["decimals"] or "")
         return abs(value - self.value) <= 0.5 * last_digit

@@ -53,7 +53,7 @@ def write_tokens(run_dir: Path) -> None:
     fit(["--config", TOKENIZER_CONFIG], run_dir)
     videos = ["--root", VIDEO_FOLDER / VIDEOS, "--annotations", VIDEO_FOLDER / LISTS]
     tokenizer = ["--tokenizer", "video-vq", "--tokenizer_path", run_dir / "tokenizer.safetensors"]
-    for side, which in (("train", ["--clips_per_video", "8"]), ("test", ["--clips_per_video", "4", "--held_out"])):
+    for side, which in (("train", ["--clips_per_video", "8"]), ("test", ["--clips_per_video", "4", "--val"])):
         elt("encode", "ucf101", *videos, *tokenizer, *CLIPS, *which, "--output", TOKENS / side)
 
 

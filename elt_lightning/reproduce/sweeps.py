@@ -33,12 +33,12 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def rows_of(name: str) -> list[Row]:
-    """Give the rows of Tables 1, 2 and 4 that are of a config; none of a name that is not one of the paper's models."""
+    """Return the rows of Tables 1, 2 and 4 that are of a config; none where that is not one of the paper's."""
     return [row for row in (*TABLE_1, *TABLE_2, *TABLE_4) if row.name == name]
 
 
 def difference(report: dict[str, Any], rows: Collection[Row], mode: str = "ilsd") -> str | None:
-    """Say what sets a sweep apart from what the paper measured; None where nothing does.
+    """Return what sets a sweep apart from what the paper measured; None where nothing does.
 
     Args:
         report: the sweep, of one network.

@@ -15,7 +15,7 @@ runs to a file, where rows of one shape, batch size, compilation and precision t
                       "pass_share_of_peak": 0.6}, …]}]}
     training.json   {"runs": [{"device": "…", "device_type": "cuda", "command": "elt bench train …", "rows": [
                      {"shape": "wide", "num_layers": 8, "loops": 4, "way": "ilsd", "vanilla" or "unlooped",
-                      "batch_size": 32, "compile": "no", "checkpoint_loops": false, "precision": "bf16-mixed",
+                      "batch_size": 32, "compile": "no", "activation_checkpointing": false, "precision": "bf16-mixed",
                       "step_seconds": [1.2, …], "peak_memory_bytes": 123}, …]}]}
 
 ``num_layers`` and ``loops`` of an unlooped row are those of the looped one that it stands beside.
@@ -139,12 +139,12 @@ class Table:
 
     @property
     def title(self) -> str:
-        """Say what it is; of small models, first of all that."""
+        """Return what it is; of small models, first of all that."""
         what = f", {SMALL_SCALE}" if self.small_scale else f": {TITLES[self.number]}"
         return f"Table {self.number}{what}"
 
     def flat_rows(self) -> list[dict[str, str | float | None]]:
-        """Give rows as plain numbers by ``<quantity>_<kind>``; a column with spreads has another one for them."""
+        """Return rows as plain numbers by ``<quantity>_<kind>``; a column with spreads has another one for them."""
         flat: list[dict[str, str | float | None]] = []
         spreads = {column for cells in self.rows.values() for column, cell in cells.items() if cell.spread is not None}
         for model, cells in self.rows.items():
@@ -219,7 +219,7 @@ class Result:
         return count_in(self.distance, kind), -self.row["metrics"][self.distance]["mean"]
 
     def values(self, kind: str, with_score: bool) -> dict[str, Value]:
-        """Give what was measured by the name that it may stand under.
+        """Return what was measured by the name that it may stand under.
 
         The Inception score depends on the number of samples too: it gets the count behind its name unless the distance
         beside it has a plain one.
@@ -232,7 +232,7 @@ class Result:
         return {name: Value(score["mean"], score["std"]) for name, score in scores.items()}
 
     def note(self) -> str:
-        """Say where it is from."""
+        """Return where it is from."""
         report = self.report
         return (
             f"{self.path}, {report['train_steps']:,} training steps, {self.row['loops']} loops, "
@@ -338,7 +338,7 @@ def counted_cells(row: Row, counted: Count) -> Cells:
 
 
 def differences(row: Row, counted: Count) -> list[str]:
-    """Say where a count would not be printed as the paper prints it."""
+    """Return where a count would not be printed as the paper prints it."""
     pairs = [("params", row.params, float(params_as_printed(row, counted)))]
     if row.gflops is not None:
         pairs.append(("gflops", row.gflops, gflops_as_printed(row, counted)))
@@ -399,10 +399,10 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
     table.rows[first] = cells
     for run, found, unlooped in looped_steps(benchmarks / "training.json", table):
         is_papers = (found["shape"], found["num_layers"], found["loops"]) == ("wide", model.num_layers, model.loops)
-        plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["checkpoint_loops"]
+        plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["activation_checkpointing"]
         largest = max(other["batch_size"] for other in run["rows"] if other["shape"] == found["shape"])
         is_papers = is_papers and plain and found["batch_size"] == largest
-        measured = {"step time ratio": time_over(found, run["rows"], way="unlooped", checkpoint_loops=False)}
+        measured = {"step time ratio": time_over(found, run["rows"], way="unlooped", activation_checkpointing=False)}
         if found["way"] == "ilsd":
             measured["over vanilla, time ratio"] = time_over(found, run["rows"], way="vanilla")
         cells = cells_of(table, found, run, first if is_papers else None)
@@ -413,16 +413,16 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
 
 
 def looped_steps(path: Path, table: Table) -> Iterator[tuple[dict[str, Any], Measured, Measured]]:
-    """Give every measured step of a looped model: its run, it, the unlooped one beside it."""
+    """Return every measured step of a looped model: its run, it, the unlooped one beside it."""
     for run in benchmark_runs(path, table):
         for row in run["rows"]:
-            unlooped = find(run["rows"], row, TRAINING_KEYS, way="unlooped", checkpoint_loops=False)
+            unlooped = find(run["rows"], row, TRAINING_KEYS, way="unlooped", activation_checkpointing=False)
             if row["way"] != "unlooped" and row["loops"] > 1 and unlooped is not None:
                 yield run, row, unlooped
 
 
 def cells_of(table: Table, found: Measured, run: dict[str, Any], papers: str | None) -> Cells:
-    """Give the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
+    """Return the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
 
     A row of the paper is filled by the first run on an accelerator that has it in bfloat16, which is what these compute
     in; what comes after, or was measured in another precision or on a CPU, stands beside it.
@@ -449,7 +449,7 @@ def benchmark_name(row: Measured, device: str) -> str:
     parts += [f"guidance {row['guidance']:g}"] if row.get("guidance", 1) != 1 else []
     parts += [row["way"]] if "way" in row else []
     parts += ["torch.compile" if row["compile"] == "default" else row["compile"]] if row["compile"] != "no" else []
-    parts += ["each loop recomputed"] if row.get("checkpoint_loops") else []
+    parts += ["each loop recomputed"] if row.get("activation_checkpointing") else []
     return ", ".join([*parts, device])
 
 

@@ -25,10 +25,10 @@ def run(config: Path, loops: str, options: Namespace) -> None:
     clips += ["--tokenizer", options.tokenizer, "--tokenizer_path", tokenizer, *size]
     train, test = options.ucf101 / "train_tokens", options.ucf101 / "test_tokens"
     elt("encode", "ucf101", *clips, "--output", train, dry_run=options.dry_run)
-    elt("encode", "ucf101", *clips, "--held_out", "--output", test, dry_run=options.dry_run)
+    elt("encode", "ucf101", *clips, "--val", "--output", test, dry_run=options.dry_run)
     data = {
         "training_shards": train,
-        "held_out_shards": test,
+        "val_shards": test,
         **videos,
         "i3d_path": options.i3d,
         "c3d_path": options.c3d,

@@ -86,7 +86,7 @@ class Sampler(ABC):
         """
 
     def with_guidance_scale(self, scale: float) -> Self:
-        """Give the same sampler with another guidance scale."""
+        """Return the same sampler with another guidance scale."""
         other = copy.copy(self)
         other.guidance = replace(self.guidance, scale=scale)
         return other

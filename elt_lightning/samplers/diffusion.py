@@ -1,8 +1,8 @@
 """Diffusion samplers: from noise at time 1 to data at time 0, one network call per step.
 
-Letters: z the state, a and s the amounts of data and noise in it, x̂ the prediction of the clean data, B batch, K steps;
+Letters: z the state, α and σ the amounts of data and noise in it, x̂ the predicted clean data, B batch, K steps;
 subscript t for now and u < t for the end of the step. Every sampler here is linear in z, x̂, the x̂ of the step before,
-and fresh noise; a class says with which weights. None needs a² + s² = 1, so that all follow flow matching's path too.
+and fresh noise; a class says with which weights. None needs α² + σ² = 1, so that all follow flow matching's path too.
 """
 
 import math
@@ -21,11 +21,11 @@ from elt_lightning.samplers.guidance import Guidance
 
 
 class Level(NamedTuple):
-    """One time of the trajectory: the time itself, the amounts of data and noise, and logsnr/2 = log(a/s)."""
+    """One time of the trajectory: the time itself, the amounts of data and noise, and logsnr/2 = log(α/σ)."""
 
     time: float
-    a: float
-    s: float
+    alpha: float
+    sigma: float
     half_logsnr: float
 
 
@@ -67,7 +67,7 @@ class DiffusionSampler(Sampler):
 
     @abstractmethod
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
-        """Say how a step from ``now`` to ``after`` is made.
+        """Return how a step from ``now`` to ``after`` is made.
 
         Args:
             before: where the step before this one began, None in the first.
@@ -128,9 +128,9 @@ class DiffusionSampler(Sampler):
 class DDPMSampler(DiffusionSampler):
     """Ancestral sampling from p(z_u | z_t, x̂).
 
-    With r = e^(logsnr_t − logsnr_u): mean r·(a_u/a_t)·z + (1 − r)·a_u·x̂; log-variance γ·log((1 − r)·s_t²) +
-    (1 − γ)·log((1 − r)·s_u²). Source: SiD2 (arXiv 2410.19324); (1 − r)·s_u² is the exact variance where x̂ is known for
-    certain, (1 − r)·s_t² the one for data of unit variance.
+    With r = e^(logsnr_t − logsnr_u): mean r·(α_u/α_t)·z + (1 − r)·α_u·x̂; log-variance γ·log((1 − r)·σ_t²) +
+    (1 − γ)·log((1 − r)·σ_u²). Source: SiD2 (arXiv 2410.19324); (1 − r)·σ_u² is the exact variance where x̂ is known for
+    certain, (1 − r)·σ_t² the one for data of unit variance.
 
     Args:
         process: as in :class:`DiffusionSampler`.
@@ -161,12 +161,14 @@ class DDPMSampler(DiffusionSampler):
         """Evaluate the equation above."""
         log_ratio = 2 * (now.half_logsnr - after.half_logsnr)
         ratio, rest = math.exp(log_ratio), -math.expm1(log_ratio)
-        std = math.sqrt(rest) * now.s**self.variance_interpolation * after.s ** (1 - self.variance_interpolation)
-        return StepWeights(state=ratio * after.a / now.a, clean=rest * after.a, noise=std)
+        std = (
+            math.sqrt(rest) * now.sigma**self.variance_interpolation * after.sigma ** (1 - self.variance_interpolation)
+        )
+        return StepWeights(state=ratio * after.alpha / now.alpha, clean=rest * after.alpha, noise=std)
 
 
 class DDIMSampler(DiffusionSampler):
-    """The deterministic first-order sampler: z_u = a_u·x̂ + s_u·ε̂ with ε̂ = (z − a_t·x̂)/s_t (Song, Meng and Ermon 2021).
+    """The deterministic first-order sampler: z_u = α_u·x̂ + σ_u·ε̂ with ε̂ = (z − α_t·x̂)/σ_t (Song, Meng and Ermon 2021).
 
     On the path of flow matching it is Euler's method.
     """
@@ -184,14 +186,14 @@ class DDIMSampler(DiffusionSampler):
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""
-        ratio = after.s / now.s
-        return StepWeights(state=ratio, clean=after.a - ratio * now.a)
+        ratio = after.sigma / now.sigma
+        return StepWeights(state=ratio, clean=after.alpha - ratio * now.alpha)
 
 
 class DPMSolverSampler(DiffusionSampler):
     """DPM-Solver++ (2M): second order from one network call per step, by looking back at the step before.
 
-    With λ = log(a/s), h = λ_u − λ_t and q = h_before/h: z_u = (s_u/s_t)·z + a_u·(1 − e^(−h))·(x̂ + (x̂ − x̂_before)/(2q)).
+    With λ = log(α/σ), h = λ_u − λ_t and q = h_before/h: z_u = (σ_u/σ_t)·z + α_u·(1 − e^(−h))·(x̂ + (x̂ − x̂_before)/(2q)).
     The first step has nothing to look back at and is DDIM's. Source: Lu et al. 2022 (arXiv 2211.01095, Algorithm 2). On
     evenly spaced times, where λ changes fast at both ends, the error falls as log K/K² until K resolves the ends.
     """
@@ -210,6 +212,6 @@ class DPMSolverSampler(DiffusionSampler):
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""
         length = after.half_logsnr - now.half_logsnr
-        clean = -math.expm1(-length) * after.a
+        clean = -math.expm1(-length) * after.alpha
         extrapolation = 0.0 if before is None else length / (2 * (now.half_logsnr - before.half_logsnr))
-        return StepWeights(after.s / now.s, clean * (1 + extrapolation), -clean * extrapolation)
+        return StepWeights(after.sigma / now.sigma, clean * (1 + extrapolation), -clean * extrapolation)

@@ -64,7 +64,7 @@ class MaskGITSampler(Sampler):
         known: Tensor | None = None,
     ) -> Tensor:
         """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See the base class."""
-        tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.masking.num_codes)
+        tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.masking.codebook_size)
         num_unknown = self.masking.is_hidden(tokens).sum(1)
         numbers = over_steps(uniform, seeds, self.steps, Stream.SAMPLED_TOKENS, shape)
         noise = over_steps(gumbel, seeds, self.steps, Stream.SAMPLED_CONFIDENCE, shape)

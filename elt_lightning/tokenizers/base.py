@@ -27,7 +27,7 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """Say in plain data how to build this tokenizer again: ``class_path``, ``init_args``, a file's ``sha256``."""
+        """Describe in plain data how to build this again: ``class_path``, ``init_args``, a file's ``sha256``."""
 
 
 class ImageTokenizer(Tokenizer):
@@ -37,19 +37,19 @@ class ImageTokenizer(Tokenizer):
 
     Attributes:
         downsampling: pixels along a side of what one code stands for; H and W must be multiples of it.
-        num_codes: V, None for continuous latents.
+        codebook_size: V, None for continuous latents.
         latent_channels: C, None for tokens.
         latent_scale: None where :meth:`store` gives codes themselves. Otherwise it gives mean and standard deviation
             of the encoder's Gaussian, and latents are ``latent_scale`` · (mean + std·ε).
     """
 
     downsampling: int
-    num_codes: int | None = None
+    codebook_size: int | None = None
     latent_channels: int | None = None
     latent_scale: float | None = None
 
     def code_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Give the token grid (rows, columns), or the latents' (C, rows, columns), of a picture of that size."""
+        """Return the token grid (rows, columns), or the latents' (C, rows, columns), of a picture of that size."""
         grid = (height // self.downsampling, width // self.downsampling)
         return grid if self.latent_channels is None else (self.latent_channels, *grid)
 

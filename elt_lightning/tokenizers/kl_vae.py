@@ -85,7 +85,7 @@ class KLAutoencoder(ImageTokenizer):
         return torch.cat([gaussian.mean, gaussian.std], 1).half()
 
     def gaussian(self, pixels: Tensor) -> Any:
-        """Give diffusers' Gaussian of latents, ``mean`` and ``std`` not scaled, for pixels (B, 3, H, W) in [0, 1]."""
+        """Return diffusers' Gaussian of latents, ``mean`` and ``std`` not scaled, for pixels (B, 3, H, W) in [0, 1]."""
         return self.vae.encode((2 * pixels - 1).to(self.vae.dtype)).latent_dist
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -150,5 +150,5 @@ def only_errors_of(library: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Give what an error says, as far as it goes on one line."""
+    """Return what an error says, as far as it goes on one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -41,7 +41,7 @@ class MaskGITVQGAN(ImageTokenizer):
     """
 
     downsampling = 16
-    num_codes = 1024
+    codebook_size = 1024
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class MaskGITVQGAN(ImageTokenizer):
         with torch.device("meta"):  # the file's own tensors become the parameters: nothing is initialised or copied
             self.encoder = Encoder()
             self.decoder = Decoder()
-            self.quantize = Codebook(self.num_codes)
+            self.quantize = Codebook(self.codebook_size)
         state = read_state_dict(self.file)
         if faults := differences(self.state_dict(), state):
             raise UserError(f"{self.file} is not the MaskGIT VQGAN (tensors: {faults}): {PUBLISHED}")
@@ -125,9 +125,9 @@ class Decoder(nn.Module):
 class Codebook(nn.Module):
     """The vectors that codes stand for."""
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_codes, CODE_CHANNELS)
+        self.embedding = nn.Embedding(codebook_size, CODE_CHANNELS)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Find the nearest codes of vectors (…, 256) by squared distance: (…,) int64."""

@@ -49,7 +49,7 @@ class PerceptualLoss:
         self.features.requires_grad_(False).eval()
 
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
-        """Give the mean distance of (B, 3, H, W) or, frame by frame, (B, 3, F, H, W), float in [0, 1], as a scalar."""
+        """Return the mean distance of (B, 3, H, W) or, frame by frame, (B, 3, F, H, W), float in [0, 1]."""
         self.features.to(pixels.device)
         compared = [self.stages(frames(pictures)) for pictures in (pixels, others)]
         return sum(
@@ -58,7 +58,7 @@ class PerceptualLoss:
         )
 
     def stages(self, pictures: Tensor) -> list[Tensor]:
-        """Give the unit-length features of pictures (B, 3, H, W) after each of the five stages, float32."""
+        """Return the unit-length features of pictures (B, 3, H, W) after each of the five stages, float32."""
         mean, deviation = (pictures.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
         hidden, stages = (pictures - mean) / deviation, []
         for layer in self.features:

@@ -59,7 +59,7 @@ class TATSVQGAN(Tokenizer):
         UserError: there is no such file, or it does not hold exactly this network.
     """
 
-    num_codes = CODES
+    codebook_size = CODES
     downsampling = (4, 8, 8)
 
     def __init__(self, path: str) -> None:
@@ -102,7 +102,7 @@ class TATSVQGAN(Tokenizer):
         return (self.decoder(self.post_vq_conv(vectors)) + 0.5).clamp(0, 1)
 
     def code_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Give the token grid (frames, rows, columns) of a clip of that size in pixels.
+        """Return the token grid (frames, rows, columns) of a clip of that size in pixels.
 
         Raises:
             ValueError: the size does not divide into tokens.
@@ -238,7 +238,7 @@ class SamePadTransposed(nn.Module):
 
 
 def border(side: int, stride: tuple[int, int, int]) -> tuple[int, ...]:
-    """Say how many cells to add: before and after the last axis, then the ones before it, as ``F.pad`` wants them.
+    """Return how many cells to add: before and after the last axis, then the ones before it, as ``F.pad`` wants them.
 
     Of ``side`` − stride cells along an axis the odd one comes before.
     """

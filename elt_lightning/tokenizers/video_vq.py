@@ -66,7 +66,7 @@ class TrainedVQ(Tokenizer):
         return self.network.decode(codes, self.grid_of(codes.shape[1])).clamp(0, 1)
 
     def grid_of(self, tokens: int) -> tuple[int, ...]:
-        """Say how T tokens lie.
+        """Return how T tokens lie.
 
         Raises:
             ValueError: they make no clip or picture.
@@ -90,7 +90,7 @@ class VideoVQ(TrainedVQ):
     """A tokenizer of clips: MAGVIT's 3D-VQ, or a smaller network of its kind.
 
     Attributes:
-        num_codes: V.
+        codebook_size: V.
         downsampling: frames, height and width in pixels of what one code stands for.
     """
 
@@ -98,11 +98,11 @@ class VideoVQ(TrainedVQ):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.num_codes = self.settings.num_codes
+        self.codebook_size = self.settings.codebook_size
         self.downsampling = self.settings.downsampling
 
     def code_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Give the token grid (frames, rows, columns) of a clip of that size in pixels.
+        """Return the token grid (frames, rows, columns) of a clip of that size in pixels.
 
         Raises:
             ValueError: the size does not divide into tokens.
@@ -121,7 +121,7 @@ class ImageVQ(TrainedVQ, ImageTokenizer):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.num_codes = self.settings.num_codes
+        self.codebook_size = self.settings.codebook_size
         self.downsampling = self.settings.downsampling[0]
 
 

@@ -48,7 +48,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def r1_penalty(real_logits: Tensor, pixels: Tensor) -> Tensor:
-    """Give the squared norm of the discriminator's gradient at real pixels, averaged over B; it has gradients itself.
+    """Return the squared norm of the discriminator's gradient at real pixels, averaged over B; it has gradients itself.
 
     MAGVIT's weight of it is 10, without the ½ that Mescheder et al. 2018 (arXiv:1801.04406) put before theirs.
 
@@ -61,6 +61,6 @@ def r1_penalty(real_logits: Tensor, pixels: Tensor) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Say how many codes are in even use: exp of the entropy of counts (V,), in [1, V]; 1 where all counts are 0."""
+    """Return how many codes are in even use: exp of the entropy of counts (V,), in [1, V]; 1 where all counts are 0."""
     shares = counts / counts.sum().clamp(min=1)
     return torch.special.entr(shares).sum().exp()

@@ -31,7 +31,7 @@ class VQSettings:
         residual_blocks: in a level, and again at the smallest size.
         temporal_levels: at how many of the changes of level, counted from full size, frames are halved too. Means
             nothing in 2-D.
-        num_codes: V.
+        codebook_size: V.
         code_channels: D.
         padding: what 3×3×3 kernels see beyond the border. MAGVIT's paper: reflect, which needs at least two cells along
             every side of the token grid; its published config of UCF-101: zeros.
@@ -45,7 +45,7 @@ class VQSettings:
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
     residual_blocks: int = 2
     temporal_levels: int = 2
-    num_codes: int = 1024
+    codebook_size: int = 1024
     code_channels: int = 256
     padding: Literal["reflect", "replicate", "zeros"] = "reflect"
 
@@ -54,8 +54,13 @@ class VQSettings:
             raise ValueError(f"dimensions must be 2 or 3, not {self.dimensions}")
         if self.filters < 2 or self.filters % 2:
             raise ValueError(f"filters must be an even number, not {self.filters}")
-        if not self.multipliers or min(*self.multipliers, self.residual_blocks, self.num_codes, self.code_channels) < 1:
-            raise ValueError(f"multipliers, residual_blocks, num_codes and code_channels must be at least 1: {self}")
+        if (
+            not self.multipliers
+            or min(*self.multipliers, self.residual_blocks, self.codebook_size, self.code_channels) < 1
+        ):
+            raise ValueError(
+                f"multipliers, residual_blocks, codebook_size and code_channels must be at least 1: {self}"
+            )
         if not 0 <= self.temporal_levels < len(self.multipliers) and self.dimensions == 3:
             raise ValueError(
                 f"temporal_levels must lie in [0, {len(self.multipliers) - 1}], the changes between "
@@ -81,7 +86,7 @@ class VQSettings:
         return tuple(math.prod(factors) for factors in zip((1,) * self.dimensions, *self.factors, strict=True))
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the token grid of a clip (F, H, W) or a picture (H, W).
+        """Return the token grid of a clip (F, H, W) or a picture (H, W).
 
         Raises:
             ValueError: the shape does not divide into tokens, or the padding needs more of them.
@@ -127,7 +132,7 @@ class VQNetwork(nn.Module):
         super().__init__()
         self.settings = settings
         self.encoder = Encoder(settings)
-        self.quantizer = Quantizer(settings.num_codes, settings.code_channels)
+        self.quantizer = Quantizer(settings.codebook_size, settings.code_channels)
         self.decoder = Decoder(settings)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
@@ -156,10 +161,12 @@ class VQNetwork(nn.Module):
 class Quantizer(nn.Module):
     """Take vectors to the nearest codes by squared distance, in float32 whatever the precision around it."""
 
-    def __init__(self, num_codes: int, channels: int) -> None:
+    def __init__(self, codebook_size: int, channels: int) -> None:
         super().__init__()
         # uniform of variance 1/V, as flax's variance_scaling with fan_in makes of a (V, D) array
-        self.codebook = nn.Parameter(torch.empty(num_codes, channels).uniform_(-1, 1) * math.sqrt(3 / num_codes))
+        self.codebook = nn.Parameter(
+            torch.empty(codebook_size, channels).uniform_(-1, 1) * math.sqrt(3 / codebook_size)
+        )
 
     def forward(self, encoded: Tensor) -> Quantized:
         """Quantise (B, D, *grid)."""
@@ -267,7 +274,7 @@ def inflate(flat: Mapping[str, Tensor], network: VQNetwork) -> dict[str, Tensor]
 
 
 def squared_distances(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Give |v − c|² of every vector (N, D) to every code (V, D): (N, V)."""
+    """Return |v − c|² of every vector (N, D) to every code (V, D): (N, V)."""
     return vectors.square().sum(1, keepdim=True) - 2 * vectors @ codes.T + codes.square().sum(1)
 
 

@@ -49,7 +49,7 @@ class VQTraining(LightningModule):
         multipliers: of ``filters``, one for each level.
         residual_blocks: in a level.
         temporal_levels: at how many changes of level frames are halved.
-        num_codes: V.
+        codebook_size: V.
         code_channels: channels of a code.
         padding: what kernels see beyond the border.
         inflate_from: a 2-D tokenizer's file; a 3-D one of the same settings starts from it. Not read when resuming.
@@ -91,7 +91,7 @@ class VQTraining(LightningModule):
         multipliers: tuple[int, ...] = (1, 2, 2, 4),
         residual_blocks: int = 2,
         temporal_levels: int = 2,
-        num_codes: int = 1024,
+        codebook_size: int = 1024,
         code_channels: int = 256,
         padding: Literal["reflect", "replicate", "zeros"] = "reflect",
         inflate_from: str | None = None,
@@ -130,7 +130,7 @@ class VQTraining(LightningModule):
             tuple(multipliers),
             residual_blocks,
             temporal_levels,
-            num_codes,
+            codebook_size,
             code_channels,
             padding,
         )
@@ -160,8 +160,8 @@ class VQTraining(LightningModule):
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.ema_decay, self.revive_after = ema_decay, revive_after
         self.num_pictures, self.seed = num_pictures, seed
-        self.register_buffer("last_used", torch.zeros(num_codes, dtype=torch.int64))  # optimiser step
-        self.register_buffer("validation_usage", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
+        self.register_buffer("last_used", torch.zeros(codebook_size, dtype=torch.int64))  # optimiser step
+        self.register_buffer("validation_usage", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
 
     def on_fit_start(self) -> None:
         """Start from a 2-D tokenizer, if one is given and no checkpoint is resumed."""
@@ -184,7 +184,7 @@ class VQTraining(LightningModule):
             network.load_state_dict(inflate(flat.state_dict(), network))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Give the sum of all losses of both networks."""
+        """Return the sum of all losses of both networks."""
         pixels = self.pixels_of(batch)
         reconstruction, quantized = self.network(pixels)
         losses = self.autoencoder_losses(pixels, reconstruction.float(), quantized)
@@ -206,7 +206,7 @@ class VQTraining(LightningModule):
         return loss
 
     def autoencoder_losses(self, pixels: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
-        """Give what the autoencoder is judged by, without the discriminator."""
+        """Return what the autoencoder is judged by, without the discriminator."""
         losses = {
             "reconstruction": F.mse_loss(reconstruction, pixels),
             "codebook": vq_losses.codebook_loss(quantized),
@@ -220,7 +220,7 @@ class VQTraining(LightningModule):
     def adversarial_losses(
         self, discriminator: Discriminator, pixels: Tensor, reconstruction: Tensor
     ) -> dict[str, Tensor]:
-        """Give the losses of both networks at each other: one's gradients do not reach the other."""
+        """Return the losses of both networks at each other: one's gradients do not reach the other."""
         still = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
         penalised = self.weights["r1"] > 0 and self.global_step % self.r1_every == 0
         real = pixels.detach().requires_grad_(penalised)

@@ -60,7 +60,7 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
 
 
 def name_again(path: Path, name: Path) -> None:
-    """Give a file or folder a second name in its folder, which is whole at any moment.
+    """Return a file or folder a second name in its folder, which is whole at any moment.
 
     It is a symbolic link. Some file systems have none: there it is a hard link, or a copy.
     """

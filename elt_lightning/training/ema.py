@@ -132,7 +132,7 @@ def trainable_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Param
 
 
 def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Give a checkpoint's weights with the averaged ones in place of the raw.
+    """Return a checkpoint's weights with the averaged ones in place of the raw.
 
     Raises:
         UserError: the checkpoint holds no average.

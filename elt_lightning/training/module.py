@@ -22,7 +22,7 @@ from elt_lightning.training.optimiser import LearningRateSchedule, parameter_gro
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
 from elt_lightning.training.weights import differences
 
-HELD_OUT_STEP = 0
+VAL_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
 
 
@@ -39,7 +39,7 @@ class ELTModule(LightningModule):
         optimizer: makes the optimiser from parameter groups. The paper: AdamW, 1e-4, betas (0.9, 0.96), decay 0.045.
             Where torch has a fused kernel for it, that is used, unless ``fused`` or ``foreach`` is given.
         learning_rate_schedule: warm-up and decay.
-        label_drop: share of labels replaced by the null class in training, so that guidance can be used.
+        class_dropout_prob: share of labels replaced by the null class in training, so that guidance can be used.
         seed: decides every random number of training; linked to ``seed_everything``.
         compile: compile the body of the loop before training or testing: true, or a mode of `torch.compile`. Of these
             "reduce-overhead" replays CUDA graphs, for sampling few at a time on a GPU.
@@ -55,24 +55,24 @@ class ELTModule(LightningModule):
         num_classes: int,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
         learning_rate_schedule: LearningRateSchedule | None = None,
-        label_drop: float = 0.1,
+        class_dropout_prob: float = 0.1,
         seed: int = 0,
         compile: bool | CompileMode = False,  # noqa: A002
     ) -> None:
         super().__init__()
-        if not 0 <= label_drop <= 1:
-            raise ValueError(f"label_drop must lie in [0, 1], not {label_drop}")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must lie in [0, 1], not {class_dropout_prob}")
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed_everything must lie in [0, 2^31), not {seed}")
         self.network, self.process, self.distillation = network, process, distillation
         self.objective = objective(process)
         self.sampler = sampler(process, num_classes).suited_to(network.has_recall)
-        self.num_classes, self.label_drop, self.seed = num_classes, label_drop, seed
+        self.num_classes, self.class_dropout_prob, self.seed = num_classes, class_dropout_prob, seed
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.prediction_loops: Loops = distillation.max_loops
-        self.held_out_loops: Sequence[int] = range(1, distillation.max_loops + 1)
+        self.val_loops: Sequence[int] = range(1, distillation.max_loops + 1)
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
@@ -100,14 +100,14 @@ class ELTModule(LightningModule):
         return self.distillation.max_loops
 
     @property
-    def num_codes(self) -> int | None:
+    def codebook_size(self) -> int | None:
         """V of a model of tokens, None of one of latents."""
-        return self.process.num_codes
+        return self.process.codebook_size
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The cells that tokens or latents lie in: ([frames], height, width)."""
-        return self.network.input_shape if self.num_codes is not None else self.network.input_shape[1:]
+        return self.network.input_shape if self.codebook_size is not None else self.network.input_shape[1:]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch's own generator, which dropout alone uses, from (seed, step, rank, micro-batch)."""
@@ -126,7 +126,7 @@ class ELTModule(LightningModule):
             the scalar loss and its named terms, as :meth:`~elt_lightning.objectives.ilsd.ILSD.loss` does.
         """
         seeds = sample_seeds(self.seed, batch.indices)
-        labels = drop_labels(batch.labels, seeds, step, self.label_drop, self.num_classes)
+        labels = drop_labels(batch.labels, seeds, step, self.class_dropout_prob, self.num_classes)
         corrupted = self.objective.corrupt(batch.x, seeds, step)
         exits = self.distillation.student_exits(self.seed, step)
         predictions, _ = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
@@ -150,7 +150,7 @@ class ELTModule(LightningModule):
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the ground-truth loss at each of ``held_out_loops``, all from one pass."""
+        """Log the ground-truth loss at each of ``val_loops``, all from one pass."""
         self._log_losses("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -158,11 +158,11 @@ class ELTModule(LightningModule):
         self._log_losses("test", batch)
 
     def _log_losses(self, stage: str, batch: Any) -> None:
-        if not self.held_out_loops:
+        if not self.val_loops:
             return
-        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), HELD_OUT_STEP)
+        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), VAL_STEP)
         condition = Condition(batch.labels, corrupted.time)
-        predictions, _ = self.network(corrupted.inputs, condition, max(self.held_out_loops), self.held_out_loops)
+        predictions, _ = self.network(corrupted.inputs, condition, max(self.val_loops), self.val_loops)
         losses = {
             f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
             for loops, prediction in predictions.items()

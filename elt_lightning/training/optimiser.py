@@ -125,7 +125,7 @@ def _listed(state: dict[str, Any]) -> str:
 
 
 def _fault(name: str, value: Any, expected: Any) -> str:
-    """Say what is wrong with an entry of an optimiser's state; "" for nothing."""
+    """Return what is wrong with an entry of an optimiser's state; "" for nothing."""
     if isinstance(value, Tensor) and isinstance(expected, Tensor):
         if value.shape != expected.shape:
             return f"has shape {tuple(value.shape)}, not {tuple(expected.shape)}"

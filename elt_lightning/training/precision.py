@@ -52,7 +52,7 @@ class CachedMixedPrecision(MixedPrecision):
     """
 
     def autocast_context_manager(self) -> torch.autocast:
-        """Give autocast with its cache."""
+        """Return autocast with its cache."""
         dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.half
         return torch.autocast(self.device, dtype=dtype, cache_enabled=True)
 
@@ -63,7 +63,7 @@ class CachedMixedPrecision(MixedPrecision):
 
 
 def cache_weight_casts(trainer: Trainer) -> None:
-    """Give a trainer in mixed precision the plugin above; strategies with a precision of their own keep it."""
+    """Return a trainer in mixed precision the plugin above; strategies with a precision of their own keep it."""
     plugin = trainer.precision_plugin
     if type(plugin) is MixedPrecision:
         trainer.strategy.precision_plugin = CachedMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class Progress(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Return the terminal back."""
         while self._meters:
             self._end()
 

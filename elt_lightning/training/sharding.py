@@ -25,7 +25,7 @@ def shard(network: LoopedNetwork, mesh: DeviceMesh) -> None:
 
 
 def gather_weights(module: nn.Module) -> None:
-    """Give every device all weights, so that it may call the network as often as it likes, the others more or less."""
+    """Let every device have all weights, so that it may call the network as often as it needs, whatever others do."""
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.unshard()

@@ -25,7 +25,7 @@ class DigitsDataModule(IndexedDataModule):
 
     num_classes = 10
     input_shape: tuple[int, ...] = (SIDE, SIDE)
-    num_codes: int | None = LEVELS
+    codebook_size: int | None = LEVELS
     primary_metric = "recognised"
     higher_is_better = True
 
@@ -47,20 +47,20 @@ class DigitsDataModule(IndexedDataModule):
     def load_digit_network(self) -> DigitNetwork:
         """Load the network that recognises digits, training it where there is no cached one."""
         path = self.root / "digit_network.safetensors"
-        return load_or_train_digit_network(path, load_handwriting(held_out=False), load_handwriting(held_out=True))
+        return load_or_train_digit_network(path, load_handwriting(val=False), load_handwriting(val=True))
 
     @property
     def tokenizer(self) -> Tokenizer:  # noqa: D102
         return PixelTokenizer(LEVELS, (SIDE, SIDE))
 
     def training_set(self) -> TensorBatches:  # noqa: D102
-        return self._encode(held_out=False)
+        return self._encode(val=False)
 
-    def held_out_set(self) -> TensorBatches:  # noqa: D102
-        return self._encode(held_out=True)
+    def val_set(self) -> TensorBatches:  # noqa: D102
+        return self._encode(val=True)
 
-    def _encode(self, held_out: bool) -> TensorBatches:
-        handwriting = load_handwriting(held_out)
+    def _encode(self, val: bool) -> TensorBatches:
+        handwriting = load_handwriting(val)
         return TensorBatches(self.tokenizer.encode(handwriting.images), handwriting.labels)
 
     def build_metrics(self) -> list[SampleMetric]:
@@ -68,7 +68,7 @@ class DigitsDataModule(IndexedDataModule):
         network = self.load_digit_network()
         distance = FrechetDistance("fd_digits", network.features, network.num_features, "digit_network")
         distance.network = network  # a module inside a metric moves to the samples' device with it
-        distance.set_reference([load_handwriting(held_out=True).images])
+        distance.set_reference([load_handwriting(val=True).images])
         return [RecognisedShare(network), distance]
 
 
@@ -76,7 +76,7 @@ class DigitImagesDataModule(DigitsDataModule):
     """The same digits as continuous 1×8×8 images in [−1, 1], for diffusion; the same settings, metrics, references."""
 
     input_shape = (1, SIDE, SIDE)
-    num_codes = None
+    codebook_size = None
 
     @property
     def tokenizer(self) -> Tokenizer:  # noqa: D102

@@ -28,7 +28,7 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         batch_size: global batch per optimiser step.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_train: pictures to train on, 6.4 kB each in memory.
-        num_held_out: pictures of held-out handwriting, the reference of the metrics.
+        num_val: pictures of held-out handwriting, the reference of the metrics.
         writings_per_digit: how many of the training writings of each digit are used, the first ones; None for all, some
             143. With a few, what has to be learnt is the squares rather than the pen, as with the tokens' few codes.
         num_workers: loader processes; the data is in memory, so 0 is fastest.
@@ -41,18 +41,16 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         num_train: int = 20_000,
-        num_held_out: int = 2_000,
+        num_val: int = 2_000,
         writings_per_digit: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            root, batch_size, micro_batch_size, num_train, num_held_out, num_workers=num_workers, seed=seed
-        )
+        super().__init__(root, batch_size, micro_batch_size, num_train, num_val, num_workers=num_workers, seed=seed)
         if writings_per_digit is not None and writings_per_digit < 1:
             raise ValueError(f"writings_per_digit must be at least 1, not {writings_per_digit}")
         self.input_shape = (1, self.order * SIDE, self.order * SIDE)
-        self.num_codes = None
+        self.codebook_size = None
         self.writings_per_digit = writings_per_digit
 
     def prepare_data(self) -> None:
@@ -63,10 +61,10 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         """Scale pixels, without a file."""
         return SquarePixels()
 
-    def load_writings(self, held_out: bool) -> Handwriting:
+    def load_writings(self, val: bool) -> Handwriting:
         """Load the handwriting of one side of the split: of held-out ones always all."""
-        writings = load_handwriting(held_out)
-        if held_out or self.writings_per_digit is None:
+        writings = load_handwriting(val)
+        if val or self.writings_per_digit is None:
             return writings
         kept = torch.cat([(writings.labels == digit).nonzero()[: self.writings_per_digit, 0] for digit in range(10)])
         return Handwriting(writings.images[kept], writings.labels[kept])

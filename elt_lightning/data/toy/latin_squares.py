@@ -34,7 +34,7 @@ class LatinSquaresDataModule(IndexedDataModule):
     network are made once, seeded, and cached under ``root``.
 
     With ``num_given`` a sweep sets puzzles: sample i is given the label and so many cells of held-out square
-    i mod ``num_held_out``, and has to fill in the others. Any valid square is right, also where a puzzle has more than
+    i mod ``num_val``, and has to fill in the others. Any valid square is right, also where a puzzle has more than
     one. ``num_given`` changes sampling only, not training. What is held out is handwriting: the squares themselves are
     drawn from all there are, of which small orders have few enough that many are trained on.
 
@@ -43,7 +43,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         batch_size: global batch per optimiser step.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_train: pictures to train on.
-        num_held_out: pictures of held-out handwriting, the reference of the metrics.
+        num_val: pictures of held-out handwriting, the reference of the metrics.
         codes_per_digit: ways of writing each digit that the tokenizer tells apart.
         order: n, from 2 to 6.
         num_given: cells of each sample that are given, less than n².
@@ -61,7 +61,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         num_train: int = 50_000,
-        num_held_out: int = 2_000,
+        num_val: int = 2_000,
         codes_per_digit: int = 8,
         num_workers: int = 0,
         seed: int = 0,
@@ -71,13 +71,13 @@ class LatinSquaresDataModule(IndexedDataModule):
         super().__init__(batch_size, micro_batch_size, num_workers, seed)
         if not 2 <= order <= 6 or not 0 <= num_given < order**2:
             raise ValueError(f"need order from 2 to 6 and num_given from 0 to order² - 1, not {order} and {num_given}")
-        if num_train < 1 or num_held_out < 2 or not 1 <= codes_per_digit <= 100:
-            raise ValueError("need num_train >= 1, num_held_out >= 2 and codes_per_digit from 1 to 100")
-        self.root, self.num_train, self.num_held_out = Path(root), num_train, num_held_out
+        if num_train < 1 or num_val < 2 or not 1 <= codes_per_digit <= 100:
+            raise ValueError("need num_train >= 1, num_val >= 2 and codes_per_digit from 1 to 100")
+        self.root, self.num_train, self.num_val = Path(root), num_train, num_val
         self.codes_per_digit, self.num_given = codes_per_digit, num_given
         self.order = self.num_classes = order
         self.input_shape = (order, order)
-        self.num_codes = order * codes_per_digit
+        self.codebook_size = order * codes_per_digit
 
     @property
     def codebook_path(self) -> Path:
@@ -86,7 +86,7 @@ class LatinSquaresDataModule(IndexedDataModule):
 
     def prepare_data(self) -> None:
         """Make the codebook and the digit network, once."""
-        training = load_handwriting(held_out=False)
+        training = load_handwriting(val=False)
         if not self.codebook_path.is_file():
             codebook = fit_codebook(training, self.order, self.codes_per_digit)
             PatchVQTokenizer.save(self.codebook_path, codebook, (self.order, self.order))
@@ -96,16 +96,16 @@ class LatinSquaresDataModule(IndexedDataModule):
     def load_digit_network(self) -> DigitNetwork:
         """Load the network that reads cells, training it where there is no cached one."""
         path = self.root / "digit_network.safetensors"
-        return load_or_train_digit_network(path, load_handwriting(held_out=False), load_handwriting(held_out=True))
+        return load_or_train_digit_network(path, load_handwriting(val=False), load_handwriting(val=True))
 
     def setup(self, stage: str) -> None:
         """Draw the pictures and encode them."""
         self._tokenizer = self.load_tokenizer()
         if stage != "predict" or self.num_given:
-            self._held_out_set = self._encode(self.num_held_out, held_out=True)
+            self._val_set = self._encode(self.num_val, val=True)
 
-    def _encode(self, count: int, held_out: bool) -> TensorBatches:
-        pictures, labels = self.draw_pictures(count, self.load_writings(held_out), seed=int(held_out))
+    def _encode(self, count: int, val: bool) -> TensorBatches:
+        pictures, labels = self.draw_pictures(count, self.load_writings(val), seed=int(val))
         codes = torch.cat([self._tokenizer.encode(part.float()) for part in pictures.split(1000)])
         return TensorBatches(codes, labels)
 
@@ -124,12 +124,12 @@ class LatinSquaresDataModule(IndexedDataModule):
         """Load the patch tokenizer."""
         return PatchVQTokenizer(str(self.codebook_path))
 
-    def load_writings(self, held_out: bool) -> Handwriting:
+    def load_writings(self, val: bool) -> Handwriting:
         """Load what pictures are made of.
 
         The few writings whose nearest code is another digit's are left out: their tokens would not be Latin squares.
         """
-        handwriting = load_handwriting(held_out)
+        handwriting = load_handwriting(val)
         codes = PatchVQTokenizer(str(self.codebook_path)).nearest(handwriting.images[:, 0])
         kept = codes // self.codes_per_digit + 1 == handwriting.labels
         return Handwriting(handwriting.images[kept], handwriting.labels[kept])
@@ -139,19 +139,19 @@ class LatinSquaresDataModule(IndexedDataModule):
         return self._tokenizer
 
     def training_set(self) -> TensorBatches:  # noqa: D102
-        return self._encode(self.num_train, held_out=False)
+        return self._encode(self.num_train, val=False)
 
-    def held_out_set(self) -> TensorBatches:  # noqa: D102
-        return self._held_out_set
+    def val_set(self) -> TensorBatches:  # noqa: D102
+        return self._val_set
 
     def request(self, indices: Tensor) -> Request:
         """Ask for one class after the other, or set the puzzles with these numbers (B,)."""
         if not self.num_given:
             return super().request(indices)
-        assert self.num_codes is not None
-        squares = self._held_out_set[indices.cpu() % self.num_held_out]
+        assert self.codebook_size is not None
+        squares = self._val_set[indices.cpu() % self.num_val]
         order = ranks(uniform(sample_seeds(PUZZLE_SEED, indices.cpu()), 0, Stream.GIVEN_CELLS, squares.x.shape[1:]))
-        known = squares.x.masked_fill(order >= self.num_given, self.num_codes)
+        known = squares.x.masked_fill(order >= self.num_given, self.codebook_size)
         return Request(squares.labels.to(indices.device), indices, known.to(indices.device))
 
     def build_metrics(self) -> list[SampleMetric]:
@@ -166,7 +166,7 @@ class LatinSquaresDataModule(IndexedDataModule):
             return network.features(cells.flatten(0, 1).unsqueeze(1)).view(*cells.shape[:2], -1).mean(1)
 
         distance = FrechetDistance("fd_digits", picture_features, network.num_features, "digit_network")
-        pictures, _ = self.draw_pictures(self.num_held_out, load_handwriting(held_out=True), seed=1)
+        pictures, _ = self.draw_pictures(self.num_val, load_handwriting(val=True), seed=1)
         distance.set_reference(pictures.split(500))
         # Reading cells needs the network on the samples' device: a module inside a metric moves with it.
         distance.network = network

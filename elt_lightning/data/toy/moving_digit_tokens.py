@@ -18,7 +18,7 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
 
     Args:
         training_shards: folder with ``index.json`` and the shards of the training clips.
-        held_out_shards: the same of the clips that losses are measured on; None for the training clips.
+        val_shards: the same of the clips that losses are measured on; None for the training clips.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the clips were encoded.
         root: folder of the videos, as :class:`~elt_lightning.data.toy.moving_digits.MovingDigitsDataModule` wrote them.
         stride: frames of the video from one frame of a clip to the next, as they were encoded.
@@ -35,7 +35,7 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
     def __init__(
         self,
         training_shards: str = "data/moving_digits_tokens/train",
-        held_out_shards: str | None = "data/moving_digits_tokens/test",
+        val_shards: str | None = "data/moving_digits_tokens/test",
         tokenizer_path: str | None = None,
         root: str = "data/moving_digits",
         stride: int = 2,
@@ -47,7 +47,7 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
     ) -> None:
         super().__init__(
             training_shards,
-            held_out_shards,
+            val_shards,
             tokenizer_path,
             batch_size,
             micro_batch_size,
@@ -63,16 +63,16 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
 
     def load_motion_network(self) -> MotionNetwork:
         """Load the network that names motions, training it where there is no cached one for this shape of clips."""
-        training, held_out = (read_all(self._videos(side), self.shape, 2) for side in (False, True))
+        training, val = (read_all(self._videos(side), self.shape, 2) for side in (False, True))
         name = f"motion_network_{self.shape.num_frames}x{self.shape.size}_{self.shape.stride}.safetensors"
         return load_or_train_motion_network(
-            Path(self.root) / name, training.pixels, training.labels, held_out.pixels, held_out.labels
+            Path(self.root) / name, training.pixels, training.labels, val.pixels, val.labels
         )
 
-    def _videos(self, held_out: bool) -> list[Video]:
-        return list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, held_out)
+    def _videos(self, val: bool) -> list[Video]:
+        return list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, val)
 
     def build_metrics(self) -> list[SampleMetric]:
         """``recognised``, and ``fd_motion`` against held-out clips."""
-        real = read_all(self._videos(held_out=True), self.shape, clips_per_video=4)
+        real = read_all(self._videos(val=True), self.shape, clips_per_video=4)
         return motion_metrics(self.load_motion_network(), (part.float() / 255 for part in real.pixels.split(64)))

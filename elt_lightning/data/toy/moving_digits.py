@@ -105,14 +105,14 @@ class MovingDigits:
 
     Attributes:
         training_videos: of each class.
-        held_out_videos: of each class.
+        val_videos: of each class.
         side: height and width of a frame in pixels; even.
         fps: frames per second.
         seed: of the writings and how they move.
     """
 
     training_videos: int = 40
-    held_out_videos: int = 10
+    val_videos: int = 10
     side: int = 64
     fps: int = 20
     seed: int = 0
@@ -160,11 +160,11 @@ class MovingDigits:
     def _write_videos(self, root: Path) -> None:
         lists: dict[bool, list[str]] = {True: [], False: []}
         for label, motion in enumerate(MOTIONS):
-            for number, (held_out, group, clip, writing) in enumerate(self._writings(label)):
+            for number, (val, group, clip, writing) in enumerate(self._writings(label)):
                 name = f"{motion}/v_{motion}_g{group:02d}_c{clip:02d}.avi"
                 frames = self.draw(motion, writing, number)
                 write_clip(root / VIDEOS / name, frames, self.fps, b_frames=2 if number % 3 == 2 else 0)
-                lists[held_out].append(name if held_out else f"{name} {label + 1}")
+                lists[val].append(name if val else f"{name} {label + 1}")
         (root / LISTS).mkdir()
         for name, lines in (
             ("classInd", [f"{label + 1} {motion}" for label, motion in enumerate(MOTIONS)]),
@@ -174,15 +174,15 @@ class MovingDigits:
             (root / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
     def _writings(self, label: int) -> Iterator[tuple[bool, int, int, Tensor]]:
-        """Give what each video of a class shows: whether it is held out, its group and clip, and the writing (8, 8)."""
+        """Return what each video of a class shows: whether it is held out, group, clip, and the writing (8, 8)."""
         group = 0
-        for held_out, videos in ((True, self.held_out_videos), (False, self.training_videos)):
-            images = load_handwriting(held_out).images[:, 0]
-            generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + held_out)
+        for val, videos in ((True, self.val_videos), (False, self.training_videos)):
+            images = load_handwriting(val).images[:, 0]
+            generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + val)
             chosen = torch.randperm(len(images), generator=generator)
             for video in range(videos):
                 group += video % CLIPS_PER_GROUP == 0
-                yield held_out, group, video % CLIPS_PER_GROUP + 1, images[chosen[video // CLIPS_PER_GROUP]]
+                yield val, group, video % CLIPS_PER_GROUP + 1, images[chosen[video // CLIPS_PER_GROUP]]
 
     def draw(self, motion: str, writing: Tensor, number: int) -> Tensor:
         """Draw a video.
@@ -217,7 +217,7 @@ class MovingDigitsDataModule(UCF101DataModule):
     Args:
         root: folder of the files.
         training_videos: of each class.
-        held_out_videos: of each class.
+        val_videos: of each class.
         num_frames: of a clip.
         size: of a clip's frames in pixels.
         stride: frames of the video from one frame of the clip to the next.
@@ -231,7 +231,7 @@ class MovingDigitsDataModule(UCF101DataModule):
         self,
         root: str = "data/moving_digits",
         training_videos: int = 40,
-        held_out_videos: int = 10,
+        val_videos: int = 10,
         num_frames: int = 16,
         size: int = 64,
         stride: int = 1,
@@ -251,7 +251,7 @@ class MovingDigitsDataModule(UCF101DataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.folder, self.files = root, MovingDigits(training_videos, held_out_videos)
+        self.folder, self.files = root, MovingDigits(training_videos, val_videos)
 
     def prepare_data(self) -> None:
         """Write the files, once."""

@@ -24,7 +24,7 @@ class SudokuDataModule(LatinSquaresDataModule):
         batch_size: global batch per optimiser step.
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_train: pictures to train on.
-        num_held_out: pictures of held-out handwriting, the reference of the metrics.
+        num_val: pictures of held-out handwriting, the reference of the metrics.
         codes_per_digit: ways of writing each digit that the tokenizer tells apart.
         num_workers: loader processes; the data is in memory, so 0 is fastest.
         seed: of the order of training samples; what the pictures are does not depend on it.
@@ -38,7 +38,7 @@ class SudokuDataModule(LatinSquaresDataModule):
         batch_size: int = 64,
         micro_batch_size: int | None = None,
         num_train: int = 50_000,
-        num_held_out: int = 2_000,
+        num_val: int = 2_000,
         codes_per_digit: int = 8,
         num_workers: int = 0,
         seed: int = 0,
@@ -50,7 +50,7 @@ class SudokuDataModule(LatinSquaresDataModule):
             batch_size,
             micro_batch_size,
             num_train,
-            num_held_out,
+            num_val,
             codes_per_digit,
             num_workers,
             seed,

@@ -16,7 +16,7 @@ from elt_lightning.training.weights import own_part
 logger = logging.getLogger(__name__)
 
 
-class FiniteSteps(Callback):
+class SkipNonFiniteSteps(Callback):
     """Skip every optimiser step whose loss or total gradient norm is infinite or not a number.
 
     Such a step changes neither weights, the optimiser's moments nor the average. It counts as a step of training all
@@ -116,6 +116,6 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def last_good_checkpoint(trainer: Trainer) -> str:
-    """Say where the newest checkpoint of a run lies."""
+    """Return where the newest checkpoint of a run lies."""
     path = getattr(trainer.checkpoint_callback, "last_model_path", "")
     return f"the last good checkpoint is {path}" if path else "no checkpoint was written yet"

@@ -16,7 +16,7 @@ from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
-from elt_lightning.training.finite_steps import FiniteSteps
+from elt_lightning.training.skip_non_finite_steps import SkipNonFiniteSteps
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 STEPS = 6
@@ -66,7 +66,12 @@ class History(Callback):
 
 
 def train(
-    module: Line, folder: Path, *callbacks: Callback, steps: int = STEPS, finite: FiniteSteps | None = None, **more: Any
+    module: Line,
+    folder: Path,
+    *callbacks: Callback,
+    steps: int = STEPS,
+    finite: SkipNonFiniteSteps | None = None,
+    **more: Any,
 ) -> Trainer:
     quiet: dict[str, Any] = {
         "logger": False,
@@ -75,7 +80,11 @@ def train(
         "accelerator": "cpu",
     }
     trainer = Trainer(
-        max_steps=steps, default_root_dir=folder, callbacks=[*callbacks, finite or FiniteSteps()], **quiet, **more
+        max_steps=steps,
+        default_root_dir=folder,
+        callbacks=[*callbacks, finite or SkipNonFiniteSteps()],
+        **quiet,
+        **more,
     )
     trainer.fit(module)
     return trainer
@@ -92,7 +101,7 @@ def _no_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_skipped_step_changes_nothing(what: str, accumulated: int, fused: bool, tmp_path: Path) -> None:
     """The third step is spoiled, in the first of its micro-batches; a hand-written loop leaves that step out."""
     module = Line((2 * accumulated,), what, fused)
-    average, finite = EMA(decay=0.5), FiniteSteps()
+    average, finite = EMA(decay=0.5), SkipNonFiniteSteps()
     trainer = train(
         module, tmp_path, average, finite=finite, accumulate_grad_batches=accumulated, gradient_clip_val=1.0
     )
@@ -127,7 +136,7 @@ def test_a_skipped_step_changes_nothing(what: str, accumulated: int, fused: bool
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gradient_scaler_keeps_its_own_handling(what: str, fused: bool, tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    module, history, finite = Line((1,), what, fused), History(), FiniteSteps()
+    module, history, finite = Line((1,), what, fused), History(), SkipNonFiniteSteps()
     train(module, tmp_path, history, finite=finite, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert torch.equal(history.weights[0], history.weights[1])
     assert not torch.equal(history.weights[1], history.weights[2])
@@ -153,7 +162,7 @@ class OtherDevice(Callback):
 
 
 def test_all_devices_skip_what_one_of_them_must(tmp_path: Path) -> None:
-    other, history, finite = OtherDevice(), History(), FiniteSteps()
+    other, history, finite = OtherDevice(), History(), SkipNonFiniteSteps()
     train(Line(), tmp_path, other, history, finite=finite)
     assert other.numbers == [0] * STEPS
     assert finite.skipped == 1
@@ -167,7 +176,7 @@ def test_too_many_in_a_row_end_the_training_and_the_last_good_checkpoint_stays(t
             tmp_path,
             EMA(),
             Checkpoint(every_n_train_steps=2),
-            finite=FiniteSteps(3),
+            finite=SkipNonFiniteSteps(3),
             steps=30,
         )
     message = str(ended.value)
@@ -179,14 +188,14 @@ def test_too_many_in_a_row_end_the_training_and_the_last_good_checkpoint_stays(t
     content = torch.load(path, weights_only=True)
     assert content["global_step"] == 8
     assert all(weight.isfinite().all() for weight in content["state_dict"].values())
-    assert content["callbacks"]["FiniteSteps"] == {"skipped": 1}
+    assert content["callbacks"]["SkipNonFiniteSteps"] == {"skipped": 1}
 
 
 def test_only_steps_in_a_row_end_the_training_and_all_are_counted_over_a_resume(tmp_path: Path) -> None:
-    first = FiniteSteps(3)
+    first = SkipNonFiniteSteps(3)
     train(Line((1, 2, 4, 5, 7, 8)), tmp_path, finite=first, steps=10)
     assert first.skipped == 6
-    resumed = FiniteSteps(3)
+    resumed = SkipNonFiniteSteps(3)
     resumed.load_state_dict(first.state_dict())
     train(Line((0,)), tmp_path, finite=resumed)
     assert resumed.skipped == 7
@@ -194,7 +203,7 @@ def test_only_steps_in_a_row_end_the_training_and_all_are_counted_over_a_resume(
 
 def test_before_any_checkpoint_the_message_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 1: the last 1 steps .* no checkpoint was written yet"):
-        train(Line((0,)), tmp_path, finite=FiniteSteps(1))
+        train(Line((0,)), tmp_path, finite=SkipNonFiniteSteps(1))
 
 
 def test_weights_that_a_finite_step_broke_are_never_saved(tmp_path: Path) -> None:
@@ -215,7 +224,11 @@ def test_the_command_line_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The first step makes the weights so large that no loss after it is finite."""
     settings = [*SMALL, "--model.optimizer.init_args.lr=1e38", "--loop_metrics.num_validation_samples=0"]
     settings += ["--trainer.max_steps=9", "--trainer.val_check_interval=9", "--trainer.accelerator=cpu"]
-    settings += ["--finite_steps.max_in_a_row=2", "--checkpoint.every_n_train_steps=1", f"--run_dir={tmp_path}"]
+    settings += [
+        "--skip_non_finite_steps.max_in_a_row=2",
+        "--checkpoint.every_n_train_steps=1",
+        f"--run_dir={tmp_path}",
+    ]
     assert main(["fit", "--config", str(DIGITS), *settings]) == 2
     assert "training stops at step 3: the last 2 steps" in capsys.readouterr().err
     content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -225,4 +238,4 @@ def test_the_command_line_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_limit_is_at_least_one() -> None:
     with pytest.raises(ValueError, match="max_in_a_row"):
-        FiniteSteps(0)
+        SkipNonFiniteSteps(0)
