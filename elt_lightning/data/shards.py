@@ -170,7 +170,7 @@ def _parsed(content: dict[str, Any]) -> ShardIndex:
         copies=_from_1(content["copies"]),
         input_shape=numbers("input_shape"),
         stored_shape=numbers("stored_shape"),
-        codebook_size=from_1_or_none("codebook_size"),
+        codebook_size=from_1_or_none("codebook_size" if "codebook_size" in content else "num_codes"),  # its old name
         latent_scale=None if content["latent_scale"] is None else float(content["latent_scale"]),
         tokenizer=dict(content["tokenizer"]),
         crop=str(content["crop"]),

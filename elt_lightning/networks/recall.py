@@ -44,7 +44,8 @@ class Recall(nn.Module, ABC):
 
     def begin(self, e: Tensor, state: Tensor | None) -> Tensor:
         """Return h_0: the state (B, T, D) that an earlier pass ended with, or zero."""
-        return torch.zeros_like(e) if state is None else state
+        # Where gradients are kept, zero has one too: compiled loops see the first state as they see the others.
+        return torch.zeros_like(e, requires_grad=torch.is_grad_enabled()) if state is None else state
 
     def end(self, e: Tensor, h: Tensor) -> Tensor:
         """Return the state (B, T, D) that another pass may begin from, given h after the last loop."""
