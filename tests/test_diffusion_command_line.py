@@ -106,9 +106,8 @@ def test_checkpointed_loops_train_the_same_weights() -> None:
 
 def test_flow_matching_is_a_matter_of_the_config(tmp_path: Path) -> None:
     config = yaml.safe_load(DIGITS.read_text())
-    path = {"class_path": "elt_lightning.processes.gaussian.StraightPath"}
     config["model"]["objective"] = {"class_path": "elt_lightning.objectives.flow_matching.FlowMatchingObjective"}
-    config["model"]["sampler"]["init_args"]["schedule"] = path
+    config["model"]["process"] = {"class_path": "GaussianProcess", "init_args": {"prediction": "velocity"}}
     file = tmp_path / "flow.yaml"
     file.write_text(yaml.safe_dump(config))
     steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--run_dir=runs/flow"]

@@ -186,7 +186,7 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
             )
             clean = [LATENTS.denoised(part[2], z, told) for part in (of_null, of_class)]
             x = clean[0] + 1.5 * (clean[1] - clean[0])
-            z = z * after.s / now.s + (after.a - after.s / now.s * now.a) * x
+            z = z * after.sigma / now.sigma + (after.alpha - after.sigma / now.sigma * now.alpha) * x
     torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(
         samples, module.sample(labels, 2, seeds, None, sampler.with_carry_state(False)), atol=1e-2
