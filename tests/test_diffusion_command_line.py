@@ -89,13 +89,6 @@ def test_another_sampler_takes_the_place_of_the_trained_one(sampler: str, checkp
     assert json.loads(Path(f"runs/{sampler}/loops.json").read_text())["sampling_steps"] == 2
 
 
-def test_schedules_that_differ_are_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = "--model.sampler.init_args.schedule"
-    flags = [f"{schedule}=elt_lightning.processes.gaussian.ShiftedCosine", f"{schedule}.init_args.shift=0.5"]
-    assert main(["test", "--ckpt_path", str(checkpoint), *flags, "--run_dir=runs/refused"]) == 2
-    assert "noise schedules" in capsys.readouterr().err
-
-
 def test_checkpointed_loops_train_the_same_weights() -> None:
     plain = trained_weights("runs/plain")
     recomputed = trained_weights("runs/recomputed", "--model.network.init_args.activation_checkpointing=true")

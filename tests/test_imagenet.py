@@ -84,6 +84,7 @@ def test_a_run_resumed_within_an_epoch_ends_with_the_same_weights(checkpoints: P
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_end_and_measure_every_picture_once(checkpoints: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     done = elt("fit", "--config", "small.yaml", "--run_dir=runs/two", *two)
