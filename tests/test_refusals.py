@@ -22,7 +22,11 @@ REFUSED: dict[str, tuple[str, object, str]] = {
         "batch sizes must be at least 1 and num_workers at least 0, not 0, 0",
     ),
     "data, class": ("data.class_path", "LatinSquares", "class 'LatinSquares': did you mean LatinSquaresDataModule?"),
-    "model, key": ("model.lops", 3, "there is no setting model.lops: there are network, process, objective, distillation"),
+    "model, key": (
+        "model.lops",
+        3,
+        "there is no setting model.lops: there are network, process, objective, distillation",
+    ),
     "model, type": ("model.class_dropout_prob", "much", "model.class_dropout_prob: expected a number, not much"),
     "model, range": ("model.class_dropout_prob", 2, "class_dropout_prob must lie in [0, 1], not 2"),
     "network, key": (
@@ -136,7 +140,7 @@ def test_the_optimisers_range(config: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_name_of_a_class_is_enough(latin_squares_root: Path, tmp_path: Path) -> None:
-    """Of data, network, process, objective, sampler, optimiser, logger and callback; the run records where each is from."""
+    """Of data, network, process, objective, sampler, optimiser, logger, callback; the run records where each is from."""
     content = f"""
 data: {{class_path: LatinSquaresDataModule, init_args: {{root: {latin_squares_root}, batch_size: 8, num_train: 64,
   num_val: 8}}}}
