@@ -46,6 +46,7 @@ model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
     init_args: {num_layers: 1, patch_size: 4, width: 16, num_heads: 2}
+  process: GaussianProcess
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -62,6 +63,7 @@ model:
   network:
     class_path: elt_lightning.networks.masked.LoopedMaskedTransformer
     init_args: {num_layers: 1, width: 16, num_heads: 2}
+  process: MaskingProcess
   objective: {class_path: elt_lightning.objectives.masked.MaskedObjective}
   distillation: {max_loops: 2}
   sampler: {class_path: elt_lightning.samplers.masked.MaskGITSampler}

@@ -140,7 +140,7 @@ def test_the_optimisers_range(config: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_name_of_a_class_is_enough(latin_squares_root: Path, tmp_path: Path) -> None:
-    """Of data, network, process, objective, sampler, optimiser, logger, callback; the run records where each is from."""
+    """Of every part of a config; the run records where each is from."""
     content = f"""
 data: {{class_path: LatinSquaresDataModule, init_args: {{root: {latin_squares_root}, batch_size: 8, num_train: 64,
   num_val: 8}}}}

@@ -34,7 +34,7 @@ SCENE = 1000
 
 @contextmanager
 def random_shards(index: ShardIndex) -> Iterator[str]:
-    """Write random codes as `elt encode` does, and give the folder while it lasts."""
+    """Write random codes as `elt encode` does; yield the folder, which is removed afterwards."""
     generator = np.random.default_rng(0)
     shape = (index.copies, *index.stored_shape)
     with TemporaryDirectory() as location:

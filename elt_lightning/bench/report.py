@@ -24,7 +24,7 @@ class Lines:
     cells: list[tuple[str, ...]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """Lay it out."""
+        """Lay the table out."""
         return f"**{self.title}**\n\n{markdown_table(self.headings, self.cells)}\n"
 
 
@@ -54,13 +54,13 @@ TRAINING_KEYS = (
 
 
 def speed_over_unlooped(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
-    """Samples per second of a looped row over those of the unlooped model of equal depth, with its spread."""
+    """Return the samples/s of a looped row over those of the unlooped model of equal depth, with spread."""
     other = find(rows, row, INFERENCE_KEYS, model="unlooped")
     return None if other is None else ratio(other["sample_seconds"], row["sample_seconds"])
 
 
 def time_over(row: Row, rows: Sequence[Row], **other: object) -> tuple[float, float] | None:
-    """Seconds of a step over those of another row, with its spread; None where there is no such row."""
+    """Return the seconds of a step over those of another row, with spread; None where there is no such row."""
     against = find(rows, row, TRAINING_KEYS, **other)
     return None if against is None else ratio(row["step_seconds"], against["step_seconds"])
 

@@ -114,7 +114,7 @@ def twin(network: AnyNetwork) -> AnyNetwork:
 
 
 def num_bytes(network: nn.Module) -> int:
-    """Bytes of the weights."""
+    """Return the bytes of the weights."""
     return sum(weight.nbytes for weight in network.parameters())
 
 

@@ -106,7 +106,7 @@ class SideBySide:
         return times
 
     def seconds(self, work: Work, calls: int = 1) -> float:
-        """Time calls in a row, and give the seconds of one."""
+        """Time calls in a row; return the seconds of one."""
         self._wait()
         began = time.perf_counter()
         for _ in range(calls):

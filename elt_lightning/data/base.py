@@ -36,7 +36,7 @@ class Request(NamedTuple):
     Attributes:
         labels: (B,) int64.
         indices: (B,) int64, each sample's number; with the seed it decides the sample.
-        known: (B, …) what is given of each sample and must stay, marked as samplers want it; None for nothing.
+        known: (B, …) what is given of each sample and must stay, as in :meth:`Sampler.sample`; None for nothing.
     """
 
     labels: Tensor
@@ -96,8 +96,8 @@ class TrainingOrder(Sampler[Tensor]):
     """Which samples make up each micro-batch of this rank: a function of (seed, optimiser step, rank, world size).
 
     Every epoch is one shuffle, cut into equal global batches; what does not fill a batch is left out of that epoch. A
-    global batch is the same set of samples for every number of ranks and micro-batches. Where a pass begins is asked of
-    the trainer when it begins, so that a resumed run goes on with the very batch that was next.
+    global batch is the same set of samples for every number of ranks and micro-batches. Each pass asks the trainer
+    where to begin, so that a resumed run goes on with the very batch that was next.
 
     Args:
         num_samples: size of the data set, at least ``batch_size``.
@@ -106,7 +106,7 @@ class TrainingOrder(Sampler[Tensor]):
         rank: this process.
         world_size: number of processes.
         seed: of the shuffles.
-        current_step: gives the optimiser steps done so far.
+        current_step: returns the optimiser steps done so far.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class _AskedByNumbers(Dataset[Batch]):
 
 
 class BatchedDataModule(LightningDataModule):
-    """Shares a global batch out: over devices, and over the forward passes of each.
+    """Splits a global batch over devices, and over the forward passes of each.
 
     Args:
         batch_size: global batch per optimiser step, whatever the number of devices.
@@ -304,7 +304,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
 
     @abstractmethod
     def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:
-        """Return all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
+        """Yield all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
 
     def tokenizer_description(self) -> dict[str, Any]:
         """Describe the tokenizer, as :meth:`Tokenizer.description` does."""
@@ -336,7 +336,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return Request(indices % self.num_classes, indices)
 
     def request_samples(self, num_samples: int, batch_size: int) -> None:
-        """Return what :meth:`predict_dataloader` shall ask for: how many samples, and how many at once."""
+        """Set how many samples :meth:`predict_dataloader` asks for, and how many at once."""
         self._requests, self._request_batch_size = Requests(num_samples, self.request), batch_size
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
@@ -347,15 +347,15 @@ class GenerativeDataModule(BatchedDataModule, ABC):
 
 
 class IndexedDataModule(GenerativeDataModule):
-    """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
+    """Data whose samples can be fetched in any order: global batches are the same on any number of devices."""
 
     @abstractmethod
     def training_set(self) -> BatchDataset:
-        """What is trained on."""
+        """Return the samples to train on."""
 
     @abstractmethod
     def val_set(self) -> BatchDataset:
-        """What validation and test losses are measured on."""
+        """Return the samples that validation and test losses are measured on."""
 
     def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
         dataset = self.val_set() if val else self.training_set()

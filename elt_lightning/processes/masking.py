@@ -24,7 +24,7 @@ class MaskingProcess(Process):
     codebook_size: int
 
     def __init__(self, codebook_size: int) -> None:
-        if codebook_size is None:  # what data without a codebook say
+        if codebook_size is None:  # the codebook_size of data without a codebook
             raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
         self.codebook_size = codebook_size
 
@@ -38,7 +38,7 @@ class MaskingProcess(Process):
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
-    """γ(r) = cos(π/2·r): 1 (all hidden) at r = 0, 0 at r = 1. Any shape in, the same shape out."""
+    """Return γ(r) = cos(π/2·r): 1 (all hidden) at r = 0, 0 at r = 1. Any shape in, the same shape out."""
     return torch.cos(progress * (math.pi / 2))
 
 
@@ -57,9 +57,9 @@ def random_mask(ratio: Tensor, scores: Tensor) -> Tensor:
 
 
 def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_steps: int) -> Tensor:
-    """How many tokens stay masked after step k (0-based) of K: max(1, min(u − 1, ⌊U·cos(π/2·(k+1)/K)⌋)).
+    """Return how many tokens stay masked after step k (0-based) of K: max(1, min(u − 1, ⌊U·cos(π/2·(k+1)/K)⌋)).
 
-    Nothing stays masked after the last step, and where nothing was masked there is nothing to do.
+    Nothing stays masked after the last step, or where nothing was masked.
 
     Args:
         num_unknown: (B,) int64, U: tokens unknown when sampling started.
@@ -77,5 +77,5 @@ def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_ste
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """The place of each score in ascending order within its row: (B, T) to (B, T) int64, 0 for the lowest."""
+    """Return each score's place in ascending order within its row: (B, T) to (B, T) int64, 0 for the lowest."""
     return scores.argsort(dim=1, stable=True).argsort(dim=1)

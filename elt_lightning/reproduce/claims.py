@@ -184,7 +184,7 @@ class Experiment:
         raise NotMeasuredError
 
     def reservation(self, arm: Arm) -> str:
-        """Return in how many seeds an arm hardly learned; of distances that is not told."""
+        """Return a note of the seeds in which an arm hardly learned; none where the metric is a distance."""
         if not arm.higher_is_better:
             return ""
         best = pd.DataFrame([other.at(other.max_loops) for other in self.arms.values()]).max()
@@ -268,12 +268,12 @@ def spread(values: pd.Series, digits: int = 1) -> str:
 
 
 def ahead(one: Arm, at: int, other: Arm, other_at: int) -> pd.Series:
-    """By how much one arm is better than another, for each seed: above 0 is better, whatever the metric's direction."""
+    """Return for each seed how much better one arm is: above 0 is better, whatever the metric's direction."""
     return (1 if one.higher_is_better else -1) * (one.at(at) - other.at(other_at))
 
 
 def every(columns: Iterable[pd.Series]) -> pd.Series:
-    """For each seed, whether all of several things hold."""
+    """Return for each seed whether all of several things hold."""
     return pd.DataFrame(list(columns)).all()
 
 

@@ -144,7 +144,7 @@ class VQNetwork(nn.Module):
         return self.decoder(quantized.passed_on), quantized
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) or (B, 3, H, W) float in [0, 1] to (B, T) int64 in [0, V), row-major over the grid.
+        """Encode (B, 3, F, H, W) or (B, 3, H, W) float in [0, 1] to (B, T) int64 in [0, V), row-major over the grid.
 
         Raises:
             ValueError: the size does not divide into tokens.
@@ -153,7 +153,7 @@ class VQNetwork(nn.Module):
         return self.quantizer(self.encoder(pixels)).codes.unflatten(0, (len(pixels), -1))
 
     def decode(self, codes: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, T) int64, row-major over the ``grid``, to pixels (B, 3, …) float, in [0, 1] but for overshoot."""
+        """Decode (B, T) int64, row-major over the ``grid``, to pixels (B, 3, …) float, in [0, 1] but for overshoot."""
         vectors = self.quantizer.codebook[codes].transpose(1, 2).unflatten(2, grid)
         return self.decoder(vectors)
 
@@ -281,7 +281,7 @@ def squared_distances(vectors: Tensor, codes: Tensor) -> Tensor:
 def convolution(
     settings: VQSettings, channels_in: int, channels_out: int, side: int = 3, bias: bool = True
 ) -> nn.Conv2d | nn.Conv3d:
-    """A convolution that keeps the size, with a kernel of ``side`` along every axis."""
+    """Build a convolution that keeps the size, with a kernel of ``side`` along every axis."""
     # a kernel of one cell sees no border: the other modes would copy their input for nothing
     padding = settings.padding if side > 1 else "zeros"
     kind = CONVOLUTIONS[settings.dimensions]

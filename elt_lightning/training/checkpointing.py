@@ -22,7 +22,7 @@ UNFINISHED = ".unfinished.ckpt"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Gives a checkpoint its name when all of it is on the disk.
+    """Gives a checkpoint its name once it is completely on disk.
 
     Lightning 2.6.6 makes a second copy of it in memory and a third in the folder for temporary files, which it then
     moves: where that folder is on another disk, that is a copy under the final name, of which a kill leaves half.
@@ -54,13 +54,13 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # PyTorch then complains of its own place in the file
+        if isinstance(error.__context__, OSError):  # PyTorch then reports its position in the file instead
             raise error.__context__ from None
         raise
 
 
 def name_again(path: Path, name: Path) -> None:
-    """Return a file or folder a second name in its folder, which is whole at any moment.
+    """Link a second name in its folder to a file or folder; it is whole at any moment.
 
     It is a symbolic link. Some file systems have none: there it is a hard link, or a copy.
     """
@@ -157,10 +157,10 @@ class Checkpoint(ModelCheckpoint):
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct what the trainer will take as done.
+        """Correct what the trainer takes as done.
 
         Raises:
-            UserError: the checkpoint does not say it as it is written.
+            UserError: the checkpoint's progress is not laid out as it is written.
         """
         if trainer.state.fn == "fit":
             try:
