@@ -121,12 +121,10 @@ AGAINST_RECALL: list[tuple[str, list[int] | None, float]] = [
 ]
 """The same for the last five."""
 
+REFUTED = [*zip(CLAIMS, AGAINST, strict=False), *zip(CLAIMS[-5:], AGAINST_RECALL, strict=True)]
 
-@pytest.mark.parametrize(
-    ("claim", "against"),
-    [*zip(CLAIMS, AGAINST, strict=False), *zip(CLAIMS[-5:], AGAINST_RECALL, strict=True)],
-    ids=lambda value: getattr(value, "title", "")[:30],
-)
+
+@pytest.mark.parametrize(("claim", "against"), REFUTED, ids=lambda value: getattr(value, "title", "")[:30])
 def test_no_claim_holds_against_the_numbers(claim: Claim, against: tuple[Any, ...], tmp_path: Path) -> None:
     arm, loops, value = against
     content = summary()
