@@ -75,8 +75,9 @@ ENCODE = ["encode", "imagenet", "--tokenizer=pixels", "--size=8", "--num_workers
 
 
 def cases(inputs: dict[str, Any]) -> list[Any]:
-    """Name each input."""
-    return [pytest.param(value, id=name) for name, value in inputs.items()]
+    """Name each input; every third is a fast test, and the others, of which each costs a command too, are slow."""
+    marks = [[], [pytest.mark.slow], [pytest.mark.slow]]
+    return [pytest.param(value, id=name, marks=marks[i % 3]) for i, (name, value) in enumerate(inputs.items())]
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,7 @@ def test_two_processes_train_to_the_end_and_measure_every_picture_once(checkpoin
     )
 
 
+@pytest.mark.slow
 def test_fid_and_inception_score_stand_in_the_sweep_and_samples_beside_it(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

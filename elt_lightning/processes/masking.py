@@ -11,6 +11,17 @@ from torch import Tensor
 from elt_lightning.processes.base import Process
 
 
+def check_codebook(size: int | None) -> int:
+    """Return the size of the codebook.
+
+    Raises:
+        ValueError: there is none, as data that are continuous have none.
+    """
+    if size is None:
+        raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
+    return size
+
+
 class MaskingProcess(Process):
     """Hide tokens behind a mask token.
 
@@ -24,9 +35,7 @@ class MaskingProcess(Process):
     codebook_size: int
 
     def __init__(self, codebook_size: int) -> None:
-        if codebook_size is None:  # the codebook_size of data without a codebook
-            raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
-        self.codebook_size = codebook_size
+        self.codebook_size = check_codebook(codebook_size)
 
     def hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """Put the mask token where ``masked`` is true: (B, T) int64 and (B, T) bool to (B, T)."""
