@@ -35,7 +35,7 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
 
 
 def find(rows: Iterable[Row], like: Row, keys: Sequence[str], **other: object) -> Row | None:
-    """Find the row that agrees with ``like`` in ``keys`` but for what ``other`` says."""
+    """Find the row that agrees with ``like`` in ``keys``, except for what ``other`` sets."""
     wanted = {key: like[key] for key in keys} | other
     return next((row for row in rows if wanted.items() <= row.items()), None)
 

@@ -157,7 +157,7 @@ class HeldOutOrder(Sampler[Tensor]):
 
 
 class _Numbers(Sampler[list[int]]):
-    """Asks in an order with plain numbers: tensors would go to loader processes through shared memory.
+    """Requests samples by plain numbers: tensors would go to loader processes through shared memory.
 
     Where that is full, Python drops the request, and both sides wait for ever.
     """

@@ -1,4 +1,4 @@
-"""Reading shards as a stream: every rank gets as many batches, no picture comes twice, a resumed run goes on exactly.
+"""Reading shards as a stream: all ranks get equally many batches, no picture comes twice, and resuming is exact.
 
 The shards of an epoch, in the epoch's order, are one long row of samples. It is cut into equal stretches, one for each
 loader process of each rank, wherever the cuts fall; a process reads the shards that its stretch touches. Within its

@@ -23,7 +23,7 @@ CLIPS_AT_ONCE = 16
 
 
 class VideoTokensDataModule(EncodedDataModule):
-    """Train on encoded clips; a subclass says how what is drawn is judged.
+    """Train on encoded clips; a subclass decides how samples are judged.
 
     Raises:
         UserError: the shards hold no clips; see also :class:`~elt_lightning.data.encoded.EncodedDataModule`.

@@ -5,9 +5,9 @@ runs and results. It says which config every arm trains (``config``), with which
 ``arms``, which ``metrics`` to show, and under ``prepare`` the module, with its flags, that makes data which are not
 there, where there is a run to do.
 
-Every run is an `elt fit` and an `elt test` in processes of their own. What it measured is a file of its own below the
-results, ``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted,
-and may go on in another clone. The summary is of the seeds that every arm has.
+Every run is an `elt fit` and an `elt test`, each in its own process. Its measurements are one file below the results,
+``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted, and may go
+on in another clone. The summary is of the seeds that every arm has.
 """
 
 import argparse
@@ -255,7 +255,7 @@ def elt(*arguments: str) -> None:
     """Run `elt` with one thread.
 
     Raises:
-        UserError: it failed; with the end of what it said.
+        UserError: it failed; with the end of its output.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "elt_lightning", *arguments]

@@ -197,7 +197,7 @@ class UpBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after batch normalisation and swish, and a way past them."""
+    """Two convolutions, each after batch normalisation and swish, and a shortcut past them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

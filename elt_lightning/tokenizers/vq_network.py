@@ -74,7 +74,7 @@ class VQSettings:
 
     @property
     def factors(self) -> tuple[tuple[int, ...], ...]:
-        """By what (F, H, W), or (H, W), shrink from each level to the next."""
+        """Factors by which (F, H, W), or (H, W), shrink from each level to the next."""
         changes = range(len(self.multipliers) - 1)
         if self.dimensions == 2:
             return ((2, 2),) * len(changes)
@@ -228,10 +228,10 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after normalisation and swish, and a way past them.
+    """Two convolutions, each after normalisation and swish, and a shortcut past them.
 
-    Where the number of channels changes, the way past is a 1×1×1 convolution of the block's input. MaskGIT's published
-    network has it of the block's own output instead.
+    Where the number of channels changes, the shortcut is a 1×1×1 convolution of the block's input; in MaskGIT's
+    published network, of the block's own output.
     """
 
     def __init__(self, settings: VQSettings, channels_in: int, channels_out: int) -> None:
@@ -303,7 +303,7 @@ def blocks(settings: VQSettings, channels_in: int, channels_out: int) -> nn.Sequ
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Normalise 32 groups of channels, as everywhere in MAGVIT; fewer where a group would have one channel alone.
+    """Normalise 32 groups of channels, as everywhere in MAGVIT; fewer where a group would have a single channel.
 
     A group of one channel would lose that channel's mean, which is where colour and brightness may be.
     """

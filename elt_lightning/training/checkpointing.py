@@ -97,7 +97,7 @@ class Checkpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: save every so many optimiser steps; by default after every validation.
-        train_time_interval: save after every so much time, as HH:MM:SS.
+        train_time_interval: save at this interval, as HH:MM:SS.
         save_top_k: how many to keep: the newest, or the best in ``monitor``; −1 for all.
         monitor: a logged value, for example ``val/valid_squares@L4``.
         mode: whether a small ("min") or a large ("max") value is good.
@@ -190,10 +190,11 @@ class Checkpoint(ModelCheckpoint):
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulation: int) -> None:
-    """Correct a trainer's saved progress in two things.
+    """Correct a trainer's saved progress in two respects.
 
     Where a training ended by steps or time inside an epoch, Lightning 2.6.6 counts that epoch as done before it saves,
-    and then once more when it is done. And it counts micro-batches: of another size there are as many as steps say.
+    and then once more when it is done. And it counts micro-batches: if their size has changed, their number is made to
+    match the steps.
 
     Args:
         fit_loop: saved progress, changed in place.

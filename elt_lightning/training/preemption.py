@@ -143,7 +143,7 @@ def end_at_once_next_time() -> None:
 
 
 def say(line: str) -> None:
-    """Write a line to stderr from a signal's handler, which may come in the midst of another line's writing."""
+    """Write a line to stderr from a signal's handler, which may come in the middle of writing another line."""
     os.write(2, f"{line}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""What is said while the trainer works: how far it is, and the scores of each validation."""
+"""What is shown while the trainer works: how far it is, and the scores of each validation."""
 
 from typing import Any
 
