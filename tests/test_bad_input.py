@@ -341,8 +341,11 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         "os.system",
     ),
     "an abstract class": (
-        TOKENS.replace("elt_lightning.samplers.masked.MaskGITSampler", "elt_lightning.samplers.base.Sampler").encode(),
-        "model.sampler: expected instantiatable class, but elt_lightning.samplers.base.Sampler is abstract",
+        TOKENS.replace(
+            "elt_lightning.samplers.masked.MaskGITSampler}",
+            "elt_lightning.samplers.base.Sampler, init_args: {steps: 2}}",
+        ).encode(),
+        "abstract class Sampler",
     ),
     "a network without its settings": (TOKENS.replace(", width: 16, num_heads: 2", "").encode(), "width"),
     "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), "width must be at least 1, not -16"),
