@@ -73,7 +73,7 @@ HARDLY = 0.2
 """An arm hardly learned where at its own L_max it has less than this share of the best arm's score."""
 
 SAME_TIME = 1.05
-"""A way of training costs the same as another where its step takes at most so many times as long."""
+"""A way of training costs the same as another where its step takes at most this many times as long."""
 
 
 class NotMeasuredError(Exception):
