@@ -967,7 +967,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         "ema",
     ),
     "with data that are a list": (lambda home: changed(home, lambda content: content["elt"].update(data=[])), "build"),
-    "a newer version's": (lambda home: changed(home, lambda content: content["elt"].update(version=2)), "newer"),
+    "a newer version's": (lambda home: changed(home, lambda content: content["elt"].update(version=99)), "newer"),
     "of a version that is a word": (
         lambda home: changed(home, lambda content: content["elt"].update(version="two")),
         "version",
@@ -1169,7 +1169,7 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "of another type such as",
     ),
     "with weights that are infinite": (reweighted(lambda weight: weight / 0), "not finite such as"),
-    "of a newer version": (edited(version=2), "newer"),
+    "of a newer version": (edited(version=99), "newer"),
     "of a version that is a word": (edited(version="two"), "version"),
     "of unknown weights": (edited(weights="best"), "weights"),
     "of a model that is a list": (edited(model=[]), "build"),
