@@ -53,9 +53,9 @@ INTRODUCTION = """
 Each claim of the paper beside the small experiments that test it. The models are small, and the tasks were made to
 tell depths apart: a verdict here says nothing about the paper's own scale. Every number and verdict is computed from
 the JSON files beside this page. A seed counts where the criterion holds in it, by any margin. Numbers are means ±
-standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where an arm hardly
-learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such seeds tell
-more about training small models than about the claim.
+standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where an arm
+hardly learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such seeds
+tell more about training small models than about the claim.
 """
 
 CLOSING = """
