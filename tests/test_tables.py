@@ -454,7 +454,7 @@ def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monke
 
 
 def test_help_fits_a_screen_and_names_every_target() -> None:
-    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert len(help_text.splitlines()) <= 24
     assert max(map(len, help_text.splitlines())) <= 120
     names = {f"table{number}" for number in NUMBERS} | {f"fig{number}" for number in FIGURES}
@@ -464,7 +464,7 @@ def test_help_fits_a_screen_and_names_every_target() -> None:
 
 def test_variables_reach_the_program_and_unknown_ones_are_refused() -> None:
     def make(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["make", "-n", "-o", "pyproject.toml", "-o", "constraints.txt", *words]
+        command = ["make", "--no-print-directory", "-n", "-o", "pyproject.toml", "-o", "constraints.txt", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     shown = make("table1", "VQGAN=a file", "TEST_FLAGS=--loops 3", "SMOKE=1").stdout
