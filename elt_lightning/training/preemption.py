@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from elt_lightning.training.runs import callbacks_of
 from elt_lightning.training.sharding import release_weights
 
 ENDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -98,7 +99,7 @@ def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         SIGTERMException: it leaves the program with the status of the signal.
     """
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer, Preemption)
     if trainer.state.fn != "fit" or not callbacks:
         return
     asked = callbacks[0].asked
