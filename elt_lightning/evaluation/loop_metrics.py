@@ -133,13 +133,7 @@ class LoopMetrics(Callback):
                 metric.reset()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         """Decode the codes of held-out pictures and score them."""
         if self.reconstruction:

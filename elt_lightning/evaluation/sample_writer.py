@@ -1,6 +1,6 @@
 """Writes samples at scale: what `elt predict` does, over any number of devices."""
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -53,13 +53,7 @@ class SampleWriter(Callback):
         self._meter = meter(trainer, int(min(self.num_samples, limit)), "sample").__enter__()
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Tensor,
-        batch: Request,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: Request, *_: Any
     ) -> None:
         """Decode a batch and write it: as pictures, or into the archive."""
         pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(outputs)

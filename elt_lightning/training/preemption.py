@@ -58,15 +58,7 @@ class Preemption(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             end_if_asked(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save and end, if that was asked; devices may have different numbers of batches, so several do not ask."""
         if trainer.world_size == 1:
             end_if_asked(trainer, pl_module)
