@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def status_of(work: Callable[[], object], program: str = "elt", debug: bool = False) -> int:
-    """Do something and give the exit status: 0, or 2 after one clear line on stderr about what the user can mend.
+    """Do the work; return the exit status: 0, or 2 after one clear line on stderr about what the user can mend.
 
     Args:
         work: what is to be done.
@@ -69,7 +69,7 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
     os.environ["MPLBACKEND"] = "agg"  # what is drawn here goes to files; another backend may not even exist
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without × gets all else
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show × shows the rest
     try:
         work()
     except UserError as error:
@@ -83,7 +83,7 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody reads on: end without a second complaint
+        )  # the reader has gone: end without a second complaint
         return 141
     except OSError as error:  # a full disk, a folder in the place of a file, missing rights: the message says it
         if debug:
@@ -137,7 +137,7 @@ def what_failed(error: OSError) -> str:
 
 
 def end_of_loader(error: BaseException | None) -> str | None:
-    """Return how a loader process ended, where that led to an error, which PyTorch raises in the midst of anything."""
+    """Return how a loader process ended, if that caused an error, which PyTorch may raise anywhere."""
     while error is not None:
         found = re.search(r"DataLoader worker \(pid.*?\) (?:is )?(killed by signal[^.]*|exited[^.]*)", str(error))
         if found:

@@ -12,13 +12,13 @@ LOST_LOADER = (
     "a loader process was lost ({}): where memory or shared memory was full, lower num_workers, or give the machine or "
     "container more of it; what was finished before is whole: go on from it"
 )
-"""What to say of a loader process that ended before its time, and how it did."""
+"""Message about a loader process that ended early, and how it did."""
 
 
 def printable(text: str, longest: int = 300) -> str:
     """Return what a file says, fit for a terminal: control characters escaped, and too much of it cut in the middle.
 
-    A name in a file may hold what a terminal takes for orders, or megabytes.
+    A name in a file may hold what a terminal takes for commands, or megabytes.
     """
     if len(text) > longest:
         text = f"{text[: longest // 2]} […] {text[-longest // 2 :]}"

@@ -74,6 +74,7 @@ def test_macs_are_those_that_torch_counts(family: str, scale: str, num_layers: i
     assert ours.params_total == sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maskgit_xl", "elt_l_8n3l", "elt_4n8l"])
 def test_a_row_at_full_size_is_what_torch_and_the_module_count(name: str) -> None:
     row = next(row for row in TABLE_1 + TABLE_2 if row.name == name)

@@ -46,6 +46,7 @@ model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
     init_args: {num_layers: 1, patch_size: 4, width: 16, num_heads: 2}
+  process: GaussianProcess
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -62,6 +63,7 @@ model:
   network:
     class_path: elt_lightning.networks.masked.LoopedMaskedTransformer
     init_args: {num_layers: 1, width: 16, num_heads: 2}
+  process: MaskingProcess
   objective: {class_path: elt_lightning.objectives.masked.MaskedObjective}
   distillation: {max_loops: 2}
   sampler: {class_path: elt_lightning.samplers.masked.MaskGITSampler}
@@ -73,8 +75,9 @@ ENCODE = ["encode", "imagenet", "--tokenizer=pixels", "--size=8", "--num_workers
 
 
 def cases(inputs: dict[str, Any]) -> list[Any]:
-    """Name each input."""
-    return [pytest.param(value, id=name) for name, value in inputs.items()]
+    """Name each input; every third is a fast test, and the others, of which each costs a command too, are slow."""
+    marks = [[], [pytest.mark.slow], [pytest.mark.slow]]
+    return [pytest.param(value, id=name, marks=marks[i % 3]) for i, (name, value) in enumerate(inputs.items())]
 
 
 @pytest.fixture(scope="module")

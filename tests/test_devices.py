@@ -221,6 +221,7 @@ model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
     init_args: {num_layers: 1, patch_size: 4, width: 8, num_heads: 2}
+  process: GaussianProcess
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:

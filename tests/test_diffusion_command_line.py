@@ -89,13 +89,6 @@ def test_another_sampler_takes_the_place_of_the_trained_one(sampler: str, checkp
     assert json.loads(Path(f"runs/{sampler}/loops.json").read_text())["sampling_steps"] == 2
 
 
-def test_schedules_that_differ_are_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = "--model.sampler.init_args.schedule"
-    flags = [f"{schedule}=elt_lightning.processes.gaussian.ShiftedCosine", f"{schedule}.init_args.shift=0.5"]
-    assert main(["test", "--ckpt_path", str(checkpoint), *flags, "--run_dir=runs/refused"]) == 2
-    assert "noise schedules" in capsys.readouterr().err
-
-
 def test_checkpointed_loops_train_the_same_weights() -> None:
     plain = trained_weights("runs/plain")
     recomputed = trained_weights("runs/recomputed", "--model.network.init_args.activation_checkpointing=true")
@@ -106,9 +99,8 @@ def test_checkpointed_loops_train_the_same_weights() -> None:
 
 def test_flow_matching_is_a_matter_of_the_config(tmp_path: Path) -> None:
     config = yaml.safe_load(DIGITS.read_text())
-    path = {"class_path": "elt_lightning.processes.gaussian.StraightPath"}
     config["model"]["objective"] = {"class_path": "elt_lightning.objectives.flow_matching.FlowMatchingObjective"}
-    config["model"]["sampler"]["init_args"]["schedule"] = path
+    config["model"]["process"] = {"class_path": "GaussianProcess", "init_args": {"prediction": "velocity"}}
     file = tmp_path / "flow.yaml"
     file.write_text(yaml.safe_dump(config))
     steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--run_dir=runs/flow"]

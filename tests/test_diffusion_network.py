@@ -169,7 +169,7 @@ def test_parity_with_dit(channels: int, out: int, dtype: torch.dtype, tolerance:
     state["pos_embed"] = network.positions[None]  # the table itself is checked below
     network.load_state_dict(from_dit_state_dict(state), strict=True)
     x, labels, time = torch.randn(5, channels, side, side), torch.randint(classes + 1, (5,)), torch.rand(5)
-    ours = network.to(dtype).eval()(x, Condition(labels, time), loops=1)[1]
+    ours = network.to(dtype).eval()(x, Condition(labels, time), loops=1).predictions[1]
     theirs = dit_forward(state, x, time * 1000, labels, num_heads, depth)
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()

@@ -255,7 +255,7 @@ def test_ilsd_in_x_space_is_the_papers_formula(kind: Prediction) -> None:
     # Outputs near the truth, as the last digit of x̂ is all that is left of v or ε at the ends of time.
     outputs = {r: (corrupted.target + 0.5 * torch.randn_like(x)).requires_grad_() for r in (2, 4)}
     loss, terms = ILSD(max_loops=4).loss(outputs, corrupted, objective, progress=0.3)
-    # In float64 from float32's z, the x̂ of the true v or ε is x but for rounding; where s or a is small, that shows.
+    # In float64 from float32's z, the x̂ of the true v or ε is x but for rounding; where σ or α is small, that shows.
     expected = x_space_ilsd(kind, objective, corrupted, x.double(), outputs, λ=0.7)
     torch.testing.assert_close(loss.double(), expected, rtol=2e-3, atol=0)
     grads = torch.autograd.grad(loss, list(outputs.values()))

@@ -251,10 +251,9 @@ def test_too_few_real_videos_are_refused(windows: str, lengths: list[int]) -> No
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_scores_equal_numpys(name: str, seed: int, i3d: I3D, c3d: C3D, tmp_path: Path) -> None:
+def test_scores_equal_numpys(name: str, i3d: I3D, c3d: C3D, tmp_path: Path) -> None:
     protocol = replace(PROTOCOLS[name], num_real=40, num_fakes=30)
-    real, fakes = clips(40, seed), clips(30, seed + 10)
+    real, fakes = clips(40, 0), clips(30, 10)
     metric = VideoScores(protocol, i3d, real_moments(i3d, real, protocol, tmp_path), c3d)
     features = [i3d.features(x, protocol.tensorflow_resize).double().numpy() for x in (real, fakes)]
     probabilities = c3d.probabilities(fakes).double().numpy()

@@ -29,6 +29,7 @@ model:
   network:
     class_path: elt_lightning.networks.diffusion.LoopedDiT
     init_args: {num_layers: 1, patch_size: 4, width: 16, num_heads: 2}
+  process: GaussianProcess
   objective: {class_path: elt_lightning.objectives.diffusion.DiffusionObjective}
   distillation: {max_loops: 2}
   sampler:
@@ -83,6 +84,7 @@ def test_a_run_resumed_within_an_epoch_ends_with_the_same_weights(checkpoints: P
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_end_and_measure_every_picture_once(checkpoints: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     done = elt("fit", "--config", "small.yaml", "--run_dir=runs/two", *two)
@@ -98,6 +100,7 @@ def test_two_processes_train_to_the_end_and_measure_every_picture_once(checkpoin
     )
 
 
+@pytest.mark.slow
 def test_fid_and_inception_score_stand_in_the_sweep_and_samples_beside_it(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """`make imagenet SMOKE=1`: the whole chain from JPEG files to FID, with networks of the published sizes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,20 @@ def test_commands_of_a_model_are_those_of_its_row(tmp_path: Path, capsys: pytest
         ("update_norms", "--ckpt_path none.ckpt", "update_norms: error: there is no checkpoint none.ckpt"),
     ],
 )
-def test_programs_of_the_makefile_end_in_one_line(module: str, flags: str, line: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"elt_lightning.reproduce.{module}", *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert line in done.stderr.splitlines()[-1]
+def test_programs_of_the_makefile_end_in_one_line(
+    module: str,
+    flags: str,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As ``python -m`` runs them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"elt_lightning.reproduce.{module}", run_name="__main__")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert line in error.splitlines()[-1]

@@ -40,6 +40,9 @@ def moving_blobs(count: int, seed: int, frames: int = 8, side: int = 32) -> tupl
     return ((distance < radius[..., None, None] ** 2) * brightness).to(torch.uint8).unsqueeze(1), labels
 
 
+pytestmark = pytest.mark.slow  # the network is trained once, half a minute
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[MotionNetwork, Path]:
     path = tmp_path_factory.mktemp("motion") / "network.safetensors"

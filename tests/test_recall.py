@@ -21,6 +21,8 @@ from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.gaussian import GaussianProcess
+from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
 from elt_lightning.samplers.base import GuidedSteps, Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
@@ -30,6 +32,7 @@ from elt_lightning.training.module import ELTModule
 from elt_lightning.training.optimiser import parameter_groups
 
 WIDTH, V, CLASSES = 16, 7, 3
+TOKENS, LATENTS = MaskingProcess(V), GaussianProcess()
 
 
 def randomised(network: LoopedNetwork) -> LoopedNetwork:
@@ -145,7 +148,7 @@ def test_recall_is_off_by_default_decays_by_no_optimiser_and_is_recomputed_alike
 
 
 def test_the_null_branch_begins_where_the_other_one_is_and_both_are_carried() -> None:
-    sampler = MaskGITSampler(V, CLASSES, 4, guidance=Guidance(2.0, interval=(0.25, 0.75)), carry_state=True)
+    sampler = MaskGITSampler(TOKENS, CLASSES, 4, guidance=Guidance(2.0, interval=(0.25, 0.75)), carry_state=True)
     seen: list[Tensor | None] = []
 
     def predict(
@@ -167,10 +170,10 @@ def test_the_null_branch_begins_where_the_other_one_is_and_both_are_carried() ->
 
 
 def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
-    network, objective, seeds = dit(), DiffusionObjective(), sample_seeds(3, torch.arange(4))
+    network, seeds = dit(), sample_seeds(3, torch.arange(4))
     labels, null = torch.arange(4) % CLASSES, torch.full((4,), CLASSES)
-    sampler = DDIMSampler(CLASSES, 3, guidance=Guidance(1.5))
-    module = ELTModule(network, objective, ILSD(4), sampler, CLASSES)
+    sampler = DDIMSampler(LATENTS, CLASSES, 3, guidance=Guidance(1.5))
+    module = ELTModule(network, LATENTS, DiffusionObjective, ILSD(4), lambda *_: sampler, CLASSES)
     samples = module.sample(labels, 2, seeds)
     z, state, null_state = normal(seeds, 0, Stream.INITIAL_NOISE, network.sample_shape), None, None
     levels = sampler.levels()
@@ -181,9 +184,9 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
                 network(z, told.with_labels(which), 2, (), begin)
                 for which, begin in ((labels, state), (null, null_state))
             )
-            clean = [objective.denoised(part[2], z, told) for part in (of_null, of_class)]
+            clean = [LATENTS.denoised(part[2], z, told) for part in (of_null, of_class)]
             x = clean[0] + 1.5 * (clean[1] - clean[0])
-            z = z * after.s / now.s + (after.a - after.s / now.s * now.a) * x
+            z = z * after.sigma / now.sigma + (after.alpha - after.sigma / now.sigma * now.alpha) * x
     torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(
         samples, module.sample(labels, 2, seeds, None, sampler.with_carry_state(False)), atol=1e-2
@@ -194,10 +197,10 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
 def test_carried_samples_do_not_depend_on_the_batch_and_keep_what_is_given(make: Callable[..., Sampler]) -> None:
     is_masked = make is MaskGITSampler
     network = (masked if is_masked else dit)().double()
-    settings = {"codebook_size": V} if is_masked else {}
-    sampler = make(num_classes=CLASSES, steps=4, guidance=Guidance(2.0, interval=(0.3, 0.8)), **settings)
-    objective = MaskedObjective(V) if is_masked else DiffusionObjective()
-    module = ELTModule(network, objective, ILSD(2), sampler, CLASSES)
+    process = TOKENS if is_masked else LATENTS
+    sampler = make(process, CLASSES, steps=4, guidance=Guidance(2.0, interval=(0.3, 0.8)))
+    objective = MaskedObjective if is_masked else DiffusionObjective
+    module = ELTModule(network, process, objective, ILSD(2), lambda *_: sampler, CLASSES)
     assert module.sampler.carry_state
     labels, seeds = torch.arange(5) % CLASSES, sample_seeds(1, torch.arange(5))
     known = torch.full((5, *network.sample_shape), V if is_masked else torch.nan)
@@ -218,10 +221,11 @@ def test_a_state_needs_recall() -> None:
     x, condition = inputs(network)
     with pytest.raises(ValueError, match="without recall"):
         network(x, condition, 1, state=torch.zeros(4, 10, WIDTH))
-    sampler = MaskGITSampler(V, CLASSES, 2, carry_state=True)
+    sampler = MaskGITSampler(TOKENS, CLASSES, 2, carry_state=True)
     with pytest.raises(ValueError, match="carry_state needs a network with recall"):
-        ELTModule(network, MaskedObjective(V), ILSD(2), sampler, CLASSES)
-    plain = ELTModule(network, MaskedObjective(V), ILSD(2), sampler.with_carry_state(None), CLASSES)
+        ELTModule(network, TOKENS, MaskedObjective, ILSD(2), lambda *_: sampler, CLASSES)
+    undecided = sampler.with_carry_state(None)
+    plain = ELTModule(network, TOKENS, MaskedObjective, ILSD(2), lambda *_: undecided, CLASSES)
     assert plain.sampler.carry_state is False
 
 

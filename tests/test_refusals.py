@@ -22,7 +22,11 @@ REFUSED: dict[str, tuple[str, object, str]] = {
         "batch sizes must be at least 1 and num_workers at least 0, not 0, 0",
     ),
     "data, class": ("data.class_path", "LatinSquares", "class 'LatinSquares': did you mean LatinSquaresDataModule?"),
-    "model, key": ("model.lops", 3, "there is no setting model.lops: there are network, objective, distillation"),
+    "model, key": (
+        "model.lops",
+        3,
+        "there is no setting model.lops: there are network, process, objective, distillation",
+    ),
     "model, type": ("model.class_dropout_prob", "much", "model.class_dropout_prob: expected a number, not much"),
     "model, range": ("model.class_dropout_prob", 2, "class_dropout_prob must lie in [0, 1], not 2"),
     "network, key": (
@@ -136,12 +140,13 @@ def test_the_optimisers_range(config: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_name_of_a_class_is_enough(latin_squares_root: Path, tmp_path: Path) -> None:
-    """Of data, network, objective, sampler, optimiser, logger and callback; the run records where each is from."""
+    """Of every part of a config; the run records where each is from."""
     content = f"""
 data: {{class_path: LatinSquaresDataModule, init_args: {{root: {latin_squares_root}, batch_size: 8, num_train: 64,
   num_val: 8}}}}
 model:
   network: {{class_path: LoopedMaskedTransformer, init_args: {{num_layers: 1, width: 16, num_heads: 2}}}}
+  process: MaskingProcess
   objective: MaskedObjective
   distillation: {{max_loops: 2}}
   sampler: {{class_path: MaskGITSampler, init_args: {{steps: 2}}}}

@@ -310,6 +310,7 @@ def test_a_step_moves_both_networks_by_gradients_at_the_weights_both_had(
     assert compared > 0.8 * sum(parameter.numel() for parameter in found)
 
 
+@pytest.mark.slow
 def test_a_tiny_tokenizer_of_clips_learns_a_few(tmp_path: Path) -> None:
     content = batches((8, 16, 16), count=2, size=4)
     module = tiny(

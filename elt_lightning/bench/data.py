@@ -33,7 +33,7 @@ IMAGENET, UCF101, CLIPS_PER_VIDEO = 1_281_167, 9_537, 4
 each."""
 
 Epoch = Callable[[], Iterable[Sized]]
-"""Begins an epoch, and gives of each batch something as long as the batch."""
+"""Begins an epoch; yields for each batch something as long as the batch."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Subject:
         batch_size: samples of an optimiser step in its config, or of a batch of `elt encode`.
         at_once: of these, how many a loader process reads together: those of a forward pass on one device.
         published: samples of the published set.
-        needed: works out the samples per second that one GPU takes in; gives None where no training waits.
-        made: makes so many of it; arguments are their number, loader processes, ``batch_size`` and ``at_once``.
+        needed: returns the samples per second that one GPU takes in, None where no training waits.
+        made: makes the samples; arguments are their number, loader processes, ``batch_size`` and ``at_once``.
     """
 
     codes: str
@@ -122,8 +122,7 @@ class Subject:
     def measure(self, settings: Settings) -> Reading:
         """Time epochs.
 
-        One is read before, so that the files are in memory as far as it reaches: what is measured is the program, not
-        the disk.
+        One is read first, so that as many files as fit are in memory: this measures the program, not the disk.
         """
         batch_size = settings.batch_size or self.batch_size
         at_once = math.gcd(batch_size, self.at_once)
@@ -135,7 +134,7 @@ class Subject:
 
 
 def measure(settings: Settings) -> Iterator[Reading]:
-    """Measure reading of all that is not left out."""
+    """Measure how fast everything that is not left out is read."""
     return (subject.measure(settings) for subject in SUBJECTS if settings.num_samples[subject.counted])
 
 
@@ -208,7 +207,7 @@ def pictures(count: int, num_workers: int, batch_size: int, at_once: int) -> Ite
 
 
 def training(data: BatchedDataModule) -> Epoch:
-    """Let a data module give its training batches, as in the first epoch of a training."""
+    """Return a data module's training batches, as in the first epoch of a training."""
     data.trainer = _trainer()
     data.trainer.accumulate_grad_batches = data.share_batch(1)[1]
     data.setup("fit")
@@ -217,9 +216,9 @@ def training(data: BatchedDataModule) -> Epoch:
 
 @cache
 def _trainer() -> Trainer:
-    """Build what data modules ask how many devices there are, and which step it is."""
+    """Build the trainer that data modules ask for the number of devices and the step."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a GPU that is there has nothing to do here
+        warnings.simplefilter("ignore")  # a GPU, if there is one, is not used
         return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
 
 

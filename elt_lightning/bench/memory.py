@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_above_start(work: Callable[[], object], device: torch.device) -> int:
-    """Measure how many bytes more than at its start tensors take at the peak of ``work``.
+    """Measure how many more bytes tensors take at the peak of ``work`` than at its start.
 
-    On CUDA that is what ``torch.cuda.max_memory_allocated`` says; on a CPU the running sum of every allocation and
+    On CUDA that is ``torch.cuda.max_memory_allocated``; on a CPU the running sum of every allocation and
     release of torch's allocator, as the profiler records them. Neither sees what libraries allocate for themselves, and
-    the second not when something from before ``work`` is released in it.
+    the second misses what ``work`` releases from before it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

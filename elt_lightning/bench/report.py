@@ -24,7 +24,7 @@ class Lines:
     cells: list[tuple[str, ...]] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """Lay it out."""
+        """Lay the table out."""
         return f"**{self.title}**\n\n{markdown_table(self.headings, self.cells)}\n"
 
 
@@ -35,7 +35,7 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
 
 
 def find(rows: Iterable[Row], like: Row, keys: Sequence[str], **other: object) -> Row | None:
-    """Find the row that agrees with ``like`` in ``keys`` but for what ``other`` says."""
+    """Find the row that agrees with ``like`` in ``keys``, except for what ``other`` sets."""
     wanted = {key: like[key] for key in keys} | other
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
@@ -54,13 +54,13 @@ TRAINING_KEYS = (
 
 
 def speed_over_unlooped(row: Row, rows: Sequence[Row]) -> tuple[float, float] | None:
-    """Samples per second of a looped row over those of the unlooped model of equal depth, with its spread."""
+    """Return the samples/s of a looped row over those of the unlooped model of equal depth, with spread."""
     other = find(rows, row, INFERENCE_KEYS, model="unlooped")
     return None if other is None else ratio(other["sample_seconds"], row["sample_seconds"])
 
 
 def time_over(row: Row, rows: Sequence[Row], **other: object) -> tuple[float, float] | None:
-    """Seconds of a step over those of another row, with its spread; None where there is no such row."""
+    """Return the seconds of a step over those of another row, with spread; None where there is no such row."""
     against = find(rows, row, TRAINING_KEYS, **other)
     return None if against is None else ratio(row["step_seconds"], against["step_seconds"])
 

@@ -105,7 +105,8 @@ SHAPES = {
     "wide": Shape("diffusion", {"scale": "wide", "block": "film", "condition_width": 1024}, 8, 4, LATENTS),
 }
 """Named sizes: B, L, XL and H with the layers and loops of Table 3; ``wide`` is Table 2's, 8N×4L against the DiT of 32
-layers and 2.1B parameters; ``small`` ones keep a CPU at matrix products; ``tiny`` ones only show that all runs."""
+layers and 2.1B parameters; ``small`` ones keep a CPU busy with matrix products; ``tiny`` ones only show that everything
+runs."""
 
 
 def twin(network: AnyNetwork) -> AnyNetwork:
@@ -114,7 +115,7 @@ def twin(network: AnyNetwork) -> AnyNetwork:
 
 
 def num_bytes(network: nn.Module) -> int:
-    """Bytes of the weights."""
+    """Return the bytes of the weights."""
     return sum(weight.nbytes for weight in network.parameters())
 
 

@@ -36,7 +36,7 @@ class Settings:
         compile: "no", and modes of `torch.compile`.
         precision: Lightning's name of it.
         rounds: turns of every contender.
-        turn_seconds: that a turn takes at least.
+        turn_seconds: the least that a turn takes.
         device: where.
     """
 
@@ -92,7 +92,7 @@ class SideBySide:
     Args:
         device: where they work; it is waited for before a clock is read.
         rounds: how often each has its turn.
-        shortest: seconds of a turn at least; what is faster is called several times in it.
+        shortest: least seconds of a turn; faster contenders are called several times in it.
     """
 
     def __init__(self, device: torch.device, rounds: int, shortest: float) -> None:
@@ -110,7 +110,7 @@ class SideBySide:
         return times
 
     def seconds(self, work: Work, calls: int = 1) -> float:
-        """Time calls in a row, and give the seconds of one."""
+        """Time calls in a row; return the seconds of one."""
         self._wait()
         began = time.perf_counter()
         for _ in range(calls):

@@ -42,8 +42,8 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
         revision: branch, tag or commit there; None for the newest.
 
     Returns:
-        what :func:`read_checkpoint` gives. Of an exported model it has ``elt``, ``state_dict``, and ``exported``, which
-        says which weights these are.
+        what :func:`read_checkpoint` returns; for an exported model ``elt``, ``state_dict``, and ``exported``, which
+        names the weights.
 
     Raises:
         UserError: there is nothing of that name, or it cannot be read.
@@ -74,7 +74,7 @@ def read_exported(folder: Path) -> dict[str, Any]:
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """Fetch an exported model from Hugging Face, or find it in the cache there is of it; give its folder.
+    """Fetch an exported model from Hugging Face, or find it in the cache; return its folder.
 
     Raises:
         UserError: huggingface_hub is not installed, there is no such model, or no network.
@@ -105,12 +105,12 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
         module: ELTModule = parser.instantiate(parser.parse_object({"model": checkpoint["elt"]["model"]})).model
     except UserError:
         raise
-    except Exception as error:  # whatever a class makes of settings that do not suit it
+    except Exception as error:  # a class may raise anything on settings that do not suit it
         raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
     module.on_load_checkpoint({"state_dict": state})
     module.load_state_dict(state)
     if "ema" in checkpoint and weights == "ema":
-        # Tied weights have several names, and their average has one of them: now it is under all.
+        # Tied weights have several names, their average only one: put it under all.
         module.load_state_dict(checkpoint["ema"]["weights"], strict=False)
     return module.eval()
 

@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
         )
     except UserError:
         raise
-    except Exception as error:  # of damaged bytes the unpickler makes whatever it can
+    except Exception as error:  # the unpickler raises anything on damaged bytes
         raise UserError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
     if not (isinstance(checkpoint, dict) and {"elt", "state_dict"} <= checkpoint.keys()):
         raise UserError(f"{path} was not written by `elt fit`")

@@ -81,13 +81,13 @@ def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: 
 
 
 def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
-    """Count what is to do, None where that would mean reading it."""
+    """Count the work to do, None where that would mean reading it."""
     counts = [source.count(part) for part in parts]
     return None if None in counts else sum(count or 0 for count in counts)
 
 
 def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> str:
-    """Show how the work goes, name what is unreadable, and say at the end what was done and how fast.
+    """Show how the work goes, name what is unreadable, and report at the end what was done and how fast.
 
     Args:
         batches: what was encoded.

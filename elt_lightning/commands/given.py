@@ -1,4 +1,4 @@
-"""What `elt sample` is given of a clip or a picture, so that it draws the rest: frame prediction and inpainting.
+"""The part of a clip or picture that `elt sample` is given, to draw the rest: frame prediction and inpainting.
 
 The tokenizer sees nothing of what is to be drawn: later frames are replaced by the last given one and a hole by grey,
 as in COMMIT of MAGVIT (Yu et al. 2023, arXiv:2212.05199, section 3.2), before the whole is encoded.

@@ -105,8 +105,8 @@ class Data:
 
     Attributes:
         module: says the shape of a sample and the number of classes.
-        num_samples: to train on; None where that is known only once they are there.
-        num_val: whose losses validation measures, 0 where that is not known.
+        num_samples: to train on; None where that is known only once the data are there.
+        num_val: held-out samples whose losses validation measures, 0 where that is not known.
         assumed: what data set is assumed, and why; None where the data themselves were asked.
     """
 
@@ -128,7 +128,7 @@ class Data:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return this as plain data."""
         said = {name: getattr(self.module, name) for name in ("num_classes", "input_shape", "codebook_size")}
         counts = {name: getattr(self, name) for name in ("num_samples", "num_val", "assumed")}
         return {"data": said | counts, "disk": self.disk()}
@@ -226,7 +226,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
     """Gather what the plan depends on beside the model.
 
     Raises:
-        UserError: how long to train is not said, or the batch does not split.
+        UserError: the length of training is not set, or the batch does not split.
     """
     trainer, measured = config["trainer"], config["loop_metrics"]
     devices = options.devices or num_devices(trainer)

@@ -155,7 +155,7 @@ class Settings:
 class Plan:
     """What a training needs.
 
-    What single operations need for a moment, the CUDA context and gaps between allocations come on top of ``memory``.
+    On top of ``memory`` come temporary buffers of single operations, the CUDA context and gaps between allocations.
 
     Attributes:
         settings: it was worked out for.

@@ -155,7 +155,7 @@ def reason_of(place: Place, reasons: list[str], value: str | None) -> str:
             continue
         value = match.group(2) or value
         types.append(f"the settings of a {match.group(1)}" if section else type_in_words(match.group(1)))
-    # A number, a word or nothing may stand in many places where a class may too: there the number was meant.
+    # Where either a class or a number, a word or nothing may stand, the latter was meant.
     if words and not {"a whole number", "a number"} & set(types):
         return words[0]
     return f"expected {' or '.join(dict.fromkeys(types))}" + (f", not {value}" if value is not None else "")
@@ -171,7 +171,7 @@ def type_in_words(text: str) -> str:
 
 
 def no_class(path: str) -> str:
-    """Return a line about a class that there is not, with the nearest name that there is."""
+    """Return a line about a class that does not exist, with the nearest name that does."""
     packages = ("elt_lightning.", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
     names = {
         name
@@ -187,7 +187,7 @@ def no_class(path: str) -> str:
 
 
 def alternatives(key: str, known: list[str]) -> str:
-    """Return what a dotted name may have been meant for, or all that there are beside it."""
+    """Return what a dotted name may have been meant for, or all names beside it."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return f"did you mean {near[0]}?"

@@ -71,7 +71,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 
 LONG = 10**14
-"""Multiply–accumulates that a CPU takes minutes for: said beforehand."""
+"""Multiply–accumulates that take a CPU minutes: announced beforehand."""
 
 
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ FROM_DATA = {
     "input_shape": ("model.network.init_args.input_shape",),
     "codebook_size": ("model.network.init_args.codebook_size", "model.process.init_args.codebook_size"),
 }
-"""What the data module says, and which settings of the model take it; a class without such a setting is passed over."""
+"""What the data module decides, and which settings of the model take it; a class without the setting is passed over."""
 
 SEEDS = ("model.seed", "data.init_args.seed", "model.init_args.seed")
 LINKED = dict.fromkeys(SEEDS, "seed_everything")
@@ -86,7 +86,7 @@ LIMITS = {
     "test": "limit_test_batches",
     "predict": "limit_predict_batches",
 }
-"""Of each command the setting that limits its batches; of 0 batches Lightning makes a run that does nothing."""
+"""The setting that limits each command's batches; with 0 batches Lightning runs and does nothing."""
 
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
@@ -143,7 +143,7 @@ SAYS_NOTHING = (
     "Restored all states from",
     "Loaded model weights from",
 )
-"""How lines of Lightning's log begin that advertise, or that say what this program's own lines say."""
+"""How those lines of Lightning's log begin that advertise, or repeat this program's own."""
 
 
 def quieten_libraries() -> None:
@@ -158,7 +158,7 @@ def quieten_libraries() -> None:
         ".*FSDP2-wrapped module .* returned a view tensor.*",
         r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen ones are meant to be
         "The number of training batches .* is smaller than the logging interval",  # steps are counted over epochs
-        "Checkpoint directory .* exists and is not empty",  # as it is wherever training goes on
+        "Checkpoint directory .* exists and is not empty",  # true of every resumed training
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -312,7 +312,7 @@ class RunCommandLine(LightningCLI):
             raise UserError(f"a class broke on its settings ({reason}); --debug shows where") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the trainer its logger, its progress display and the callbacks that need the config."""
+        """Build the trainer with its logger, its progress display and the callbacks that need the config."""
         config = self.config_init[self.subcommand]
         logger = config.trainer.logger
         if logger in (None, True):
@@ -323,8 +323,8 @@ class RunCommandLine(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in (asked if isinstance(asked, list) else [asked])):
             if config.trainer.enable_progress_bar is not False:
                 callbacks.append(Progress())
-            kwargs["enable_progress_bar"] = False  # it is Lightning's
-        callbacks.append(Preemption())  # last: the work of a step belongs into the checkpoint that it saves
+            kwargs["enable_progress_bar"] = False  # that is Lightning's
+        callbacks.append(Preemption())  # last: the checkpoint it saves must hold all that a step changed
         self.trainer_defaults = self.trainer_defaults | {"callbacks": callbacks}
         kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
@@ -341,7 +341,7 @@ class RunCommandLine(LightningCLI):
         return resolved["model"], resolved["data"]
 
     def resolved_config(self) -> dict[str, Any]:
-        """Every setting of this command after defaults, configs and flags, as plain data."""
+        """Return every setting of this command after defaults, configs and flags, as plain data."""
         parser = self._parser(self.subcommand)
         text = parser.dump(self.config[self.subcommand], skip_unset=False, skip_link_targets=False)
         return yaml.safe_load(text)
@@ -376,7 +376,7 @@ class RunCommandLine(LightningCLI):
             print(f"next: {self.next_command(Path(path))}")
 
     def next_command(self, checkpoint: Path) -> str:
-        """Return what a finished training is there for."""
+        """Return the command to run after a finished training."""
         raise NotImplementedError
 
 
@@ -414,7 +414,7 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), *super().own_callbacks()]
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return both sections with what the data said filled in."""
+        """Return both sections, with what is linked from the data filled in."""
         model, data = super().recipe()
         for source, targets in FROM_DATA.items():
             value = getattr(self.datamodule, source)
@@ -436,7 +436,7 @@ class TokenizerCommandLine(RunCommandLine):
     names_model_class = True
 
     def before_instantiate_classes(self) -> None:
-        """Train alone; what a tokenizer is worth, `elt test --reconstruction` says on what it encoded."""
+        """Offer training alone; `elt test --reconstruction` measures a tokenizer on what it encoded."""
         if self.subcommand != "fit":
             raise UserError(f"elt {self.subcommand} is not for tokenizers: elt fit trains one, elt encode uses it")
         if str(self.config.fit.trainer.precision) in ("bf16-true", "16-true", "bf16", "16"):
@@ -461,7 +461,7 @@ def sizes(model: LightningModule) -> str:
 
 
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
-    """Let a checkpoint's own ``model`` and ``data`` sections be the lowest layer: configs and flags win over them.
+    """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
 
     Raises:
         UserError: the checkpoint cannot be read.
@@ -492,7 +492,7 @@ def trains_tokenizer(arguments: list[str]) -> bool:
 
 
 def with_bases(arguments: list[str], scratch: Path) -> list[str]:
-    """Put before every config that names a ``base``, a file beside it, that base: the config's own settings win.
+    """Put the ``base`` that a config names, a path from its own folder, before it: the config's own settings win.
 
     Raises:
         UserError: a config or its base does not exist, or is none.
@@ -537,13 +537,13 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
     if "base" not in config and written == config:
         return [path]
     base = written.pop("base", None)
-    copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # its name becomes the run's
+    copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # the run is named after the file
     copy.write_text(yaml.safe_dump(written))
     return [*(config_and_bases(path.parent / str(base), scratch, (*seen, path)) if base is not None else ()), copy]
 
 
 def with_home(tree: Any) -> Any:
-    """Write the home folder in place of ``~`` at the beginning of settings, which a shell does in flags alone."""
+    """Replace ``~`` at the beginning of settings by the home folder, as a shell does in flags alone."""
     if isinstance(tree, dict):
         return {name: with_home(value) for name, value in tree.items()}
     if isinstance(tree, list):
@@ -571,7 +571,7 @@ def without_links(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | None, str]:
-    """Find the section that holds a dotted setting: (section, last name); None where the class has no such setting."""
+    """Return the section that holds a dotted setting, and its last name; None where the class has no such setting."""
     *path, last = target.split(".")
     section, class_path = config, ""
     for key in path:

@@ -1,6 +1,6 @@
 """What an AVI file says of itself, to tell a whole one from one that was cut short or damaged.
 
-Decoders read what they find and say nothing of what is missing. Layout: "AVI RIFF File Reference", Microsoft.
+Decoders read what they find and do not report what is missing. Layout: "AVI RIFF File Reference", Microsoft.
 """
 
 import os
@@ -16,7 +16,7 @@ VIDEO_KINDS = (b"dc", b"db")
 
 
 class BrokenClipError(Exception):
-    """A video file cannot be read, or not the frames that were asked for; the message says why, without its name."""
+    """A video file cannot be read, or not the frames asked for; the message tells why, without its name."""
 
 
 def indexed_frames(path: str | Path) -> int | None:

@@ -36,7 +36,7 @@ class Request(NamedTuple):
     Attributes:
         labels: (B,) int64.
         indices: (B,) int64, each sample's number; with the seed it decides the sample.
-        known: (B, …) what is given of each sample and must stay, marked as samplers want it; None for nothing.
+        known: (B, …) what is given of each sample and must stay, as in :meth:`Sampler.sample`; None for nothing.
         loops: loop count to draw them at; None for the model's L_max.
     """
 
@@ -99,8 +99,8 @@ class TrainingOrder(Sampler[Tensor]):
     """Which samples make up each micro-batch of this rank: a function of (seed, optimiser step, rank, world size).
 
     Every epoch is one shuffle, cut into equal global batches; what does not fill a batch is left out of that epoch. A
-    global batch is the same set of samples for every number of ranks and micro-batches. Where a pass begins is asked of
-    the trainer when it begins, so that a resumed run goes on with the very batch that was next.
+    global batch is the same set of samples for every number of ranks and micro-batches. Each pass asks the trainer
+    where to begin, so that a resumed run goes on with the very batch that was next.
 
     Args:
         num_samples: size of the data set, at least ``batch_size``.
@@ -109,7 +109,7 @@ class TrainingOrder(Sampler[Tensor]):
         rank: this process.
         world_size: number of processes.
         seed: of the shuffles.
-        current_step: gives the optimiser steps done so far.
+        current_step: returns the optimiser steps done so far.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class HeldOutOrder(Sampler[Tensor]):
 
 
 class _Numbers(Sampler[list[int]]):
-    """Asks in an order with plain numbers: tensors would go to loader processes through shared memory.
+    """Requests samples by plain numbers: tensors would go to loader processes through shared memory.
 
     Where that is full, Python drops the request, and both sides wait for ever.
     """
@@ -184,7 +184,7 @@ class _AskedByNumbers(Dataset[Batch]):
 
 
 class BatchedDataModule(LightningDataModule):
-    """Shares a global batch out: over devices, and over the forward passes of each.
+    """Splits a global batch over devices, and over the forward passes of each.
 
     Args:
         batch_size: global batch per optimiser step, whatever the number of devices.
@@ -307,7 +307,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
 
     @abstractmethod
     def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:
-        """Return all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
+        """Yield all training samples once, or all held-out ones, in the order they are kept in: codes (B, …)."""
 
     def tokenizer_description(self) -> dict[str, Any]:
         """Describe the tokenizer, as :meth:`Tokenizer.description` does."""
@@ -339,7 +339,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         return Request(indices % self.num_classes, indices)
 
     def request_samples(self, num_samples: int, batch_size: int, loops: int | None = None) -> None:
-        """Settle what :meth:`predict_dataloader` asks for: how many samples, how many at once, at which loop count."""
+        """Set what :meth:`predict_dataloader` asks for: how many samples, how many at once, at which loop count."""
         self._requests, self._request_batch_size = Requests(num_samples, self.request, loops), batch_size
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
@@ -355,15 +355,15 @@ def data_of(trainer: Trainer) -> GenerativeDataModule:
 
 
 class IndexedDataModule(GenerativeDataModule):
-    """Data whose samples can be fetched in any order: training meets the same global batches on any devices."""
+    """Data whose samples can be fetched in any order: global batches are the same on any number of devices."""
 
     @abstractmethod
     def training_set(self) -> BatchDataset:
-        """What is trained on."""
+        """Return the samples to train on."""
 
     @abstractmethod
     def val_set(self) -> BatchDataset:
-        """What validation and test losses are measured on."""
+        """Return the samples that validation and test losses are measured on."""
 
     def all_codes(self, val: bool, batch_size: int) -> Iterator[Tensor]:  # noqa: D102
         dataset = self.val_set() if val else self.training_set()

@@ -22,7 +22,7 @@ from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
-"""Videos that are tried in training before a batch is given up: the one whose turn it is, and others in its place."""
+"""Videos that training tries before it gives a batch up: the one whose turn it is, and others in its place."""
 
 
 class ClipBatch(NamedTuple):
@@ -131,8 +131,8 @@ class ClipDataset(Dataset[Reading], ABC):
 class TrainingClips(ClipDataset):
     """A clip of each video, of another moment in every epoch: a function of (seed, epoch, place).
 
-    In the place of a video that cannot be read, or is too short, comes another one, drawn in the same way; the clip's
-    label and index are those of the video that it is of.
+    A video that cannot be read, or is too short, is replaced by another, drawn in the same way; label and index are
+    then that other video's.
 
     Args:
         videos: what clips are cut out of.

@@ -82,15 +82,15 @@ def begins_as_picture(file: IO[bytes]) -> bool:
     try:
         with warnings.catch_warnings(), Image.open(file, formats=WITHOUT_SUFFIX):
             return True
-    except Exception:  # Pillow's plugins raise whatever a file leads them to
+    except Exception:  # Pillow's plugins may raise anything
         return False
 
 
 def decode_picture(content: bytes, upright: bool = False) -> Image.Image:
     """Decode a picture to RGB, as ADM does (guided-diffusion/image_datasets.py).
 
-    Grey, palette and CMYK pictures are converted, what is transparent lets white through, of 16 bits the upper 8 are
-    kept, of an animation the first frame.
+    Grey, palette and CMYK pictures are converted, transparency becomes white, 16 bits are cut to the upper 8, an
+    animation to its first frame.
 
     Args:
         content: of the file.
@@ -201,7 +201,7 @@ class _Cropper(Dataset[Crops]):
             try:
                 crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read(), self.upright), self.size)
                 pictures.append(picture)
-            except Exception as error:  # Pillow's plugins raise whatever a damaged file leads them to
+            except Exception as error:  # Pillow's plugins may raise anything on a damaged file
                 unreadable.append((picture.source, f"{type(error).__name__}: {error}"))
         pixels = torch.from_numpy(crops[: len(pictures)]).permute(0, 3, 1, 2).contiguous()
         return Crops(request.part, pictures, pixels, unreadable)

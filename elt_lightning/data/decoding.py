@@ -1,9 +1,9 @@
 """Reading and writing clips: the one place that knows decoders.
 
-The frames that are given are the frames that were asked for. decord's random access gives others, in silence, where a
-clip has B-frames, as thousands of UCF-101's have; so clips are read in order from their first frame, whatever the
-decoder, and a frame's number is its place in that order. A reader lives as long as one call and has one thread: readers
-that outlive a fork make loader processes hang, and processes are many already.
+Frames returned are the frames asked for. decord's random access silently returns others where a clip has B-frames, as
+thousands of UCF-101's have; so clips are read in order from their first frame, whatever the decoder, and a frame's
+number is its place in that order. A reader lives as long as one call and has one thread: readers that outlive a fork
+make loader processes hang, and processes are many already.
 """
 
 import importlib.util
@@ -66,7 +66,7 @@ def num_frames(path: str | Path, decoder: Decoder | None = None) -> int:
 def read_clip(path: str | Path, first: int, count: int, stride: int = 1, decoder: Decoder | None = None) -> Tensor:
     """Read frames ``first``, ``first + stride``, …, ``count`` of them, and none beyond.
 
-    Of a frame whose own data are damaged, decoders give what they can make out.
+    Of a frame with damaged data, decoders return what they can make out.
 
     Args:
         path: of the file.

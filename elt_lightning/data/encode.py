@@ -33,8 +33,8 @@ SETTINGS = "encode.json"
 SETTINGS_VERSION = 1
 
 FEW = 1000
-"""While fewer pictures than this were tried, the share of unreadable ones is taken of this many: one bad file among the
-first ten says little about the rest."""
+"""The share of unreadable pictures is taken of at least this many: one bad file among the first ten says little about
+the rest."""
 
 
 @dataclass
@@ -387,7 +387,7 @@ def check_share(unreadable: Sequence[str], num_tried: int, max_unreadable: float
 
 
 def _without_path(value: Any) -> Any:
-    """Leave out where a tokenizer's file lies: its hash says what it is, and each machine may have it elsewhere."""
+    """Leave out the path of a tokenizer's file: its hash identifies it, and each machine may have it elsewhere."""
     if not (isinstance(value, dict) and "sha256" in value):
         return value
     arguments = {name: argument for name, argument in value["init_args"].items() if name != "path"}

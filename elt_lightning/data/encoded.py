@@ -1,4 +1,4 @@
-"""Codes that `elt encode` wrote, streamed from shards: what every data set of encoded pictures or clips is read by."""
+"""Codes that `elt encode` wrote, streamed from shards: the reader of every data set of encoded pictures or clips."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,14 +17,14 @@ from elt_lightning.tokenizers.loading import load_tokenizer
 
 
 class EncodedDataModule(GenerativeDataModule):
-    """Train on encoded samples; a subclass says how what is drawn is judged.
+    """Train on encoded samples; a subclass decides how samples are judged.
 
     Order: with the same seed, batch size, number of devices and loader processes, batches are the same in every run,
     and a run that resumes in the middle of an epoch goes on with the batch that was next. With other numbers of devices
     or loader processes it goes on in another order: in the epoch that was interrupted some samples then come twice and
-    others not at all; from the next epoch on every one comes once again. Every device gets as many batches; what does
-    not fill a global batch is left out of an epoch, other samples in each. What a sample meets in training, its noise
-    and masks, depends on none of this.
+    others not at all; from the next epoch on every one comes once again. Every device gets equally many batches; what
+    does not fill a global batch is left out of an epoch, other samples in each. What a sample meets in training, its
+    noise and masks, depends on none of this.
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training samples.

@@ -24,7 +24,7 @@ REFERENCE_BATCH = 64
 class ImageNetDataModule(EncodedDataModule):
     """Train on encoded pictures; judge samples by FID and Inception score.
 
-    What order pictures come in is said at :class:`~elt_lightning.data.encoded.EncodedDataModule`.
+    For the order of the pictures see :class:`~elt_lightning.data.encoded.EncodedDataModule`.
 
     Args:
         training_shards: folder or URL with ``index.json`` and the shards of the training pictures.
@@ -67,7 +67,7 @@ class ImageNetDataModule(EncodedDataModule):
         self.higher_is_better = self.primary_metric == "inception_score"
 
     def prepare_data(self) -> None:
-        """Load what samples will be judged by, once before anything is trained; pictures of reference are read here."""
+        """Load what samples are judged by, once, before training; reference pictures are read here."""
         if self.inception_path is not None:
             self.load_reference(self.load_inception())
 
@@ -92,7 +92,7 @@ class ImageNetDataModule(EncodedDataModule):
         return load_or_compute(images, network, self.cache)
 
     def build_metrics(self) -> list[SampleMetric]:
-        """``fid``, ``sfid`` and ``inception_score``, where Inception was given."""
+        """Build ``fid``, ``sfid`` and ``inception_score``, where Inception was given."""
         if self.inception_path is None:
             return []
         network = self.load_inception()

@@ -314,7 +314,7 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 
 
 def find_tars(roots: Sequence[str], report_others: bool = False) -> list[str]:
-    """Find the tars that are meant by a folder that has nothing else, or by names, in the order given.
+    """Find the tars meant by a folder that has nothing else, or by names, in the order given.
 
     Args:
         roots: one folder, or tars.

@@ -29,7 +29,7 @@ INDEX = "index.json"
 FORMAT_VERSION = 1
 
 CHECKED = 4096
-"""Bytes of a sample's codes that its shard's checksum is of: all of tokens, a quarter of ImageNet's latents."""
+"""Bytes of a sample's codes that enter its shard's checksum: all of tokens, a quarter of ImageNet's latents."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def check_local(url: str) -> None:
 def checksum(so_far: int, number: str, codes: bytes, about: bytes) -> int:
     """Add a sample's number and members, as they are stored, to the CRC-32 of those before it; the first gets 0.
 
-    Of codes the first :data:`CHECKED` bytes count: which sample it is shows in them, and more would slow reading down.
+    Only the first :data:`CHECKED` bytes of codes count: they tell samples apart, and more would slow reading down.
     """
     for part in (number.encode(), codes[:CHECKED], about):
         so_far = zlib.crc32(part, so_far)
@@ -170,7 +170,7 @@ def _parsed(content: dict[str, Any]) -> ShardIndex:
         copies=_from_1(content["copies"]),
         input_shape=numbers("input_shape"),
         stored_shape=numbers("stored_shape"),
-        codebook_size=from_1_or_none("codebook_size"),
+        codebook_size=from_1_or_none("codebook_size" if "codebook_size" in content else "num_codes"),  # its old name
         latent_scale=None if content["latent_scale"] is None else float(content["latent_scale"]),
         tokenizer=dict(content["tokenizer"]),
         crop=str(content["crop"]),

@@ -1,10 +1,10 @@
-"""Reading shards as a stream: every rank gets as many batches, no picture comes twice, a resumed run goes on exactly.
+"""Reading shards as a stream: all ranks get equally many batches, no picture comes twice, and resuming is exact.
 
 The shards of an epoch, in the epoch's order, are one long row of samples. It is cut into equal stretches, one for each
 loader process of each rank, wherever the cuts fall; a process reads the shards that its stretch touches. Within its
 stretch a process shuffles blocks of samples. What comes when is thus a function of (seed, epoch, number of ranks,
-loader processes and samples per forward pass), and whoever knows how many batches are done can go on without reading
-what was before, but for the shard and the block where it stopped.
+loader processes and samples per forward pass), so a reader that knows how many batches are done goes on without reading
+what came before, except in the shard and block where it stopped.
 """
 
 import io
@@ -97,7 +97,7 @@ class ShardStream(IterableDataset[Batch]):
             first += shard.num_samples
 
     def collate(self, samples: list[Sample], copies: Tensor) -> Batch:
-        """Stack samples, of each the copy (B,) that is asked for.
+        """Stack samples, taking the copy (B,) asked for of each.
 
         Raises:
             UserError: a token is not in the codebook.
@@ -144,7 +144,7 @@ class TrainingStream(ShardStream):
         return self.global_batch_size // (self.batch_size * self.world_size)
 
     def batches(self, reader: int) -> Iterator[Batch]:
-        """Return what is left of the epoch; readers take turns, so a resumed one begins with whose turn it is."""
+        """Return what is left of the epoch; readers take turns, so a resumed epoch begins with the next one."""
         epoch, step = divmod(self.first_step, self.steps_per_epoch)
         done = step * self._batches_per_step
         turn = (reader + done) % self.readers
@@ -156,7 +156,7 @@ class TrainingStream(ShardStream):
             yield self._batch(epoch, list(islice(samples, self.batch_size)))
 
     def _taken(self, batches: int, reader: int) -> int:
-        """Count which of the first ``batches`` of an epoch fall to one reader."""
+        """Count the batches of one reader among the first ``batches`` of an epoch."""
         return (batches - reader + self.readers - 1) // self.readers
 
     def _shuffled(self, epoch: int, stretch: Stretch, done: int) -> Iterator[Sample]:
@@ -206,7 +206,7 @@ class ShardLoader(Loader[Batch]):
 
     Args:
         stream: what to load.
-        current_step: gives the optimiser steps done so far.
+        current_step: returns the optimiser steps done so far.
     """
 
     def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
@@ -230,8 +230,8 @@ def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop:
     """Read samples [start, stop) of a shard.
 
     Raises:
-        UserError: the shard is missing or damaged, or holds something else than its index says. That other samples are
-            in their place is known from the checksum when the last one is reached.
+        UserError: the shard is missing or damaged, or holds something else than its index says. The checksum reveals
+            swapped samples once the last one is reached.
     """
     url, again = join(location, shard.name), "delete it and run the same `elt encode` again"
     count = crc = 0
@@ -248,7 +248,7 @@ def read_shard(location: str, shard: Shard, index: ShardIndex, start: int, stop:
                 yield sample
             if count == stop:
                 return
-    except Exception as error:  # of damaged bytes the libraries make whatever they can
+    except Exception as error:  # the libraries raise anything on damaged bytes
         told = error.strerror if isinstance(error, OSError) else error.args[0] if error.args else ""
         reason = f"{type(error).__name__} {told}"
         raise UserError(f"{url} cannot be read near sample {count} ({reason}): {again}") from error
@@ -285,7 +285,7 @@ def read_member(members: dict[str, Any], ending: str, read: Callable[[bytes], T]
         raise ValueError(f"there is no {name}")
     try:
         return read(members[ending])
-    except Exception as error:  # of damaged bytes NumPy's parser makes whatever it can
+    except Exception as error:  # NumPy's parser raises anything on damaged bytes
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -302,7 +302,7 @@ def read_npy(content: bytes) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Parse the header of a .npy file, shape and type; the samples of a shard have all the same.
+    """Parse the header of a .npy file, shape and type; all samples of a shard have the same.
 
     Raises:
         ValueError: it is no header, or one of an array that is pickled or in Fortran's order.

@@ -81,7 +81,7 @@ class TensorDataModule(IndexedDataModule):
         return self._val_set
 
     def build_metrics(self) -> list[SampleMetric]:
-        """Nothing is known of these data that samples could be judged by."""
+        """Return none: nothing is known by which samples could be judged."""
         return []
 
 

@@ -83,7 +83,7 @@ class UCF101DataModule(BatchedDataModule):
         return list_videos(self.root, self.annotations, self.split, val)
 
     def setup(self, stage: str) -> None:
-        """Read the lists, so that what is missing is said before anything else begins."""
+        """Read the lists, so that missing files are reported before anything else begins."""
         self._training_videos, self._val_videos = self.videos(val=False), self.videos(val=True)
 
     def train_dataloader(self) -> ClipLoader:  # noqa: D102
@@ -106,7 +106,7 @@ def read_classes(annotations: str | Path) -> tuple[str, ...]:
     """Read the names of the classes in the order of their numbers, which are 1, 2, … in the file and 0, 1, … here.
 
     Raises:
-        UserError: the file is missing or says something else.
+        UserError: the file is missing or holds something else.
     """
     path = Path(annotations) / "classInd.txt"
     numbered = [line.split() for line in _lines(path)]
@@ -153,7 +153,7 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, val: bo
 
 
 def with_small_suffix(name: str) -> str:
-    """Write a file's suffix in small letters: lists and file systems need not agree on them."""
+    """Write a file's suffix in small letters: lists and file systems need not agree on case."""
     stem, suffix = os.path.splitext(name)
     return stem + suffix.lower()
 

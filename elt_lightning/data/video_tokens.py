@@ -23,14 +23,14 @@ CLIPS_AT_ONCE = 16
 
 
 class VideoTokensDataModule(EncodedDataModule):
-    """Train on encoded clips; a subclass says how what is drawn is judged.
+    """Train on encoded clips; a subclass decides how samples are judged.
 
     Raises:
         UserError: the shards hold no clips; see also :class:`~elt_lightning.data.encoded.EncodedDataModule`.
     """
 
     def clip_shape(self, stride: int) -> ClipShape:
-        """Return the shape of the clips that were encoded, with frames so far apart."""
+        """Return the shape of the clips that were encoded, with frames ``stride`` apart."""
         frames = self.training_index.frames
         if frames is None:
             raise UserError(f"{self.training_shards} holds tokens of pictures, not of clips")
@@ -44,7 +44,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
         training_shards: folder or URL with ``index.json`` and the shards of the training clips.
         val_shards: the same of the clips that losses are measured on; None for the training clips.
         tokenizer_path: where the tokenizer's file lies; by default where it lay when the clips were encoded.
-        root: folder of the videos, ``<Class>/v_<Class>_gXX_cYY.avi``, which FVD's real clips are of.
+        root: folder of the videos that FVD's real clips come from, ``<Class>/v_<Class>_gXX_cYY.avi``.
         annotations: folder of ``classInd.txt``, ``trainlist0N.txt`` and ``testlist0N.txt``.
         split: N, where the protocol asks for training videos alone.
         i3d_path: I3D as TorchScript, which FVD is defined by; None measures no FVD.
@@ -86,11 +86,11 @@ class UCF101TokensDataModule(VideoTokensDataModule):
         self.higher_is_better = self.primary_metric == "inception_score"
 
     def prepare_data(self) -> None:
-        """Load what samples will be judged by, once before anything is trained; real clips are read here."""
+        """Load what samples are judged by, once, before training; real clips are read here."""
         self.build_metrics()
 
     def build_metrics(self) -> list[SampleMetric]:
-        """``fvd`` and ``inception_score``, each where its network was given."""
+        """Build ``fvd`` and ``inception_score``, each where its network was given."""
         if self.i3d_path is None and self.c3d_path is None:
             return []
         return [build_video_scores(self.protocol, self.real_clips(), self.cache, self.i3d_path, self.c3d_path)]
@@ -117,7 +117,7 @@ def protocol_clips(protocol: VideoProtocol, videos: Sequence[Video], shape: Clip
 
 
 def length_of(video: Video) -> int:
-    """Count the frames of a video; one that cannot be read has none, and gives no clip."""
+    """Count the frames of a video; one that cannot be read counts 0, so no clip is taken from it."""
     try:
         return num_frames(video.path)
     except BrokenClipError:

@@ -1,4 +1,4 @@
-"""Loader processes: what they do about SIGTERM and about batches that they cannot hand on, and what is said of them."""
+"""Loader processes: what they do about SIGTERM and batches that they cannot hand on, and how errors are reported."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ LONGEST_SOCKET_PATH = 103
 
 
 class Loader(DataLoader[Batch]):
-    """Loads what a data set gives whole batches of.
+    """Loads whole batches from a data set.
 
     Args:
         dataset: gives batches.
@@ -56,8 +56,8 @@ class Loader(DataLoader[Batch]):
 
         Raises:
             UserError: what the data set raises, or the path of the temporary folder is too long for the sockets of
-                loader processes, or one was lost while it handed a batch over. Of one that ends at another time PyTorch
-                tells in the midst of anything else: the command line knows it.
+                loader processes, or one was lost while it handed a batch over. PyTorch reports one that ends at another
+                time in the middle of anything: the command line recognises that.
         """
         if self.num_workers:
             check_temporary_folder()
@@ -93,8 +93,8 @@ def check_temporary_folder() -> None:
 def end_where_batches_are_lost(worker: int) -> None:
     """Let a loader process end when it cannot hand on a batch, for example because shared memory is full.
 
-    Python would drop the batch and go on, and the main process wait for it for ever. That the main process ends while
-    it takes a batch over is not worth a traceback either.
+    Python would drop the batch and go on, and the main process wait for it for ever. Nor is it worth a traceback that
+    the main process ends while it takes a batch over.
     """
     Queue._on_queue_feeder_error = staticmethod(_end_of_lost_batch)  # type: ignore[attr-defined]
     sys.excepthook = _unless_cut_off

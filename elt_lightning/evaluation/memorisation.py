@@ -18,9 +18,9 @@ from elt_lightning.training.meter import counted
 def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDataModule, batch_size: int) -> None:
     """Write ``nearest.png`` and ``nearest.json``: samples, and what they are nearest to of all training samples.
 
-    Distances are mean squared differences of pixels in [0, 1], between what the tokenizer decodes on both sides, as it
-    is shown, so that a sample of remembered codes is at 0. To compare with, the JSON has those of as many held-out
-    samples: a model that draws what is new to it is about as far from the training samples as they are.
+    Distances are mean squared differences of pixels in [0, 1], between decoded samples on both sides, so that a sample
+    of memorised codes is at 0. For comparison, the JSON has the distances of as many held-out samples: those of a model
+    that draws new ones are about as large.
 
     Args:
         folder: where the files go.

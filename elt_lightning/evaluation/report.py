@@ -88,7 +88,7 @@ class Report:
         return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain data: the content of ``loops.json``."""
+        """Return everything but the pictures as plain data: the content of ``loops.json``."""
         return {name: getattr(self, name) for name in OF_THE_SWEEP} | {
             "rows": [
                 {
@@ -143,7 +143,7 @@ class Report:
         return table
 
     def write(self, folder: Path) -> None:
-        """Write the files, of clips an animated one too; each appears whole or not at all."""
+        """Write the files, for clips an animation too; each appears whole or not at all."""
         with written_aside(folder / "loops.json") as aside:
             aside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
         with written_aside(folder / "loops.csv") as aside:

@@ -47,11 +47,11 @@ class Row:
     given: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def mean(self, name: str) -> float:
-        """Mean of a metric over repeats."""
+        """Return the mean of a metric over repeats."""
         return mean(self.metrics[name])
 
     def std(self, name: str) -> float | None:
-        """Sample standard deviation over repeats, None for one."""
+        """Return the sample standard deviation over repeats, None for a single one."""
         values = self.metrics[name]
         return stdev(values) if len(values) > 1 else None
 
@@ -100,8 +100,8 @@ class Sweep:
             loops: loop count.
             request: of the data module: the labels of the samples with these numbers (B,), and what is given of them.
             context: the precision to run in.
-            progress: called with the number of samples drawn since the last call, over all ranks; as often on every
-                rank, so that it may speak with the others.
+            progress: called with the number of samples drawn since the last call, over all ranks; equally often on
+                every rank, so that it may communicate.
             archive: takes the pictures of the first repeat.
         """
         row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
@@ -149,7 +149,7 @@ class Sweep:
 def keep_pictures(
     row: Row, pixels: Tensor, labels: Tensor, tokenizer: Tokenizer, metrics: Sequence[SampleMetric]
 ) -> None:
-    """Add pixels (n, C, H, W) to the pictures of a row, and what a metric says of each."""
+    """Add pixels (n, C, H, W) to the pictures of a row, and whether a metric finds each right."""
     row.pictures = joined(row.pictures, tokenizer.present(pixels).cpu())
     for metric in metrics:
         correct = metric.correct(pixels.to(metric.device), labels.to(metric.device))

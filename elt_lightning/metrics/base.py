@@ -32,7 +32,7 @@ class SampleMetric(Metric):
 
 
 def scored_as(metric: str, names: Sequence[str]) -> str:
-    """Find a metric among scores whose names may say of how many samples they are: ``fid`` is found as ``fid2k``.
+    """Find a metric among scores whose names may carry a number of samples: ``fid`` is found as ``fid2k``.
 
     Raises:
         ValueError: none of the names is of this metric.

@@ -13,7 +13,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.metrics.torchscript import AT_ONCE, TorchScriptNetwork, clip_bytes
 
 FRAMES = 16
-"""The mean clip that the network takes away has as many."""
+"""Frames of a clip, as many as the mean clip has that the network subtracts."""
 
 
 class C3D(TorchScriptNetwork):

@@ -36,7 +36,7 @@ class DigitNetwork(nn.Module):
         self.classifier = nn.Linear(self.num_features, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, 1, 8, 8) to (n, 64)."""
+        """Return the features before the last layer: (n, 1, 8, 8) to (n, 64)."""
         return self.convolutions(images)
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102

@@ -14,13 +14,13 @@ from elt_lightning.metrics.inception_score import ScoreSums
 from elt_lightning.metrics.reference import InceptionMoments
 
 FULL_COUNT = 50_000
-"""Samples that a score called plainly FID is of."""
+"""Samples behind a score called plainly FID."""
 
 SPLIT_SIZE = 5000
 """Samples in each split of the Inception score, which is the mean over splits."""
 
 MAX_SPLITS = 200
-"""Splits that there is room for."""
+"""The most splits of the Inception score."""
 
 
 def fid_name(count: int, name: str = "fid") -> str:

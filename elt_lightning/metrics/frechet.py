@@ -2,7 +2,7 @@
 
     d² = ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2·(Σ₁Σ₂)^½)      (Dowson and Landau 1982; Heusel et al. 2017)
 
-It is called FID only for Inception features and FVD only for I3D features; any other network gives its own name.
+It is called FID only over Inception features and FVD only over I3D features; any other network has its own name.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ class Moments:
     covariance: Tensor
 
     def to(self, device: torch.device) -> "Moments":
-        """Return the same moments on another device; on the same one, themselves with what was computed of them."""
+        """Return the same moments on another device; on the same one, this object with its cached root."""
         if self.mean.device == device:
             return self
         return Moments(self.mean.to(device), self.covariance.to(device))
@@ -67,7 +67,7 @@ class MomentSums:
         self.count.add_(len(features))
 
     def moments(self) -> Moments:
-        """Mean and covariance of what was taken in.
+        """Return mean and covariance of what was taken in.
 
         Raises:
             ValueError: fewer than two samples.
@@ -79,7 +79,7 @@ class MomentSums:
 
 
 def frechet_distance(first: Moments, second: Moments) -> Tensor:
-    """d² between two Gaussians, in float64.
+    """Return d² between two Gaussians, in float64.
 
     tr (Σ₁Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric, so that rounding
     never makes it complex; eigenvalues that rounding put below zero count as zero.
@@ -140,7 +140,7 @@ class FrechetDistance(FixedPrecisionMetric):
         return MomentSums(self.total, self.total_outer, self.count)
 
     def moments(self) -> Moments:
-        """Mean and covariance of what was taken in; see :meth:`MomentSums.moments`."""
+        """Return mean and covariance of what was taken in; see :meth:`MomentSums.moments`."""
         return self._sums().moments()
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102

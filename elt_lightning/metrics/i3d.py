@@ -19,7 +19,7 @@ SIDE = 224
 """Height and width that the network reads."""
 
 MINIMUM_FRAMES = 9
-"""I3D makes of F frames ⌈F/8⌉ and then averages over pairs of neighbours, so it needs two
+"""I3D reduces F frames to ⌈F/8⌉ and then averages pairs of neighbours, so it needs two
 (google-research/magvit, videogvt/train_lib/frechet_distance.py)."""
 
 

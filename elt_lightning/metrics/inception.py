@@ -263,7 +263,7 @@ class FIDInception(nn.Module):
 
 
 def download_inception(folder: str | Path) -> Path:
-    """Fetch the published weights into a folder, once, and give the file's path.
+    """Fetch the published weights into a folder, once; return the file's path.
 
     Raises:
         UserError: there is no internet, or what came is not the published file.

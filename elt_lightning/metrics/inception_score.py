@@ -40,7 +40,7 @@ class ScoreSums:
         self.counts.index_add_(0, splits, torch.ones_like(splits))
 
     def score(self) -> Tensor:
-        """Mean over the splits that hold samples; mean KL(p‖p̄) = H(p̄) − mean H(p)."""
+        """Return the mean over the splits that hold samples; mean KL(p‖p̄) = H(p̄) − mean H(p)."""
         used = self.counts > 0
         counts = self.counts[used]
         mean = self.probabilities[used] / counts[:, None]

@@ -57,7 +57,7 @@ class MotionNetwork(nn.Module):
         self.classifier = nn.Linear(self.num_features, self.num_classes)
 
     def features(self, clips: Tensor) -> Tensor:
-        """(n, 1 or 3, F, H, W) to (n, 64)."""
+        """Return the features before the last layer: (n, 1 or 3, F, H, W) to (n, 64)."""
         parts = [self.convolutions(_grey(part)) for part in clips.split(AT_ONCE)]
         return torch.cat(parts)
 
@@ -68,7 +68,7 @@ class MotionNetwork(nn.Module):
 def _grey(clips: Tensor) -> Tensor:
     """Turn clips into what the network reads: (n, 1, F, 32, 32) float, of mean 0 and deviation 1 in each clip.
 
-    How bright and how strong a clip is says nothing of its motion, and where it differs the network learns slowly.
+    Brightness and contrast say nothing about motion, and where they differ the network learns slowly.
     """
     pixels = clips / 255 if clips.dtype == torch.uint8 else clips.float()
     small = F.adaptive_avg_pool3d(pixels.mean(1, keepdim=True), (clips.shape[2], SIDE, SIDE))
@@ -85,7 +85,7 @@ def load_or_train_motion_network(
         path: the cached file; give another one for other clips.
         clips: (n, 1 or 3, F, H, W) uint8 or float in [0, 1], for training.
         labels: (n,) int64 in [0, 10), their motions.
-        val_clips: others, that say how well the network reads.
+        val_clips: held-out ones, which test how well the network reads.
         val_labels: their motions.
     """
     network = MotionNetwork()

@@ -22,8 +22,8 @@ from elt_lightning.training.meter import counted
 logger = logging.getLogger(__name__)
 
 MADE_WITH = ("size", "crop", "network", "preparation")
-"""What a file of moments says of how they were made: side of the pictures, how they were brought to it, SHA-256 of the
-network's weights, :data:`PREPARATION`."""
+"""What a file of moments records of how they were made: side of the pictures, how they were brought to it, SHA-256 of
+the network's weights, :data:`PREPARATION`."""
 
 PREPARATION = "bytes, TensorFlow 1 bilinear to 299"
 """How pictures are prepared; part of the names of cached files, so that they go stale when it changes."""
@@ -36,8 +36,8 @@ class InceptionMoments:
     Attributes:
         pool: of the 2048 pooled features, for FID.
         spatial: of the 2023 spatial ones, for sFID; None where a file does not hold them.
-        num_images: how many there were; None where a file does not say.
-        made_with: what they follow from beside the pictures, by the names in :data:`MADE_WITH`, where a file says it.
+        num_images: how many there were; None where a file does not record it.
+        made_with: what else they depend on, by the names in :data:`MADE_WITH`, where a file records it.
     """
 
     pool: Moments
@@ -46,7 +46,7 @@ class InceptionMoments:
     made_with: dict[str, Any] = field(default_factory=dict)
 
     def check(self, name: str, expected: dict[str, Any]) -> None:
-        """Check that samples are prepared and read as these pictures were; the log names what a file does not say.
+        """Check that samples are prepared and read as these pictures were; the log names what a file does not record.
 
         Args:
             name: of the file.
@@ -216,7 +216,7 @@ def _moments(path: str | Path, mean: np.ndarray, covariance: np.ndarray, size: i
     asymmetry = (moments.covariance - moments.covariance.T).abs().max()
     if asymmetry > 1e-6 * moments.covariance.abs().max():
         raise UserError(f"{path}: sigma{suffix} is not symmetric, so it is no covariance: make the file anew")
-    # Of fewer samples than features some variances are 0, and rounding puts them below: so far it is still one.
+    # With fewer samples than features some variances are 0, and rounding may put them a little below.
     slack = 1e-5 * moments.covariance.diagonal().abs().max().clamp(min=1e-12) * torch.eye(size, dtype=torch.float64)
     if torch.linalg.cholesky_ex(moments.covariance + slack).info:
         raise UserError(f"{path}: sigma{suffix} has variances below 0, so it is no covariance: make the file anew")

@@ -64,7 +64,7 @@ class LoopedNetwork(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
-        """Multiply–accumulates of one pass of one sample, attention products included, and a head for each exit."""
+        """Count the multiply–accumulates of one sample's pass, with attention products and a head for each exit."""
 
     @property
     def has_recall(self) -> bool:

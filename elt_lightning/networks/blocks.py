@@ -21,7 +21,7 @@ class Block(nn.Module):
         return None
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates of one application to one sample of ``num_tokens`` tokens, attention included."""
+        """Count the multiply–accumulates of one application to ``num_tokens`` tokens, attention included."""
         raise NotImplementedError
 
 
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def macs(self, num_tokens: int) -> int:
-        """Four projections, and the two products QKᵀ and PV."""
+        """Count four projections, and the two products QKᵀ and PV."""
         width = self.output.in_features
         return 4 * num_tokens * width**2 + 2 * num_tokens**2 * width
 
@@ -61,7 +61,7 @@ class PostNormBlock(Block):
         dropout: on attention weights and on both residual branches.
         residual_scale: α of DeepNet (Wang et al. 2022, arXiv 2203.00555): norm(α·h + f(h)). MaskGIT has 1. Above 1 it
             keeps tokens apart when a narrow stack is applied many times: with 1 their states can grow alike in the
-            first hundred steps, after which attention has nothing to tell apart and training stands still.
+            first hundred steps; attention then cannot tell them apart, and training stalls.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": Ad
 
 
 class LoopedDiT(LoopedNetwork):
-    """Predict from a noisy image or video what the objective asks for, after any number of loops, with one head.
+    """Predict from a noisy image or video what the process asks for, after any number of loops, with one head.
 
     Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep: see
     :func:`from_dit_state_dict`. At the start of training every exit predicts zero.
@@ -48,7 +48,7 @@ class LoopedDiT(LoopedNetwork):
         recall: every loop reads the embedded input again, as :class:`~elt_lightning.networks.recall.ResidualRecall`
             says: D parameters more, and loops beyond those of training go on refining. ELT has none.
         class_std: standard deviation of the class table's initial weights; DiT has 0.02, which suits long trainings of
-            wide networks. From there a training of some hundred steps hardly hears the class; from 1 it does.
+            wide networks. With it a few hundred steps barely teach the class; with 1 they do.
 
     Raises:
         ValueError: the patch does not divide the input, a size is below what it may be, or a choice is unknown.
@@ -168,8 +168,8 @@ class OutputHead(nn.Module):
 
     Args:
         width: D.
-        out_features: numbers in an output patch.
-        condition_width: width of the condition, or None for a norm with weights of its own.
+        out_features: values of an output patch.
+        condition_width: width of the condition, or None for a norm with learned weights.
     """
 
     def __init__(self, width: int, out_features: int, condition_width: int | None) -> None:

@@ -47,18 +47,18 @@ class MaskedTokenEmbedding(nn.Module):
 
 
 def sinusoids(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sines and cosines at ``count`` frequencies 10000^(−i/count), i = 0 … count − 1: (…) to twice (…, count)."""
-    # Multiplied before it is divided, as in DiT: its weights see times of up to 1000, which show the order of rounding.
+    """Return sines and cosines at ``count`` frequencies 10000^(−i/count), i = 0 … count − 1: two (…, count)."""
+    # Multiplied before it is divided, as in DiT: at times of up to 1000 the order of rounding shows.
     exponents = -math.log(10_000.0) * torch.arange(count, dtype=values.dtype, device=values.device) / count
     angles = values[..., None] * torch.exp(exponents)
     return torch.sin(angles), torch.cos(angles)
 
 
 def sine_positions(grid: tuple[int, ...], width: int) -> Tensor:
-    """The fixed position of every token of a grid: (T, D), row-major, as facebookresearch/DiT for two axes.
+    """Return the fixed position of every token of a grid, (T, D), row-major; for two axes as facebookresearch/DiT.
 
-    Each axis has an equal share of the width, the last axis first: sines, then cosines of its coordinate. What the
-    shares leave over is zero.
+    Each axis has an equal share of the width, the last axis first: sines, then cosines of its coordinate. The rest is
+    zero.
 
     Args:
         grid: tokens along each axis, (height, width) or (frames, height, width).
@@ -118,5 +118,5 @@ class TimeClassEmbedding(nn.Module):
         return self.time_out(F.silu(self.time_in(sinusoid))) + self.classes(condition.labels)
 
     def macs(self) -> int:
-        """Multiply–accumulates for one sample."""
+        """Count the multiply–accumulates for one sample."""
         return (self.NUM_SINUSOIDS + self.time_out.in_features) * self.time_out.out_features

@@ -20,7 +20,7 @@ class Layers(nn.ModuleList):
     """Blocks applied one after the other."""
 
     def modulations(self, condition: Tensor | None) -> list[Any]:
-        """Let each block derive from the condition (B, D) what does not change from loop to loop."""
+        """Derive from the condition (B, D) what each block needs and no loop changes."""
         return [block.modulation(condition) for block in self]  # type: ignore[operator]
 
     def forward(self, h: Tensor, modulations: list[Any], recalled: Recalled | None = None) -> Tensor:
@@ -32,7 +32,7 @@ class Layers(nn.ModuleList):
         return h
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates of one application to one sample."""
+        """Count the multiply–accumulates of one application to one sample."""
         return sum(block.macs(num_tokens) for block in self)  # type: ignore[operator]
 
 
@@ -54,7 +54,7 @@ class LoopedStack(nn.Module):
             Memory no longer grows with layers times loops, a step takes about a third longer, gradients are the same.
 
     Raises:
-        ValueError: no layer inside the loop, or fewer than none around it.
+        ValueError: no layer inside the loop, or a negative number around it.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class LoopedStack(nn.Module):
         """Compile the body of one loop with `torch.compile`; names of weights and calls of the stack stay as they are.
 
         The loop itself is left to Python: compiling takes as long as N layers take, whatever L is, and no other loop
-        count compiles anything again. What does are another batch size (from the third on they share a compilation),
-        and training after inference.
+        count compiles anything again. Another batch size does (from the third on they share a compilation), and so does
+        training after inference.
 
         Args:
             mode: of `torch.compile`. Those with CUDA graphs are for sampling few at a time on a GPU, which otherwise
@@ -157,7 +157,7 @@ class LoopedStack(nn.Module):
         return lambda *arguments: functional_call(self.layers, kernels, arguments)
 
     def effective_depth(self, loops: int) -> int:
-        """D = N·L, prelude and coda added where there are any: the layers that one pass goes through."""
+        """Return D = N·L plus prelude and coda: the layers that one pass goes through."""
         return len(self.prelude) + loops * len(self.layers) + len(self.coda)
 
     def macs(self, num_tokens: int, loops: int, num_exits: int = 1) -> int:

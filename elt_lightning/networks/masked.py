@@ -14,6 +14,7 @@ from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.recall import AdditiveRecall
 from elt_lightning.networks.scales import check_possible, layer_shape
 from elt_lightning.processes.conditioning import Condition
+from elt_lightning.processes.masking import check_codebook
 
 
 class LoopedMaskedTransformer(LoopedNetwork):
@@ -63,6 +64,7 @@ class LoopedMaskedTransformer(LoopedNetwork):
         initial_std: float = 0.02,
     ) -> None:
         super().__init__()
+        check_codebook(codebook_size)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
         if not (0 < residual_scale < math.inf and 0 < initial_std < math.inf):

@@ -35,11 +35,11 @@ class ModulatedBlock(Block):
         raise NotImplementedError
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply–accumulates of one application; what is done once per pass is in :meth:`modulation_macs`."""
+        """Count the multiply–accumulates of one application; those once per pass are in :meth:`modulation_macs`."""
         return self.attention.macs(num_tokens) + 2 * num_tokens * self.mlp_in.in_features * self.mlp_in.out_features
 
     def modulation_macs(self) -> int:
-        """Multiply–accumulates of :meth:`modulation` for one sample."""
+        """Count the multiply–accumulates of :meth:`modulation` for one sample."""
         return self.modulate.in_features * self.modulate.out_features
 
 

@@ -44,7 +44,8 @@ class Recall(nn.Module, ABC):
 
     def begin(self, e: Tensor, state: Tensor | None) -> Tensor:
         """Return h_0: the state (B, T, D) that an earlier pass ended with, or zero."""
-        return torch.zeros_like(e) if state is None else state
+        # Where gradients are kept, zero has one too: compiled loops see the first state as they see the others.
+        return torch.zeros_like(e, requires_grad=torch.is_grad_enabled()) if state is None else state
 
     def end(self, e: Tensor, h: Tensor) -> Tensor:
         """Return the state (B, T, D) that another pass may begin from, given h after the last loop."""
@@ -72,8 +73,8 @@ class ResidualRecall(Recall):
 
     The state that is carried is r: in another pass the new input takes the place of the old one entirely.
 
-    a = sigmoid(logit) in (0, 1) is learned, one for each channel. Beginning at 0.7 or 0.9, a model of diffusion is as
-    good from zero, but holds on to what it carries: carried, it is worse at the loop count of training.
+    a = sigmoid(logit) in (0, 1) is learned, one for each channel. Beginning at 0.7 or 0.9, a diffusion model is as good
+    from zero, but worse with the state carried at the loop count of training.
 
     Args:
         width: D.

@@ -32,11 +32,11 @@ SCALES: dict[str, Scale] = {
 def layer_shape(
     scale: str | None, width: int | None, num_heads: int | None, mlp_width: int | None
 ) -> tuple[int, int, int]:
-    """Resolve (width, heads, mlp_width) from a named scale, from explicit numbers, or from a scale with some replaced.
+    """Return (width, num_heads, mlp_width) of a named scale, from explicit numbers, or from a scale with some replaced.
 
     Raises:
         ValueError: the scale is unknown, or neither a scale nor width and num_heads were given, a number is below 1, or
-            heads do not divide width.
+            num_heads does not divide width.
     """
     check_sizes(1, width=width, num_heads=num_heads, mlp_width=mlp_width)
     if scale is not None:
@@ -64,10 +64,10 @@ def check_sizes(smallest: int, **sizes: int | None) -> None:
 
 
 MOST_BYTES = 2**50
-"""Of weights: a pebibyte, beyond any machine."""
+"""Bytes of weights: a pebibyte, beyond any machine."""
 
 MOST_LAYERS = 100_000
-"""As objects of Python these take gigabytes and minutes before the first of them is run."""
+"""As Python objects, so many take gigabytes and minutes before the first of them runs."""
 
 
 def check_possible(num_layers: int, width: int, mlp_width: int) -> None:

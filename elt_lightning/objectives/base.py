@@ -10,7 +10,7 @@ from elt_lightning.processes.base import Process
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A batch made hard, with what is needed to judge a prediction.
+    """A corrupted batch, with what is needed to judge a prediction.
 
     Attributes:
         inputs: what the network sees: tokens (B, T) or noisy latents (B, C, H, W).
@@ -42,8 +42,8 @@ class Objective(ABC):
 
     @abstractmethod
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """L_GT of the paper: (B,) losses of a prediction against the data."""
+        """Return L_GT of the paper: (B,) losses of a prediction against the data."""
 
     @abstractmethod
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
-        """L_dist of the paper: (B,) losses of the student's prediction against the teacher's, detached here."""
+        """Return L_dist of the paper: (B,) losses of the student against the teacher, which is detached here."""

@@ -20,8 +20,8 @@ class DiffusionObjective(Objective):
 
     L_GT = w(t)·‖x̂_L − x‖² and L_dist = w(t)·‖x̂_L − x̂_teacher‖², with the one w(t) for both; means over a sample's
     elements, where the paper writes sums. For a network that predicts v or ε the same numbers are computed from the
-    errors of v or ε: at one z, x̂ is linear in them with the slope −σ or −σ/α, and w(t) takes the square of that slope
-    in. Subtracting two x̂ that are nearly equal would lose digits where there is little noise.
+    errors of v or ε: at one z, x̂ is linear in them with slope −σ or −σ/α, whose square goes into w(t). Subtracting two
+    nearly equal x̂ would lose digits where there is little noise.
 
     Args:
         process: what the network predicts, "x", "v" or "epsilon", and a :class:`ShiftedCosine`.
@@ -49,9 +49,9 @@ class DiffusionObjective(Objective):
         return Corrupted(inputs=add_noise(clean, noise, alpha, sigma), target=target, weight=weight, time=time)
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """w(t)·‖x̂ − x‖², mean over elements: prediction (B, …) to (B,)."""
+        """Return w(t)·‖x̂ − x‖², mean over elements: prediction (B, …) to (B,)."""
         return weighted_square_error(prediction, corrupted.target, corrupted.weight)
 
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
-        """w(t)·‖x̂_student − x̂_teacher‖², mean over elements: (B, …) twice to (B,)."""
+        """Return w(t)·‖x̂_student − x̂_teacher‖², mean over elements: (B, …) twice to (B,)."""
         return weighted_square_error(student, teacher.detach(), corrupted.weight)

@@ -46,9 +46,9 @@ class FlowMatchingObjective(Objective):
         )
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """‖û − u‖², mean over elements: prediction (B, …) to (B,)."""
+        """Return ‖û − u‖², mean over elements: prediction (B, …) to (B,)."""
         return weighted_square_error(prediction, corrupted.target, corrupted.weight)
 
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
-        """‖û_student − û_teacher‖², mean over elements: (B, …) twice to (B,)."""
+        """Return ‖û_student − û_teacher‖², mean over elements: (B, …) twice to (B,)."""
         return weighted_square_error(student, teacher.detach(), corrupted.weight)

@@ -17,7 +17,7 @@ from elt_lightning.processes.noise import Stream, integer
 Mode = Literal["ilsd", "vanilla", "ground_truth", "distillation", "deep_supervision"]
 
 MOST_LOOPS = 10**6
-"""What anybody waits for; the activations of so many are beyond any machine in training."""
+"""The most loops: nobody waits longer, and no machine holds the activations of so many in training."""
 
 
 class ILSD:
@@ -52,8 +52,8 @@ class ILSD:
     def student_exits(self, seed: int, step: int) -> tuple[int, ...]:
         """Choose the students of an optimiser step: L_int ~ Uniform{L_min, …, L_max − 1}.
 
-        A hash of (seed, step), so that every rank and every accumulated micro-batch takes the same one, and resuming
-        restores it.
+        It is a hash of (seed, step): every rank and every accumulated micro-batch takes the same one, and so does a
+        resumed run.
         """
         if self.max_loops == 1 or self.mode == "vanilla":
             return ()
@@ -62,7 +62,7 @@ class ILSD:
         return (integer(seed, step, Stream.STUDENT_EXIT, self.min_loops, self.max_loops),)
 
     def ground_truth_weight(self, progress: float) -> float:
-        """λ = 1 − step/total: the student's weight on the data at a progress in [0, 1] of training."""
+        """Return λ = 1 − step/total, the student's weight on the data, at a progress in [0, 1] of training."""
         fixed = {"ground_truth": 1.0, "distillation": 0.0, "deep_supervision": 1.0}
         return fixed.get(self.mode, 1.0 - min(max(progress, 0.0), 1.0))
 

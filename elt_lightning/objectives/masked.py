@@ -48,11 +48,11 @@ class MaskedObjective(Objective):
         return Corrupted(inputs=self.hide(x, masked), target=x, weight=weight.float())
 
     def ground_truth(self, prediction: Tensor, corrupted: Corrupted) -> Tensor:
-        """−log P(y_i | x_mask), mean over the sample's positions that count: logits (B, T, V) to (B,)."""
+        """Return −log P(y_i | x_mask), mean over the sample's positions that count: logits (B, T, V) to (B,)."""
         return self._mean_cross_entropy(prediction, corrupted.target, corrupted.weight, self.label_smoothing)
 
     def distillation(self, student: Tensor, teacher: Tensor, corrupted: Corrupted) -> Tensor:
-        """−Σ_v P_teacher(v) · log P_student(v), mean over the same positions: logits (B, T, V) twice to (B,)."""
+        """Return −Σ_v P_teacher(v) · log P_student(v), mean over the same positions: logits (B, T, V) twice to (B,)."""
         return self._mean_cross_entropy(student, teacher.detach().float().softmax(-1), corrupted.weight, 0.0)
 
     @staticmethod

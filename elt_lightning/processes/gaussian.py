@@ -2,7 +2,7 @@
 
 Letters: x clean data, ε standard normal noise, z their mixture, α and σ their amounts, logsnr = log(α²/σ²), B batch.
 Time 0 is clean, time 1 is noise. Everything is computed in float32, or float64 where that is what comes in, whatever
-precision a network runs in: at the ends of time a or s is only 5·10⁻⁴.
+precision a network runs in: at the ends of time α or σ is only 5·10⁻⁴.
 """
 
 import math
@@ -31,7 +31,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (alpha, sigma) at a log signal-to-noise ratio of any shape."""
+        """Return (α, σ) at a log signal-to-noise ratio of any shape."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class ShiftedCosine(NoiseSchedule):
 class StraightPath(NoiseSchedule):
     """The straight path of flow matching: σ = s₀ + t·(1 − 2·s₀) and α = 1 − σ.
 
-    The margin s₀ = sigmoid(−limit/2) keeps alpha and sigma from vanishing at the ends; without it σ would be t.
+    The margin s₀ = sigmoid(−limit/2) keeps α and σ from vanishing at the ends; without it σ would be t.
 
     Attributes:
-        limit: logsnr at time 0, and less the sign at time 1; 15 makes s₀ 5·10⁻⁴.
+        limit: logsnr at time 0; minus it at time 1. 15 makes s₀ 5·10⁻⁴.
     """
 
     limit: float = 15.0
@@ -111,7 +111,7 @@ class StraightPath(NoiseSchedule):
 
 
 class GaussianProcess(Process):
-    """Mix data with noise along a schedule, and learn one quantity that tells them apart.
+    """Mix data with noise along a schedule; a network predicts one quantity that separates them.
 
     Args:
         prediction: what the network predicts; "velocity" where the schedule is a :class:`StraightPath`.
@@ -132,7 +132,7 @@ class GaussianProcess(Process):
             )
 
     def amounts_at(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (alpha, sigma) at times in [0, 1] of any shape."""
+        """Return (α, σ) at times in [0, 1] of any shape."""
         return self.schedule.amounts(self.schedule.logsnr(time))
 
     def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
@@ -164,7 +164,7 @@ def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: 
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Corrupt: z = α·x + σ·ε for (B, …), alpha and sigma (B,)."""
+    """Return z = α·x + σ·ε for x and ε (B, …), α and σ (B,)."""
     return _per_sample(alpha, clean) * clean + _per_sample(sigma, clean) * noise
 
 
@@ -202,7 +202,7 @@ def clean_and_noise(
 
 
 def weighted_square_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """w·‖prediction − target‖² as a mean over each sample's elements: (B, …) twice and (B,) to (B,)."""
+    """Return w·‖prediction − target‖² as a mean over each sample's elements: (B, …) twice and (B,) to (B,)."""
     error = F.mse_loss(_precise(prediction), _precise(target), reduction="none")
     return weight * error.flatten(1).mean(1)
 

@@ -11,6 +11,17 @@ from torch import Tensor
 from elt_lightning.processes.base import Process
 
 
+def check_codebook(size: int | None) -> int:
+    """Return the size of the codebook.
+
+    Raises:
+        ValueError: there is none, as data that are continuous have none.
+    """
+    if size is None:
+        raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
+    return size
+
+
 class MaskingProcess(Process):
     """Hide tokens behind a mask token.
 
@@ -24,9 +35,7 @@ class MaskingProcess(Process):
     codebook_size: int
 
     def __init__(self, codebook_size: int) -> None:
-        if codebook_size is None:  # what data without a codebook say
-            raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
-        self.codebook_size = codebook_size
+        self.codebook_size = check_codebook(codebook_size)
 
     def hide(self, tokens: Tensor, masked: Tensor) -> Tensor:
         """Put the mask token where ``masked`` is true: (B, T) int64 and (B, T) bool to (B, T)."""
@@ -38,7 +47,7 @@ class MaskingProcess(Process):
 
 
 def cosine_mask_ratio(progress: Tensor) -> Tensor:
-    """γ(r) = cos(π/2·r): 1 (all hidden) at r = 0, 0 at r = 1. Any shape in, the same shape out."""
+    """Return γ(r) = cos(π/2·r): 1 (all hidden) at r = 0, 0 at r = 1. Any shape in, the same shape out."""
     return torch.cos(progress * (math.pi / 2))
 
 
@@ -57,9 +66,9 @@ def random_mask(ratio: Tensor, scores: Tensor) -> Tensor:
 
 
 def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_steps: int) -> Tensor:
-    """How many tokens stay masked after step k (0-based) of K: max(1, min(u − 1, ⌊U·cos(π/2·(k+1)/K)⌋)).
+    """Return how many tokens stay masked after step k (0-based) of K: max(1, min(u − 1, ⌊U·cos(π/2·(k+1)/K)⌋)).
 
-    Nothing stays masked after the last step, and where nothing was masked there is nothing to do.
+    Nothing stays masked after the last step, or where nothing was masked.
 
     Args:
         num_unknown: (B,) int64, U: tokens unknown when sampling started.
@@ -77,5 +86,5 @@ def num_still_masked(num_unknown: Tensor, num_masked: Tensor, step: int, num_ste
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """The place of each score in ascending order within its row: (B, T) to (B, T) int64, 0 for the lowest."""
+    """Return each score's place in ascending order within its row: (B, T) to (B, T) int64, 0 for the lowest."""
     return scores.argsort(dim=1, stable=True).argsort(dim=1)

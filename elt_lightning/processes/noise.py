@@ -46,7 +46,7 @@ class Stream(IntEnum):
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
-    """Return each sample its own 63-bit seed: the run's seed in the high half, the sample's index in the low half.
+    """Return a 63-bit seed for each sample: the run's seed in the high half, the sample's index in the low half.
 
     Args:
         seed: the run's seed, 0 ≤ seed < 2³¹.
@@ -132,7 +132,7 @@ def categorical(logits: Tensor, number: Tensor) -> Tensor:
 def over_steps(draw: Draw, seeds: Tensor, num_steps: int, stream: Stream, shape: tuple[int, ...]) -> Tensor:
     """Draw for the steps 0 … K − 1 at once: (K, B, *shape), whose k-th is ``draw(seeds, k, stream, shape)``.
 
-    That launches the operations of one draw in place of those of K.
+    This launches the operations of one draw instead of K.
     """
     steps = torch.arange(num_steps, device=seeds.device)[:, None].expand(-1, len(seeds))
     return draw(seeds.repeat(num_steps), steps.flatten(), stream, shape).unflatten(0, steps.shape)

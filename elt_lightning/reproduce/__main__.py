@@ -2,9 +2,9 @@
 
 python -m elt_lightning.reproduce table 1 --imagenet data/imagenet --vqgan vqgan.bin
 
-`make table1` and its like type this. What is trained goes on where it was interrupted; models whose data are not there
+`make table1` and its like run this. Training resumes where it was interrupted; models whose data are not there
 (no --vqgan, --vae, or folder of --ucf101) are not trained, and only what was measured before is rendered. With --smoke
-small models on data that the project makes stand in, and every title says so.
+small models on data that the project makes stand in, and every title is marked.
 """
 
 import argparse

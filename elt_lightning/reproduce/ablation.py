@@ -5,9 +5,9 @@ runs and results. It says which config every arm trains (``config``), with which
 ``arms``, which ``metrics`` to show, and under ``prepare`` the module, with its flags, that makes data which are not
 there, where there is a run to do.
 
-Every run is an `elt fit` and an `elt test` in processes of their own. What it measured is a file of its own below the
-results, ``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted,
-and may go on in another clone. The summary is of the seeds that every arm has.
+Every run is an `elt fit` and an `elt test`, each in its own process. Its measurements are one file below the results,
+``runs/<arm>_seed<seed>.json``. A run that has one is not done again, so that an ablation may be interrupted, and may go
+on in another clone. The summary is of the seeds that every arm has.
 """
 
 import argparse
@@ -42,7 +42,7 @@ BEYOND_TRAINING = 2
 """Loop counts are measured up to so many above L_max."""
 
 COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
-"""Of a row of ``loops.json``, what does not depend on the seed; records of before there was recall lack the last."""
+"""What does not depend on the seed in a row of ``loops.json``; records made before recall lack the last."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Arm:
     recall: bool = False
 
     def loops(self) -> list[int]:
-        """Loop counts to measure; a model that never looped is measured as it was trained."""
+        """Return the loop counts to measure; a model that never looped is measured as it was trained."""
         every = [1] if self.max_loops == 1 else list(range(1, self.max_loops + BEYOND_TRAINING + 1))
         return self.test_loops or every
 
     def flags(self) -> list[str]:
-        """What sets this arm apart on the command line of `elt fit`."""
+        """Return what sets this arm apart on the command line of `elt fit`."""
         return [
             f"--model.network.init_args.num_layers={self.num_layers}",
             f"--model.distillation.max_loops={self.max_loops}",
@@ -117,7 +117,7 @@ def main() -> None:
         try:
             for number, run in enumerate(as_completed(runs_to_do), start=1):
                 print(f"[{number}/{len(pairs)}] {run.result()}", flush=True)
-        finally:  # after an error nothing new is begun, and what there is is laid out
+        finally:  # after an error nothing new is begun; finished runs are still laid out
             pool.shutdown(wait=False, cancel_futures=True)
             write_results(title, config, arms, output)
     print("\n".join(str(output / f"ablation.{ending}") for ending in ("png", "md", "json")))
@@ -202,7 +202,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
 
 
 def record_path(output: Path, arm: Arm, seed: int) -> Path:
-    """Where a run's measurements are."""
+    """Return where a run's measurements are."""
     return output / "runs" / f"{arm.name}_seed{seed}.json"
 
 
@@ -255,7 +255,7 @@ def elt(*arguments: str) -> None:
     """Run `elt` with one thread.
 
     Raises:
-        UserError: it failed; with the end of what it said.
+        UserError: it failed; with the end of its output.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "elt_lightning", *arguments]

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,17 @@ EXPERIMENTS = {
     "ablation_video": "masked clips, moving digits",
     "ablation_sudoku": "masked puzzles, sudoku",
     "ablation_terms": "masked images in shorter runs, Latin squares",
+    "recall": "recall on masked images, Latin squares",
+    "recall_diffusion": "recall in diffusion, Latin squares",
+    "recall_video": "recall on masked clips, moving digits",
+    "recall_sudoku": "recall on puzzles, sudoku",
 }
 """Folders of results, and what was trained there: the family, then the data."""
 
-ALL = tuple(EXPERIMENTS)
+RECALL = tuple(name for name in EXPERIMENTS if name.startswith("recall"))
+"""Experiments that go beyond the paper, to 32 loops."""
+
+ALL = tuple(name for name in EXPERIMENTS if name not in RECALL)
 LONG = ("ablation", "ablation_diffusion", "ablation_video", "ablation_sudoku")
 ONE_LAYER = ("ablation", "ablation_terms")
 """Experiments with an arm of a single layer."""
@@ -58,6 +65,9 @@ tables are in [tables](tables), curves of the small configs in [curves](curves).
 
 KEPT = 0.9
 """A loop count keeps the quality of L_max where it has this share of it."""
+
+UNHURT = 0.95
+"""A loop count beyond training does not hurt where it has this share of the quality of L_max."""
 
 HARDLY = 0.2
 """An arm hardly learned where at its own L_max it has less than this share of the best arm's score."""
@@ -89,7 +99,8 @@ class Arm:
         label: for readers.
         max_loops: L_max.
         depth: N·L_max, the layers that a pass of training goes through.
-        scores: {loops: a score for each seed}.
+        scores: {loops: a score for each seed}, each sampling step's loop begun from zero.
+        carried: the same with the state carried from step to step; empty where that was not measured.
         higher_is_better: the direction of the scores.
         val: {loops: losses over training, a row for each step and a column for each seed}.
     """
@@ -100,6 +111,7 @@ class Arm:
     scores: dict[int, pd.Series]
     higher_is_better: bool
     val: dict[int, pd.DataFrame]
+    carried: dict[int, pd.Series]
 
     def at(self, loops: int) -> pd.Series:
         """Return the scores at a loop count.
@@ -109,12 +121,16 @@ class Arm:
         """
         return measured(self.scores, loops)
 
-    def keeps(self, loops: int) -> pd.Series:
-        """Return for each seed whether quality at a loop count is at least :data:`KEPT` of that at L_max."""
+    def with_carried_state(self) -> "Arm":
+        """Return the same arm as it was measured with the state carried."""
+        return replace(self, label=f"{self.label}, carried", scores=self.carried)
+
+    def keeps(self, loops: int, share: float = KEPT) -> pd.Series:
+        """Return for each seed whether quality at a loop count is at least a share of that at L_max."""
         score, full = self.at(loops), self.at(self.max_loops)
         if not self.higher_is_better:
             score, full = full, score
-        return (score / full.where(full != 0)) >= KEPT
+        return (score / full.where(full != 0)) >= share
 
     def losses(self) -> pd.DataFrame:
         """Return the held-out loss at L_max over training.
@@ -168,7 +184,7 @@ class Experiment:
         raise NotMeasuredError
 
     def reservation(self, arm: Arm) -> str:
-        """Return in how many seeds an arm hardly learned; of distances that is not told."""
+        """Return a note of the seeds in which an arm hardly learned; none where the metric is a distance."""
         if not arm.higher_is_better:
             return ""
         best = pd.DataFrame([other.at(other.max_loops) for other in self.arms.values()]).max()
@@ -252,12 +268,12 @@ def spread(values: pd.Series, digits: int = 1) -> str:
 
 
 def ahead(one: Arm, at: int, other: Arm, other_at: int) -> pd.Series:
-    """By how much one arm is better than another, for each seed: above 0 is better, whatever the metric's direction."""
+    """Return for each seed how much better one arm is: above 0 is better, whatever the metric's direction."""
     return (1 if one.higher_is_better else -1) * (one.at(at) - other.at(other_at))
 
 
 def every(columns: Iterable[pd.Series]) -> pd.Series:
-    """For each seed, whether all of several things hold."""
+    """Return for each seed whether all of several things hold."""
     return pd.DataFrame(list(columns)).all()
 
 
@@ -411,6 +427,67 @@ claim("arXiv 2609.40305", "ILSD is better on average over L up to L_max", ("abla
 )
 
 
+@claim(
+    "Beyond the paper, R1",
+    f"no L from L_max to 8·L_max has less than {100 * UNHURT:.0f} % of the score at L_max",
+    RECALL,
+)
+def more_loops_never_hurt(experiment: Experiment) -> Finding:
+    """With recall, more loops than in training never hurt."""
+    ours, paper = experiment.arm("recall_ilsd"), experiment.arm("ilsd")
+    counts = [count for count in sorted(ours.scores) if ours.max_loops <= count <= 8 * ours.max_loops]
+    holds = every(ours.keeps(count, UNHURT) for count in counts)
+    beside = paper.show(*(count for count in counts if count in paper.scores))
+    return Finding(f"{ours.label} {ours.show(*counts)}; {paper.label} {beside}", holds)
+
+
+@claim("Beyond the paper, R2", "recall from zero is at least as good as the paper's recipe at L_max", RECALL)
+def recall_costs_nothing(experiment: Experiment) -> Finding:
+    """Recall costs nothing at the loop count of training."""
+    return compared(experiment.arm("recall_ilsd"), experiment.arm("ilsd"), lambda full: (full, full))
+
+
+@claim("Beyond the paper, R3", "recall at L_max/2, carried, is at least as good as the paper's recipe at L_max", RECALL)
+def half_the_loops_do(experiment: Experiment) -> Finding:
+    """With the state carried, half the loops do."""
+    ours = experiment.arm("recall_ilsd").with_carried_state()
+    return compared(ours, experiment.arm("ilsd"), lambda full: (full // 2, full))
+
+
+@claim("Beyond the paper, R4", "one carried loop has twice the recipe's score at L = 1, or 80 % of it at L_max", RECALL)
+def one_carried_loop_is_a_model(experiment: Experiment) -> Finding:
+    """With the state carried, one loop is a usable model."""
+    ours, paper = experiment.arm("recall_ilsd").with_carried_state(), experiment.arm("ilsd")
+    one, its_one, full = ours.at(1), paper.at(1), paper.at(paper.max_loops)
+    holds = (
+        (one >= 2 * its_one) | (one > 0.8 * full)
+        if ours.higher_is_better
+        else (2 * one <= its_one) | (one < full / 0.8)
+    )
+    return Finding(f"{ours.label} {ours.show(1)}; {paper.label} {paper.show(1, paper.max_loops)}", holds)
+
+
+@claim(
+    "Beyond the paper, R5",
+    "recall with ILSD is better than recall with deep supervision, mean over L = 1 … L_max",
+    RECALL,
+)
+def ilsd_suits_recall(experiment: Experiment) -> Finding:
+    """With recall, ILSD is the better way to train the students."""
+    ours, other = experiment.arm("recall_ilsd"), experiment.arm("recall_deep_supervision")
+    counts = [count for count in sorted(ours.scores) if count <= ours.max_loops]
+    gaps = pd.DataFrame([ahead(ours, count, other, count) for count in counts]).mean()
+    return Finding(f"{ours.label} {ours.show(*counts)}; {other.label} {other.show(*counts)}", gaps > 0, gaps)
+
+
+def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
+    """Compare two arms, at loop counts that are a function of L_max: for each seed whether ours is at least as good."""
+    here, there = loops(paper.max_loops)
+    gaps = ahead(ours, here, paper, there)
+    text = f"{ours.label} {ours.show(here)} at L = {here}; {paper.label} {paper.show(there)} at L = {there}"
+    return Finding(text, gaps >= 0, gaps)
+
+
 def main() -> None:
     """Write the page.
 
@@ -458,10 +535,16 @@ def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: st
         label=arm["label"],
         max_loops=settings["max_loops"],
         depth=settings["num_layers"] * settings["max_loops"],
-        scores={row["loops"]: pd.Series(row["metrics"][metric]) for row in arm["rows"]},
+        scores=scores_of(arm["rows"], metric, carried=False),
+        carried=scores_of(arm["rows"], metric, carried=True),
         higher_is_better=summary["higher_is_better"],
         val=val,
     )
+
+
+def scores_of(rows: list[dict[str, Any]], metric: str, carried: bool) -> dict[int, pd.Series]:
+    """Return {loops: a score for each seed} of the rows that were measured from zero, or with the state carried."""
+    return {row["loops"]: pd.Series(row["metrics"][metric]) for row in rows if bool(row.get("carry_state")) == carried}
 
 
 def page(results: Path, benchmarks: Path) -> str:

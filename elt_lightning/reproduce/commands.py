@@ -1,4 +1,4 @@
-"""The commands of `elt` that an experiment types, each where its work is not done yet."""
+"""The commands of `elt` that an experiment runs, each where its work is not done yet."""
 
 import shlex
 from pathlib import Path

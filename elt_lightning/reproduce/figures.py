@@ -4,7 +4,7 @@ Figures 4, 5, 7, 8 and 13 read ``<measured>/<model>/test*/loops.json``, and of o
 ``<measured>/<mode>/<model>/test*/loops.json``; at small scale they read ``<measured>/ablation*/ablation.json``:
 Latin squares and sudokus, and moving digits for clips.
 Figure 6 reads the TensorBoard files of ``<measured>/<model>``. Figure 14 reads ``update_norms.csv``, Figure 1 draws
-samples of two checkpoints. Only what is marked so in the legend is the paper's.
+samples of two checkpoints. The paper's points are marked as such in the legend.
 """
 
 import json
@@ -115,7 +115,7 @@ COLUMNS = (
     "params",  # of the shared backbone; the paper's own count in its points
     "gmacs_per_sample",  # 10⁹ multiply–accumulates of drawing a sample
 )
-"""Of a table of points: a line is a point of a figure, and of the CSV behind it."""
+"""Columns of a table of points: a row is a point of a figure and of the CSV behind it."""
 
 
 def points_of(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def with_paper(points: pd.DataFrame, sources: Sources, paper: Sequence[dict[str,
 
 
 def pareto_points(sources: Sources) -> pd.DataFrame:
-    """Figure 4: quality against compute, beside the paper's fit (second-hand)."""
+    """Return Figure 4: quality against compute, beside the paper's fit (second-hand)."""
     fit = [10 ** (2 + 0.1 * place) for place in range(21)]
     name = "second-hand fit, compute as the paper counts it"
     paper = [of_the_paper(name, FIGURE_4.fid(gflops), gmacs_per_sample=gflops) for gflops in fit]
@@ -231,7 +231,7 @@ def pareto_points(sources: Sources) -> pd.DataFrame:
 
 
 def budget_points(sources: Sources) -> pd.DataFrame:
-    """Figure 5: each model at its best loop count, in order of parameters, beside Tables 1 and 2."""
+    """Return Figure 5: each model at its best loop count, in order of parameters, beside Tables 1 and 2."""
     best = best_first(read_points(sources)).drop_duplicates(["family", "metric", "series"])
     best["series"] = ["looped" if loops > 1 else "unlooped" for loops in best["train_loops"]]
     paper = [
@@ -244,7 +244,7 @@ def budget_points(sources: Sources) -> pd.DataFrame:
 
 
 def convergence_points(sources: Sources) -> pd.DataFrame:
-    """Figure 6: validation over training, each model at its largest loop count."""
+    """Return Figure 6: validation over training, each model at its largest loop count."""
     models = ("unlooped", "ilsd") if sources.small_scale else ("dit_32", *FIGURE_6)
     lines = []
     for model in models:
@@ -274,7 +274,7 @@ def convergence_points(sources: Sources) -> pd.DataFrame:
 
 
 def clip_points(sources: Sources) -> pd.DataFrame:
-    """Figure 7: one model at every loop count, beyond those of training too."""
+    """Return Figure 7: one model at every loop count, beyond those of training too."""
     points = read_points(sources)
     best = {"family": "video", "metric": "fvd", "loops": FIGURE_7.loops, "train_loops": FIGURE_7.train_loops}
     measured = points[(points["train_loops"] > 1) & (points["family"] == "video")]
@@ -282,7 +282,7 @@ def clip_points(sources: Sources) -> pd.DataFrame:
 
 
 def looped_points(*modes: str) -> Callable[[Sources], pd.DataFrame]:
-    """Figures 8 and 13: quality per loop count for some ways of training."""
+    """Return Figures 8 and 13: quality per loop count for some ways of training."""
 
     def read(sources: Sources) -> pd.DataFrame:
         points = read_points(sources, modes)
@@ -372,7 +372,7 @@ def pareto_front(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_samples(sources: Sources) -> tuple[Figure, pd.DataFrame]:
-    """Figure 1: the same classes and seeds from two checkpoints, from a quarter of L_max to a quarter beyond it."""
+    """Draw Figure 1: the same classes and seeds from two checkpoints, from L_max/4 to 5/4·L_max."""
     rows: dict[str, Tensor] = {}
     lines = []
     for label, path in (("ILSD", sources.ilsd), ("vanilla", sources.vanilla)):
@@ -388,7 +388,7 @@ def draw_samples(sources: Sources) -> tuple[Figure, pd.DataFrame]:
 
 
 def draw_norms(sources: Sources) -> tuple[Figure, pd.DataFrame]:
-    """Figure 14: what `update_norms` measured, at the loop count of training."""
+    """Draw Figure 14: what `update_norms` measured, at the loop count of training."""
     lines = pd.read_csv(sources.norms)
     loops = int(lines["loop"].max())
     norms = torch.tensor(lines["update_norm"].to_numpy()).view(-1, loops)

@@ -205,7 +205,7 @@ class ParetoFit:
     floor: float
 
     def fid(self, gflops: float) -> float:
-        """FID at a compute of ``gflops`` for each sample, counted as in :attr:`Row.gflops`."""
+        """Return the FID at a compute of ``gflops`` for each sample, counted as in :attr:`Row.gflops`."""
         return self.factor * gflops**self.exponent + self.floor
 
 

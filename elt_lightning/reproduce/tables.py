@@ -139,12 +139,12 @@ class Table:
 
     @property
     def title(self) -> str:
-        """Return what it is; of small models, first of all that."""
+        """The title; small models are named as such."""
         what = f", {SMALL_SCALE}" if self.small_scale else f": {TITLES[self.number]}"
         return f"Table {self.number}{what}"
 
     def flat_rows(self) -> list[dict[str, str | float | None]]:
-        """Return rows as plain numbers by ``<quantity>_<kind>``; a column with spreads has another one for them."""
+        """Return rows as plain numbers by ``<quantity>_<kind>``; spreads have columns of their own."""
         flat: list[dict[str, str | float | None]] = []
         spreads = {column for cells in self.rows.values() for column, cell in cells.items() if cell.spread is not None}
         for model, cells in self.rows.items():

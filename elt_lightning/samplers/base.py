@@ -79,7 +79,7 @@ class Sampler(ABC):
             condition: labels (B,).
             loops: a number, or one per sampling step.
             seeds: (B,) int64 per-sample seeds; sample i depends on seeds[i] alone.
-            known: (B, *shape) what is given and must stay, marked as the sampler says; None for nothing.
+            known: (B, *shape) what is given and must stay, the mask token or NaN elsewhere; None for nothing.
 
         Returns:
             (B, *shape) tokens or latents.
@@ -130,9 +130,9 @@ class Sampler(ABC):
 
 
 class GuidedSteps:
-    """What a sampler asks of the network, step after step: guided predictions, with the loop's state carried along.
+    """Guided predictions of the network, step after step, with the loop's state carried along.
 
-    Both branches of guidance go through the network in one batch, and each has a state of its own. Where guidance
+    Both branches of guidance go through the network in one batch, each with its own state. Where guidance
     begins to act after the first step, its null branch begins from the state of the other one, which has seen the same
     input: both tend to fixed points that differ by the class alone.
 

@@ -32,7 +32,7 @@ class Guidance:
             raise ValueError(f"guidance needs an interval (from, to) with 0 <= from < to <= 1, not {self.interval}")
 
     def scale_at(self, step: int, num_steps: int) -> float:
-        """s_k at step k (0-based) of K."""
+        """Return s_k at step k (0-based) of K."""
         progress = (step + 1) / num_steps
         if self.schedule == "linear":
             return 1 + (self.scale - 1) * progress
@@ -46,7 +46,7 @@ class Guidance:
         return self.scale != 1.0 and first <= step / num_steps < end
 
     def branches(self, step: int, num_steps: int) -> int:
-        """Return how many times the network sees each sample at step k of K; at s_k = 0 its null class is all."""
+        """Return how many times the network sees each sample at step k of K; at s_k = 0 with the null class alone."""
         return 2 if self.acts(step, num_steps) and self.scale_at(step, num_steps) != 0 else 1
 
     def combine(self, conditional: Tensor, null: Tensor, step: int, num_steps: int) -> Tensor:

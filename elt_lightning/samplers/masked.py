@@ -81,9 +81,9 @@ class MaskGITSampler(Sampler):
         return tokens
 
     def temperature(self, step: int) -> float:
-        """STemp of step k (0-based)."""
+        """Return STemp of step k (0-based)."""
         return self.temperature_bias + self.temperature_scale * self._to_come(step)
 
     def _to_come(self, step: int) -> float:
-        """Share of the steps that come after step k: 1 − (k + 1)/K."""
+        """Return the share of the steps that come after step k: 1 − (k + 1)/K."""
         return 1 - (step + 1) / self.steps

@@ -17,11 +17,11 @@ class PixelScaling(ImageTokenizer):
     latent_channels = 3
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) float in [0, 1] to the same shape in [−1, 1]."""
+        """Scale (B, C, H, W) float in [0, 1] to the same shape in [−1, 1]."""
         return 2 * pixels - 1
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, C, H, W) float to the same shape in [0, 1]; a sample's values beyond ±1 are cut off."""
+        """Scale (B, C, H, W) float back to [0, 1]; a sample's values beyond ±1 are cut off."""
         return ((codes + 1) / 2).clamp(0, 1)
 
     def description(self) -> dict[str, Any]:  # noqa: D102

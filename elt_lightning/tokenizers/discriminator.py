@@ -2,7 +2,7 @@
 
 Layers and initialisation: github.com/google-research/magvit, videogvt/models/stylegan_discriminator_3d.py and
 stylegan_discriminator_2d.py. It is StyleGAN2's residual discriminator without its statistics over the batch: each block
-halves every side, and the way past is averaged as the block is. MAGVIT's 3-D blocks average 2×2×2 cells; ``blur``
+halves every side, and the shortcut is averaged as the block is. MAGVIT's 3-D blocks average 2×2×2 cells; ``blur``
 smooths with [1, 2, 1] / 4 along every side before, which makes [1, 3, 3, 1] / 8 of the two together: the blur of
 StyleGAN2 and of MaskGIT's VQGAN.
 """
@@ -60,7 +60,7 @@ class Discriminator(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with halving between them, and a way past; their sum is scaled to keep its variance."""
+    """Two convolutions with halving between them, and a shortcut; their sum is scaled to keep its variance."""
 
     def __init__(self, dimensions: int, channels_in: int, channels_out: int, blur: bool) -> None:
         super().__init__()

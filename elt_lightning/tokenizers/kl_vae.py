@@ -55,7 +55,7 @@ class KLAutoencoder(ImageTokenizer):
                     folder,
                     use_safetensors=self.file.suffix == ".safetensors",
                     low_cpu_mem_usage=False,  # the other way needs one more package
-                    ignore_mismatched_sizes=True,  # refused below, as are tensors that diffusers would make up
+                    ignore_mismatched_sizes=True,  # refused below, as are tensors that diffusers would invent
                     output_loading_info=True,
                 )
         except (OSError, ValueError, RuntimeError) as error:
@@ -73,11 +73,11 @@ class KLAutoencoder(ImageTokenizer):
         self.latent_channels = self.vae.config.latent_channels
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [0, 1] to ``scale`` · mean of the encoder's Gaussian, (B, C, H/R, W/R) float."""
+        """Encode (B, 3, H, W) float in [0, 1] to ``scale`` · mean of the encoder's Gaussian, (B, C, H/R, W/R)."""
         return self.latent_scale * self.gaussian(pixels).mean
 
     def store(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [0, 1] to (B, 2·C, H/R, W/R) float16: means, then standard deviations, not scaled.
+        """Encode (B, 3, H, W) in [0, 1] to (B, 2·C, H/R, W/R) float16: means, then standard deviations, not scaled.
 
         The standard deviations lie in [e⁻¹⁵, e¹⁰], within what float16 can hold.
         """
@@ -89,10 +89,10 @@ class KLAutoencoder(ImageTokenizer):
         return self.vae.encode((2 * pixels - 1).to(self.vae.dtype)).latent_dist
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, C, rows, columns) float, scaled as :meth:`encode` gives them, to (B, 3, R·rows, R·columns) in [0, 1].
+        """Decode (B, C, rows, columns), scaled as by :meth:`encode`, to (B, 3, R·rows, R·columns) in [0, 1].
 
-        With x in [−1, 1] what the network gives, :func:`~elt_lightning.tokenizers.base.to_bytes` makes of it the usual
-        bytes, clamp(127.5·x + 128, 0, 255) truncated.
+        From the network's x in [−1, 1] :func:`~elt_lightning.tokenizers.base.to_bytes` makes the usual bytes,
+        clamp(127.5·x + 128, 0, 255) truncated.
         """
         pixels = self.vae.decode(codes.to(self.vae.dtype) / self.latent_scale).sample
         return ((pixels + 1) / 2).clamp(0, 1)
@@ -139,7 +139,7 @@ def weights_in(folder: Path) -> Path | None:
 
 @contextmanager
 def only_errors_of(library: str) -> Iterator[None]:
-    """Keep a library's warnings to itself: here they repeat over many lines what is then raised in one."""
+    """Silence a library's warnings, which repeat over many lines what is then raised in one."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -150,5 +150,5 @@ def only_errors_of(library: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, as far as it goes on one line."""
+    """Return an error's message, as much of it as fits on one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

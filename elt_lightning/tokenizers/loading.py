@@ -50,6 +50,6 @@ def build(description: dict[str, Any]) -> Tokenizer:
         tokenizer: Tokenizer = parser.instantiate(parser.parse_object({"tokenizer": description})).tokenizer
     except UserError:
         raise
-    except Exception as error:  # whatever a class makes of settings that do not suit it
+    except Exception as error:  # a class may raise anything on settings that do not suit it
         raise UserError(f"the tokenizer {description.get('class_path')} cannot be built: {error}") from error
     return tokenizer

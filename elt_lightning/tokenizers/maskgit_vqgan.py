@@ -58,7 +58,7 @@ class MaskGITVQGAN(ImageTokenizer):
         self.float().requires_grad_(False).eval()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [0, 1] to the nearest codes by squared distance, (B, T) int64 in [0, 1024), row-major.
+        """Encode (B, 3, H, W) in [0, 1] to the nearest codes by squared distance, (B, T) int64 in [0, 1024), row-major.
 
         T = H/16 · W/16.
         """
@@ -66,10 +66,10 @@ class MaskGITVQGAN(ImageTokenizer):
         return self.quantize.nearest(vectors.flatten(2).transpose(1, 2))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, T) int64 of a square picture to (B, 3, 16·√T, 16·√T) float in [0, 1].
+        """Decode (B, T) int64 of a square picture to (B, 3, 16·√T, 16·√T) float in [0, 1].
 
         Raises:
-            ValueError: T is no square number.
+            ValueError: T is not a square number.
         """
         side = math.isqrt(codes.shape[1])
         if side**2 != codes.shape[1]:
@@ -152,10 +152,10 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after normalisation and SiLU, and a way past them.
+    """Two convolutions, each after normalisation and SiLU, and a shortcut past them.
 
-    Where the number of channels changes, the published network has no way past: ``nin_shortcut`` sees the block's own
-    output, not its input. The weights were trained so.
+    Where the number of channels changes, the published network has no true shortcut: ``nin_shortcut`` sees the block's
+    own output, not its input. The weights were trained that way.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:

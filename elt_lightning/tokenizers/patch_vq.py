@@ -55,7 +55,7 @@ class PatchVQTokenizer(Tokenizer):
             save_file({"codebook": codebook.contiguous(), "grid": torch.tensor(grid)}, aside)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 1, G·P, G·P) float in [0, 1] to the nearest entries, (B, T) int64 in [0, V), row-major."""
+        """Encode (B, 1, G·P, G·P) float in [0, 1] to the nearest entries, (B, T) int64 in [0, V), row-major."""
         return self.nearest(cut_patches(pixels, self.codebook.shape[-1]))
 
     def nearest(self, patches: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class PatchVQTokenizer(Tokenizer):
         return torch.cdist(patches.flatten(-2), self.codebook.flatten(1)).argmin(-1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, T) int64 to (B, 1, G·P, G·P) float in [0, 1]."""
+        """Decode (B, T) int64 to (B, 1, G·P, G·P) float in [0, 1]."""
         return join_patches(self.codebook[codes], self.grid)
 
     def present(self, pixels: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ class PixelTokenizer(Tokenizer):
         self.levels, self.shape = levels, tuple(shape)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 1, H, W) float in [0, 1] to (B, H·W) int64 in [0, levels)."""
+        """Encode (B, 1, H, W) float in [0, 1] to (B, H·W) int64 in [0, levels)."""
         return (pixels * (self.levels - 1)).round().long().flatten(1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, H·W) int64 to (B, 1, H, W) float in [0, 1]."""
+        """Decode (B, H·W) int64 to (B, 1, H, W) float in [0, 1]."""
         return (codes / (self.levels - 1)).unflatten(1, (1, *self.shape))
 
     def description(self) -> dict[str, Any]:  # noqa: D102

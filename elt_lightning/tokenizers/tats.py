@@ -82,7 +82,7 @@ class TATSVQGAN(Tokenizer):
         return super().train(False)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) float in [0, 1] to the nearest codes, (B, T) int64 in [0, 16384), row-major.
+        """Encode (B, 3, F, H, W) float in [0, 1] to the nearest codes, (B, T) int64 in [0, 16384), row-major.
 
         T = F/4 · H/8 · W/8 runs over frames, rows, columns.
         """
@@ -90,7 +90,7 @@ class TATSVQGAN(Tokenizer):
         return torch.stack([self.codebook.nearest(clip.flatten(1).T) for clip in vectors])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, T) int64 of clips at 128×128, T = F/4 · 256, to (B, 3, F, 128, 128) float in [0, 1].
+        """Decode (B, T) int64 of clips at 128×128, T = F/4 · 256, to (B, 3, F, 128, 128) float in [0, 1].
 
         Raises:
             ValueError: T tokens make no such clip.
@@ -113,7 +113,7 @@ class TATSVQGAN(Tokenizer):
         return tuple(side // step for side, step in zip(shape, self.downsampling, strict=True))
 
     def store(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
+        """Encode (B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
         return self.encode(pixels).to(torch.int16)
 
     def description(self) -> dict[str, Any]:  # noqa: D102
@@ -197,7 +197,7 @@ class UpBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after batch normalisation and swish, and a way past them."""
+    """Two convolutions, each after batch normalisation and swish, and a shortcut past them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

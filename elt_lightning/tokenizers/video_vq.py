@@ -45,7 +45,7 @@ class TrainedVQ(Tokenizer):
         self.grid = self.settings.grid(self.sample_shape)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W), or (B, 3, H, W), float in [0, 1] to the nearest codes, (B, T) int64 in [0, V), row-major.
+        """Encode (B, 3, F, H, W), or (B, 3, H, W), in [0, 1] to the nearest codes, (B, T) int64 in [0, V), row-major.
 
         T runs over frames, rows, columns.
 
@@ -55,7 +55,7 @@ class TrainedVQ(Tokenizer):
         return self.network.encode(pixels.to(self.network.quantizer.codebook.dtype))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(B, T) int64 to (B, 3, F, H, W), or (B, 3, H, W), float in [0, 1].
+        """Decode (B, T) int64 to (B, 3, F, H, W), or (B, 3, H, W), float in [0, 1].
 
         The grid is that of the samples in training. Where T is another number, clips may have more or fewer frames of
         that height and width, and pictures may be square.
@@ -110,7 +110,7 @@ class VideoVQ(TrainedVQ):
         return self.settings.grid((frames, height, width))
 
     def store(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
+        """Encode (B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
         return self.encode(pixels).to(torch.int16)
 
 

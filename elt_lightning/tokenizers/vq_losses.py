@@ -38,19 +38,19 @@ def entropy_loss(distances: Tensor, temperature: float) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss of what wants to be taken for real: the mean of −log sigmoid(D(fake)); logits (B, 1)."""
+    """Return the non-saturating loss of what should pass for real: the mean of −log sigmoid(D(fake)); logits (B, 1)."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Loss of telling real from fake: the means of −log sigmoid(D(real)) and −log sigmoid(−D(fake)); logits (B, 1)."""
+    """Return the loss of telling real from fake: means of −log σ(D(real)) and −log σ(−D(fake)); logits (B, 1)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def r1_penalty(real_logits: Tensor, pixels: Tensor) -> Tensor:
-    """Return the squared norm of the discriminator's gradient at real pixels, averaged over B; it has gradients itself.
+    """Return the squared norm of the discriminator's gradient at real pixels, averaged over B; differentiable.
 
-    MAGVIT's weight of it is 10, without the ½ that Mescheder et al. 2018 (arXiv:1801.04406) put before theirs.
+    MAGVIT's weight of it is 10, without the factor ½ of Mescheder et al. 2018 (arXiv:1801.04406).
 
     Args:
         real_logits: (B, 1), computed from ``pixels``, each sample's from its own pixels alone.

@@ -74,7 +74,7 @@ class VQSettings:
 
     @property
     def factors(self) -> tuple[tuple[int, ...], ...]:
-        """By what (F, H, W), or (H, W), shrink from each level to the next."""
+        """Factors by which (F, H, W), or (H, W), shrink from each level to the next."""
         changes = range(len(self.multipliers) - 1)
         if self.dimensions == 2:
             return ((2, 2),) * len(changes)
@@ -144,7 +144,7 @@ class VQNetwork(nn.Module):
         return self.decoder(quantized.passed_on), quantized
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) or (B, 3, H, W) float in [0, 1] to (B, T) int64 in [0, V), row-major over the grid.
+        """Encode (B, 3, F, H, W) or (B, 3, H, W) float in [0, 1] to (B, T) int64 in [0, V), row-major over the grid.
 
         Raises:
             ValueError: the size does not divide into tokens.
@@ -153,7 +153,7 @@ class VQNetwork(nn.Module):
         return self.quantizer(self.encoder(pixels)).codes.unflatten(0, (len(pixels), -1))
 
     def decode(self, codes: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, T) int64, row-major over the ``grid``, to pixels (B, 3, …) float, in [0, 1] but for overshoot."""
+        """Decode (B, T) int64, row-major over the ``grid``, to pixels (B, 3, …) float, in [0, 1] but for overshoot."""
         vectors = self.quantizer.codebook[codes].transpose(1, 2).unflatten(2, grid)
         return self.decoder(vectors)
 
@@ -228,10 +228,10 @@ class Decoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, each after normalisation and swish, and a way past them.
+    """Two convolutions, each after normalisation and swish, and a shortcut past them.
 
-    Where the number of channels changes, the way past is a 1×1×1 convolution of the block's input. MaskGIT's published
-    network has it of the block's own output instead.
+    Where the number of channels changes, the shortcut is a 1×1×1 convolution of the block's input; in MaskGIT's
+    published network, of the block's own output.
     """
 
     def __init__(self, settings: VQSettings, channels_in: int, channels_out: int) -> None:
@@ -281,7 +281,7 @@ def squared_distances(vectors: Tensor, codes: Tensor) -> Tensor:
 def convolution(
     settings: VQSettings, channels_in: int, channels_out: int, side: int = 3, bias: bool = True
 ) -> nn.Conv2d | nn.Conv3d:
-    """A convolution that keeps the size, with a kernel of ``side`` along every axis."""
+    """Build a convolution that keeps the size, with a kernel of ``side`` along every axis."""
     # a kernel of one cell sees no border: the other modes would copy their input for nothing
     padding = settings.padding if side > 1 else "zeros"
     kind = CONVOLUTIONS[settings.dimensions]
@@ -303,7 +303,7 @@ def blocks(settings: VQSettings, channels_in: int, channels_out: int) -> nn.Sequ
 
 
 def normalization(channels: int) -> nn.GroupNorm:
-    """Normalise 32 groups of channels, as everywhere in MAGVIT; fewer where a group would have one channel alone.
+    """Normalise 32 groups of channels, as everywhere in MAGVIT; fewer where a group would have a single channel.
 
     A group of one channel would lose that channel's mean, which is where colour and brightness may be.
     """

@@ -193,7 +193,7 @@ class VQTraining(LightningModule):
             losses |= self.adversarial_losses(self.discriminator, pixels, reconstruction.float())
         loss = sum((self.weights[name] * value for name, value in losses.items()), start=pixels.new_zeros(()))
         if self.discriminator is not None and self.global_step < self.adversarial_start:
-            # several devices wait for a gradient of every weight, so give them one
+            # several devices wait for a gradient of every weight, so provide one
             loss = loss + 0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         usage = self.over_devices(self.count_codes(quantized))
         self.last_used.masked_fill_(usage > 0, self.global_step)

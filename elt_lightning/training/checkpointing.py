@@ -22,7 +22,7 @@ UNFINISHED = ".unfinished.ckpt"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Gives a checkpoint its name when all of it is on the disk.
+    """Gives a checkpoint its name once it is completely on disk.
 
     Lightning 2.6.6 makes a second copy of it in memory and a third in the folder for temporary files, which it then
     moves: where that folder is on another disk, that is a copy under the final name, of which a kill leaves half.
@@ -54,13 +54,13 @@ def _save(checkpoint: dict[str, Any], file: Any) -> None:
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # PyTorch then complains of its own place in the file
+        if isinstance(error.__context__, OSError):  # PyTorch then reports its position in the file instead
             raise error.__context__ from None
         raise
 
 
 def name_again(path: Path, name: Path) -> None:
-    """Return a file or folder a second name in its folder, which is whole at any moment.
+    """Link a second name in its folder to a file or folder; it is whole at any moment.
 
     It is a symbolic link. Some file systems have none: there it is a hard link, or a copy.
     """
@@ -97,7 +97,7 @@ class Checkpoint(ModelCheckpoint):
 
     Args:
         every_n_train_steps: save every so many optimiser steps; by default after every validation.
-        train_time_interval: save after every so much time, as HH:MM:SS.
+        train_time_interval: save at this interval, as HH:MM:SS.
         save_top_k: how many to keep: the newest, or the best in ``monitor``; −1 for all.
         monitor: a logged value, for example ``val/valid_squares@L4``.
         mode: whether a small ("min") or a large ("max") value is good.
@@ -157,10 +157,10 @@ class Checkpoint(ModelCheckpoint):
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct what the trainer will take as done, and print what its limit of time counts: all runs of a training.
+        """Correct what the trainer takes as done; print how much of ``max_time``, which counts over all runs, is over.
 
         Raises:
-            UserError: the checkpoint does not say it as it is written.
+            UserError: the checkpoint's progress is not laid out as it is written.
         """
         if trainer.state.fn == "fit":
             try:
@@ -195,10 +195,11 @@ class Checkpoint(ModelCheckpoint):
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulation: int) -> None:
-    """Correct a trainer's saved progress in two things.
+    """Correct a trainer's saved progress in two respects.
 
     Where a training ended by steps or time inside an epoch, Lightning 2.6.6 counts that epoch as done before it saves,
-    and then once more when it is done. And it counts micro-batches: of another size there are as many as steps say.
+    and then once more when it is done. And it counts micro-batches: if their size has changed, their number is made to
+    match the steps.
 
     Args:
         fit_loop: saved progress, changed in place.

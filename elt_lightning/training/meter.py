@@ -54,7 +54,7 @@ class Meter:
 
         Args:
             done: how much is done, what was done before included.
-            note: gives what else is to be said; it is only called when it is shown.
+            note: returns what else to show; it is only called when it is shown.
             share: of the work of this meter that is done, in (0, 1]; by default every unit takes equally long.
             always: leave a line, on a terminal too.
         """

@@ -31,10 +31,10 @@ class ELTModule(LightningModule):
 
     Args:
         network: predicts at every exit of one pass.
-        process: how data are corrupted, and what a prediction says of the clean data.
-        objective: makes, of the process, the losses of one prediction.
+        process: how data are corrupted, and what a prediction says about the clean data.
+        objective: built from the process; it scores one prediction.
         distillation: which loop counts a step trains, and how their losses combine.
-        sampler: makes, of the process and the number of classes, what draws samples.
+        sampler: built from the process and the number of classes; it draws samples.
         num_classes: the null class; linked from the data module.
         optimizer: makes the optimiser from parameter groups. The paper: AdamW, 1e-4, betas (0.9, 0.96), decay 0.045.
             Where torch has a fused kernel for it, that is used, unless ``fused`` or ``foreach`` is given.
@@ -75,12 +75,12 @@ class ELTModule(LightningModule):
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
-        """Compile the loop's body, if it is asked for; models that are built without a trainer are left alone."""
+        """Compile the loop's body if asked to; models built without a trainer are left alone."""
         if self.compile_mode:
             self.network.backbone.compile_loop(self.compile_mode)
 
     def configure_model(self) -> None:
-        """Share the weights out over the devices of ``ModelParallelStrategy``, the one strategy that has a mesh."""
+        """Shard the weights over the devices of ``ModelParallelStrategy``, the one strategy that has a mesh."""
         if self.device_mesh is not None:
             shard(self.network, self.device_mesh)
 
@@ -153,7 +153,7 @@ class ELTModule(LightningModule):
         self._log_losses("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As :meth:`validation_step`."""
+        """Do as :meth:`validation_step` does."""
         self._log_losses("test", batch)
 
     def _log_losses(self, stage: str, batch: Any) -> None:
@@ -209,7 +209,7 @@ class ELTModule(LightningModule):
         return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known)
 
     def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
-        """Multiply–accumulates of drawing one sample: every step, both guidance branches."""
+        """Count the multiply–accumulates of drawing one sample: every step, both guidance branches."""
         calls = (sampler or self.sampler).network_calls(loops)
         return sum(self.network.macs(count) for count in calls)
 

@@ -40,7 +40,7 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 def with_schedule(optimizer: Optimizer, schedule: "LearningRateSchedule", total_steps: int) -> OptimizerLRScheduler:
     """Return an optimiser with its schedule in optimiser steps, as a LightningModule gives them to its trainer.
 
-    Resumed, both take from the checkpoint what training made, and their settings from here.
+    When resumed, both take their state from the checkpoint and their settings from here.
     """
     optimizer.register_load_state_dict_pre_hook(with_settings_of)
     scheduler = _Schedule(optimizer, lambda step: schedule.factor(step, total_steps))
@@ -48,7 +48,7 @@ def with_schedule(optimizer: Optimizer, schedule: "LearningRateSchedule", total_
 
 
 class _Schedule(LambdaLR):
-    """Takes of a checkpoint the step alone, where torch takes the peaks of the learning rates too."""
+    """Takes only the step from a checkpoint, where torch takes the peak learning rates too."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch = state_dict["last_epoch"]
@@ -97,7 +97,7 @@ def with_settings_of(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, A
 
 
 def state_layouts(optimizer: Optimizer) -> list[dict[str, Any]] | None:
-    """Find out what an optimiser keeps of each of its weights, by a step of its twin without any memory.
+    """Find out what an optimiser keeps for each weight, by a step of its twin on tensors without memory.
 
     Returns:
         {name: value} for each weight in order, tensors of the right shapes without content; None for an optimiser
@@ -177,7 +177,7 @@ class LearningRateSchedule:
     final_share: float = 0.0
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Share of the peak learning rate at an optimiser step (0-based)."""
+        """Return the share of the peak learning rate at an optimiser step (0-based)."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "constant":

@@ -21,7 +21,7 @@ class Types(NamedTuple):
 
     @property
     def products(self) -> torch.dtype:
-        """Type that products of matrices are computed in."""
+        """Type that matrix products are computed in."""
         return self.autocast or self.weights
 
     def context(self, device_type: str) -> torch.autocast:
@@ -63,7 +63,7 @@ class CachedMixedPrecision(MixedPrecision):
 
 
 def cache_weight_casts(trainer: Trainer) -> None:
-    """Return a trainer in mixed precision the plugin above; strategies with a precision of their own keep it."""
+    """Install the plugin above in a trainer in mixed precision; strategies with their own precision keep it."""
     plugin = trainer.precision_plugin
     if type(plugin) is MixedPrecision:
         trainer.strategy.precision_plugin = CachedMixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ class Preemption(Callback):
     A validation is broken off after any batch of samples that are drawn for metrics, and where there is one device
     after any of the held-out batches.
 
-    It must come after the callbacks whose work of a step belongs into the checkpoint, such as the average.
+    It must come after the callbacks whose work belongs in a step's checkpoint, such as the average.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def save_and_end(trainer: Trainer, pl_module: LightningModule, number: signal.Si
     Raises:
         SIGTERMException: always; it leaves the program with the status of the signal.
     """
-    release_weights(pl_module)  # a validation has gathered them
+    release_weights(pl_module)  # validation gathered them
     for callback in trainer.checkpoint_callbacks:
         callback.on_train_end(trainer, pl_module)
     if trainer.is_global_zero:
@@ -131,12 +131,12 @@ def saved_checkpoint(trainer: Trainer) -> str | None:
 
 
 def end_at_once_next_time() -> None:
-    """Let a second Ctrl-C end this process at once, whatever it is in."""
+    """Let a second Ctrl-C end this process at once, whatever it is doing."""
     handle_signals(_end_at_once, [signal.SIGINT])
 
 
 def say(line: str) -> None:
-    """Write a line to stderr from a signal's handler, which may come in the midst of another line's writing."""
+    """Write a line to stderr from a signal's handler, which may come in the middle of writing another line."""
     os.write(2, f"{line}\n".encode())
 
 

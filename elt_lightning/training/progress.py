@@ -1,4 +1,4 @@
-"""What is said while the trainer works: how far it is, and the scores of each validation."""
+"""What is shown while the trainer works: how far it is, and the scores of each validation."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from elt_lightning.training.runs import callbacks_of
 
 
 class Progress(Callback):
-    """Show how far training is, in optimiser steps of the whole of it, and how far the held-out batches are."""
+    """Show the progress of training, in optimiser steps of the whole, and of the held-out batches."""
 
     def __init__(self) -> None:
         self._meters: list[Meter] = []
@@ -60,7 +60,7 @@ class Progress(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Return the terminal back."""
+        """Close the meters, which hand the terminal back."""
         while self._meters:
             self._end()
 
@@ -76,7 +76,7 @@ class ValidationScores(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print all that was logged as ``val/<name>`` or ``val/<name>@L<loops>``."""
+        """Print everything logged as ``val/<name>`` or ``val/<name>@L<loops>``."""
         if trainer.sanity_checking:
             return
         scores: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ class ValidationScores(Callback):
 
 
 def batches(numbers: list[int | float]) -> int | None:
-    """Return how many batches there are over all loaders, None if one does not know."""
+    """Return the number of batches over all loaders, None if one does not know."""
     total = sum(numbers)
     return None if total == float("inf") else int(total)
 

@@ -49,9 +49,9 @@ def read_folder(
 
     Args:
         folder: where it is.
-        sharded: {place: a tensor that is shared out as the one to read}, where all devices read together; what lies
-            below a place and has its shape is read alike. Without it this process reads all of every tensor.
-        prefixes: read only tensors whose place begins with one of these; in place of the others stands None.
+        sharded: {place: a tensor sharded as the one to read}, where all devices read together; what lies below a place
+            and has its shape is read alike. Without it this process reads every tensor whole.
+        prefixes: read only tensors whose place begins with one of these; the others are None.
 
     Raises:
         UserError: it is not such a folder, or is damaged.
@@ -67,9 +67,9 @@ def read_folder(
         }
         if tensors:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is intended
                 distributed_checkpoint.load(tensors, storage_reader=reader, no_dist=sharded is None)
-    except Exception as error:  # of damaged bytes the readers make whatever they can
+    except Exception as error:  # the readers raise anything on damaged bytes
         raise UserError(f"{folder} is not a readable checkpoint: it is damaged or of another kind") from error
     checkpoint: dict[str, Any] = _with_tensors(rest, "", tensors)
     return checkpoint
@@ -88,7 +88,7 @@ def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Put them back."""
+    """Put the tensors back."""
     if value is None:
         return tensors.get(place)
     if isinstance(value, Mapping):
@@ -131,5 +131,5 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
         return super().find_class(module, name)

@@ -20,7 +20,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, with checkpoints that any number of devices and every strategy can go on from.
 
     Lightning 2.6.6 numbers the optimiser's states of a checkpoint otherwise than the optimiser does, which has kernels
-    first, and so gives the states of one weight to another when an ordinary checkpoint is resumed.
+    first, and so assigns the states of one weight to another when an ordinary checkpoint is resumed.
 
     Args:
         data_parallel_size: copies of the model; by default one on each node.

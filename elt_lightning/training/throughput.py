@@ -39,7 +39,7 @@ class Throughput(Callback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on a CUDA device, else resident of this process."""
+    """Return the peak memory in GiB: allocated on a CUDA device, else resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes

@@ -15,7 +15,7 @@ INSTEAD: dict[str, tuple[Any, str]] = {
     "barebones": (False, "`elt bench` measures speed"),
     "enable_checkpointing": (None, "a training keeps its last step; to try one, --trainer.fast_dev_run=true"),
 }
-"""What a training takes no other value of, and what to do instead."""
+"""Settings that training accepts no other value of, and what to do instead."""
 
 CALLBACKS_INSTEAD = {
     "LearningRateFinder": "--model.optimizer.init_args.lr",

@@ -64,7 +64,7 @@ class DigitsDataModule(IndexedDataModule):
         return TensorBatches(self.tokenizer.encode(handwriting.images), handwriting.labels)
 
     def build_metrics(self) -> list[SampleMetric]:
-        """``recognised``, the share read as the asked digit; and ``fd_digits`` against held-out handwriting."""
+        """Build ``recognised``, the share read as the asked digit, and ``fd_digits`` to held-out handwriting."""
         network = self.load_digit_network()
         distance = FrechetDistance("fd_digits", network.features, network.num_features, "digit_network")
         distance.network = network  # a module inside a metric moves to the samples' device with it

@@ -14,7 +14,7 @@ class SquarePixels(PixelScaling):
     """Pixels of Latin squares, which people are shown with a line around each cell."""
 
     def present(self, pixels: Tensor) -> Tensor:
-        """(B, 1, 40, 40) float in [0, 1] to (B, 1, 46, 46) uint8."""
+        """Draw a line around each cell: (B, 1, 40, 40) float in [0, 1] to (B, 1, 46, 46) uint8."""
         return with_lines(to_bytes(pixels), SIDE)
 
 
@@ -62,7 +62,7 @@ class LatinSquareImagesDataModule(LatinSquaresDataModule):
         return SquarePixels()
 
     def load_writings(self, val: bool) -> Handwriting:
-        """Load the handwriting of one side of the split: of held-out ones always all."""
+        """Load the handwriting of one side of the split; all of the held-out side."""
         writings = load_handwriting(val)
         if val or self.writings_per_digit is None:
             return writings

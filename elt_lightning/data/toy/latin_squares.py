@@ -1,8 +1,8 @@
 """Latin squares written by hand: pictures that take a network of some depth to get right, without a download.
 
 A picture of 8n×8n pixels shows an n×n Latin square (each of the digits 1…n once in every row and column), every cell a
-real handwritten digit. The label is the digit in the centre, where n is even in the cell right of it and below. Whether
-a sample is right can be read off exactly.
+real handwritten digit. The label is the digit in the centre, or for even n in the cell right of it and below. Whether a
+sample is right can be read off exactly.
 """
 
 import itertools
@@ -33,10 +33,10 @@ class LatinSquaresDataModule(IndexedDataModule):
     The tokenizer's codebook is k-means over the training handwriting, a few codes for each digit. Codebook and digit
     network are made once, seeded, and cached under ``root``.
 
-    With ``num_given`` a sweep sets puzzles: sample i is given the label and so many cells of held-out square
-    i mod ``num_val``, and has to fill in the others. Any valid square is right, also where a puzzle has more than
-    one. ``num_given`` changes sampling only, not training. What is held out is handwriting: the squares themselves are
-    drawn from all there are, of which small orders have few enough that many are trained on.
+    With ``num_given`` a sweep sets puzzles: sample i is given the label and that many cells of held-out square i mod
+    ``num_val``, and has to fill in the others. Any valid square is right, also where a puzzle has more than one.
+    ``num_given`` changes sampling only, not training. What is held out is handwriting: the squares themselves are drawn
+    from all there are; small orders have so few that many are trained on.
 
     Args:
         root: folder of the cached files.
@@ -125,7 +125,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         return PatchVQTokenizer(str(self.codebook_path))
 
     def load_writings(self, val: bool) -> Handwriting:
-        """Load what pictures are made of.
+        """Load the writings that pictures are made of.
 
         The few writings whose nearest code is another digit's are left out: their tokens would not be Latin squares.
         """
@@ -155,7 +155,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         return Request(squares.labels.to(indices.device), indices, known.to(indices.device))
 
     def build_metrics(self) -> list[SampleMetric]:
-        """``valid_squares``, ``valid_lines``; and ``fd_digits``, of the digit network's features averaged over cells.
+        """Build ``valid_squares``, ``valid_lines``, and ``fd_digits`` over the digit network's mean features.
 
         The reference of ``fd_digits`` is untokenised pictures of held-out handwriting: what the tokenizer loses counts.
         """
@@ -174,7 +174,7 @@ class LatinSquaresDataModule(IndexedDataModule):
 
 
 def write_squares(digits: Tensor, handwriting: Handwriting, generator: torch.Generator) -> Tensor:
-    """Write digits (B, n, n) in 1…n, each by a random writing of it: (B, 1, 8n, 8n) float in [0, 1]."""
+    """Draw digits (B, n, n) in 1…n, each in a random writing of it: (B, 1, 8n, 8n) float in [0, 1]."""
     count, order, _ = digits.shape
     writings = torch.empty(count, order * order, SIDE, SIDE)
     for digit in range(1, order + 1):

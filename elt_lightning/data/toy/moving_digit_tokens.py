@@ -66,6 +66,6 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
         return list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, val)
 
     def build_metrics(self) -> list[SampleMetric]:
-        """``recognised``, and ``fd_motion`` against held-out clips."""
+        """Build ``recognised``, and ``fd_motion`` against held-out clips."""
         real = read_all(self._videos(val=True), self.shape, clips_per_video=4)
         return motion_metrics(self.load_motion_network(), (part.float() / 255 for part in real.pixels.split(64)))

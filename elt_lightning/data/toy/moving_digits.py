@@ -32,7 +32,7 @@ CLIPS_PER_GROUP = 4
 """A group is a few videos of one writing, as UCF-101's groups are of one scene."""
 
 FRAMES = (32, 49)
-"""A video has at least so many frames, and fewer than so many."""
+"""A video has at least this many frames, and fewer than this many."""
 
 
 class Path2D(NamedTuple):
