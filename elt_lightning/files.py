@@ -78,7 +78,7 @@ def parse_json(content: str | bytes) -> Any:
     """Parse JSON from outside.
 
     Raises:
-        ValueError: it is none, whatever is wrong with it.
+        ValueError: it is not JSON, for whatever reason.
     """
     try:
         return json.loads(content)

@@ -341,8 +341,11 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         "os.system",
     ),
     "an abstract class": (
-        TOKENS.replace("elt_lightning.samplers.masked.MaskGITSampler", "elt_lightning.samplers.base.Sampler").encode(),
-        "model.sampler: expected instantiatable class, but elt_lightning.samplers.base.Sampler is abstract",
+        TOKENS.replace(
+            "elt_lightning.samplers.masked.MaskGITSampler}",
+            "elt_lightning.samplers.base.Sampler, init_args: {steps: 2}}",
+        ).encode(),
+        "abstract class Sampler",
     ),
     "a network without its settings": (TOKENS.replace(", width: 16, num_heads: 2", "").encode(), "width"),
     "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), "width must be at least 1, not -16"),
@@ -964,7 +967,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         "ema",
     ),
     "with data that are a list": (lambda home: changed(home, lambda content: content["elt"].update(data=[])), "build"),
-    "a newer version's": (lambda home: changed(home, lambda content: content["elt"].update(version=2)), "newer"),
+    "a newer version's": (lambda home: changed(home, lambda content: content["elt"].update(version=99)), "newer"),
     "of a version that is a word": (
         lambda home: changed(home, lambda content: content["elt"].update(version="two")),
         "version",
@@ -1166,7 +1169,7 @@ EXPORTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "of another type such as",
     ),
     "with weights that are infinite": (reweighted(lambda weight: weight / 0), "not finite such as"),
-    "of a newer version": (edited(version=2), "newer"),
+    "of a newer version": (edited(version=99), "newer"),
     "of a version that is a word": (edited(version="two"), "version"),
     "of unknown weights": (edited(weights="best"), "weights"),
     "of a model that is a list": (edited(model=[]), "build"),

@@ -153,7 +153,8 @@ def test_sampling_is_measured_beside_the_unlooped_model(tmp_path: Path, capsys: 
 
 def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
     path = tmp_path / "training.json"
-    flags = [*QUICK, "--scale=tiny", "--loops=1,3", "--batch-sizes=2", "--checkpoint-loops=no,yes", "--rounds=2"]
+    flags = [*QUICK, "--scale=tiny", "--loops=1,3", "--batch-sizes=2", "--rounds=2"]
+    flags.append("--activation-checkpointing=no,yes")
     for precision in ("32-true", "bf16-mixed"):
         assert main(["bench", "train", *flags, f"--precision={precision}", f"--output={path}"]) == 0
     runs = json.loads(path.read_text())["runs"]

@@ -40,7 +40,9 @@ def reduced_form(square: Square) -> tuple[Square, tuple[int, ...], tuple[int, ..
     return tuple(sorted(ordered)), columns, rows
 
 
-@pytest.mark.parametrize(("order", "count"), [(1, 1), (2, 1), (3, 1), (4, 4), (5, 56), (6, 9408)])
+@pytest.mark.parametrize(
+    ("order", "count"), [(1, 1), (2, 1), (3, 1), (4, 4), (5, 56), pytest.param(6, 9408, marks=pytest.mark.slow)]
+)
 def test_the_number_of_reduced_squares_is_the_known_one(order: int, count: int) -> None:
     squares = [tuple(square) for square in reduced_latin_squares(order)]
     assert len(set(squares)) == len(squares) == count

@@ -132,7 +132,7 @@ def really_kept(module: ELTModule, num_samples: int, types: Types) -> int:
 
 
 @pytest.mark.parametrize("make", [small_masked, small_diffusion, lambda: small_diffusion("adaln_zero")])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTModule], precision: str) -> None:
     module, types = make(), PRECISIONS[precision]
     kept = rehearse(module, types)
@@ -231,6 +231,7 @@ def test_memory_grows_with_the_micro_batch_and_the_largest_fits_and_no_more() ->
             assert full.memory_recomputing < full.memory
 
 
+@pytest.mark.slow
 def test_hours_of_training_validation_and_test_by_hand() -> None:
     """8N×3L at width 1024: 256 tokens and a class, 1024 codes; 24 sampling steps, each with two branches."""
     module = module_of("elt_l_8n3l")

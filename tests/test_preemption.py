@@ -193,7 +193,8 @@ def test_a_signal_takes_effect_between_steps(
     resume_and_compare(whole, last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_sampling_of_a_validation_after_its_batch(
     number: signal.Signals, whole: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -353,6 +353,7 @@ def test_figures_without_runs_have_nothing_measured(number: int, tmp_path: Path)
     assert (number in (4, 5, 7)) == any(line.get("source") == "paper" for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [4, 5, 7, 8, 13])
 def test_twins_draw_the_committed_ablations_alone(number: int, tmp_path: Path) -> None:
     """Each ablation in a panel of its own: runs of different lengths and tasks are not compared."""

@@ -216,6 +216,7 @@ def test_tokens_are_the_nearest_codes_row_by_row(exact: tuple[TATSVQGAN, dict[st
     assert torch.equal(tats.store(pixels.float()), single.to(torch.int16))
 
 
+@pytest.mark.slow
 def test_tokens_become_clips_in_range(exact: tuple[TATSVQGAN, dict[str, Tensor]], tats: TATSVQGAN) -> None:
     tokenizer, state = exact
     vectors = torch.randn(2, 256, 2, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

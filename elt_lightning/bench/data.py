@@ -157,7 +157,7 @@ def shards(
     """Make shards, and read them as the data module of a training does.
 
     Args:
-        index_of: describes so many samples.
+        index_of: returns the index of a number of samples.
         kind: of the data module.
         count: samples.
         num_workers: loader processes.

@@ -78,7 +78,7 @@ class Shape:
         return ELTModule(network, process, objective, distillation, drawn, self.num_classes)
 
     def batch(self, batch_size: int, device: torch.device) -> Batch:
-        """Draw samples as training meets them, and labels in turn."""
+        """Draw samples as in training, and labels in turn."""
         index = torch.arange(batch_size, device=device)
         if self.family == "masked":
             x = torch.randint(self.codebook_size, (batch_size, math.prod(self.input_shape)), device=device)

@@ -1,4 +1,4 @@
-"""Times side by side: every contender takes its turn in every round, so that a machine's drift meets all of them."""
+"""Times side by side: every contender takes its turn in every round, so that a machine's drift affects all of them."""
 
 import math
 import time

@@ -92,7 +92,7 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     Args:
         batches: what was encoded.
         total: of what is to do, None if unknown.
-        encoding: says what it is called.
+        encoding: names what is encoded.
     """
     done = num_unreadable = 0
     began = time.perf_counter()

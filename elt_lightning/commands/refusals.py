@@ -77,7 +77,7 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
 
 def read_tree(message: str) -> tuple[list[tuple[Place, str]], dict[str, str]]:
     """Return the reasons of a message, each with its place, and {key: the value that was given}."""
-    # What is said of a callable class stands in one line with the class: brought to the form of all others.
+    # Reasons for a callable class stand in one line with it: brought to the form of all others.
     message = re.sub(
         r"^( *)Type .* expects a function or a callable class: (.*?)\.* Got value: Namespace\(.*class_path='([^']*)'.*",
         r"\1Problem with given class_path '\3':\n\1 \2",

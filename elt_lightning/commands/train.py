@@ -576,7 +576,7 @@ def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | 
     section, class_path = config, ""
     for key in path:
         class_path = section.get("class_path", "")
-        if not isinstance(section.get(key), dict):  # a checkpoint's may be damaged: whoever builds from it says so
+        if not isinstance(section.get(key), dict):  # a checkpoint's may be damaged: building from it reports that
             return None, last
         section = section[key]
     if path[-1] == "init_args":

@@ -25,8 +25,8 @@ class Loader(DataLoader[Batch]):
     """Loads whole batches from a data set.
 
     Args:
-        dataset: gives batches.
-        order: of what is asked of it; None where it is a stream.
+        dataset: returns whole batches.
+        order: of the requests; None for a stream.
         num_workers: loader processes; 0 loads in this one.
         begin: what a loader process does first.
         settings: further ones of :class:`DataLoader`.
@@ -114,7 +114,7 @@ def obey_parent_alone(worker: int) -> None:
     """Let a loader process of a training go on when a scheduler sends SIGTERM, or Ctrl-C SIGINT, to all processes.
 
     The main process then finishes its step and saves (:class:`~elt_lightning.training.preemption.Preemption`), for
-    which it may wait for a batch. SIGTERM from the main process itself ends a loader process as ever, and so does the
+    which it may wait for a batch. SIGTERM from the main process itself still ends a loader process, and so does the
     main process's end, which PyTorch looks for. Where the system does not say who sent a signal (macOS), nothing is
     changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
     """

@@ -82,6 +82,6 @@ class SampleWriter(Callback):
         print(f"{written} {'samples' if self.format == 'npz' else 'pictures'}{fewer} in {path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Return the terminal back."""
+        """Close the meter, which hands the terminal back."""
         if hasattr(self, "_meter"):
             self._meter.__exit__(None, None, None)

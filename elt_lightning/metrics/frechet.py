@@ -91,7 +91,7 @@ def frechet_distance(first: Moments, second: Moments) -> Tensor:
 
 
 class FixedPrecisionMetric(SampleMetric):
-    """Follows to another device, but keeps its sums and networks in their precision, whatever is asked for."""
+    """Moves to another device, but keeps its sums and networks in their precision, whatever is asked for."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)  # type: ignore[return-value]

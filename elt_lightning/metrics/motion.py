@@ -26,7 +26,7 @@ AT_ONCE = 64
 """Clips in one forward pass, which bounds memory; it does not change results."""
 
 BLURS = ((1, 1), (1, 3), (1, 5), (3, 5))
-"""How clips are blurred in training: averages over so many frames, and so many pixels along height and width."""
+"""How clips are blurred in training: averages over a number of frames, and of pixels along height and width."""
 
 
 class MotionNetwork(nn.Module):

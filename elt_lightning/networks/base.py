@@ -55,7 +55,7 @@ class LoopedNetwork(nn.Module, ABC):
             x: (B, …, as ``sample_shape`` says) tokens or noisy latents.
             condition: labels, and for diffusion the time.
             loops: L ≥ 1.
-            exits: further loop counts in [1, loops]. What they predict equals a fresh pass of so many loops.
+            exits: further loop counts in [1, loops]. Each equals a fresh pass of that many loops.
             state: to begin the loop from, :attr:`Pass.state` of an earlier pass; None to begin anew.
 
         Raises:

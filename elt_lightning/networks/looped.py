@@ -148,7 +148,7 @@ class LoopedStack(nn.Module):
         """Return the function that applies the shared layers once.
 
         In mixed precision autocast's cache casts each weight once for all loops, but does not reach into compiled code,
-        where every loop would make and keep copies of its own: there the weights are cast here.
+        where every loop would make and keep its own copies: there the weights are cast here.
         """
         if not (self._is_compiled and torch.is_autocast_enabled(device_type)):
             return self.layers

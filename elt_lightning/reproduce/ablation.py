@@ -39,7 +39,7 @@ from elt_lightning.files import markdown_table, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
-"""Loop counts are measured up to so many above L_max."""
+"""Loop counts are measured up to this many above L_max."""
 
 COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
 """What does not depend on the seed in a row of ``loops.json``; records made before recall lack the last."""
@@ -55,7 +55,7 @@ class Arm:
         num_layers: N.
         max_loops: L_max; 1 is unlooped.
         mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
-        settings: of its own, after those of all arms.
+        settings: this arm's, which come after those of all arms.
         test_loops: loop counts to measure, in place of 1 … L_max + 2.
         recall: every loop reads the input again; measured both from zero and with the state carried.
     """
@@ -157,7 +157,7 @@ def prepare(program: str) -> None:
     """Make the data: run a module of the package with its flags.
 
     Raises:
-        UserError: it failed, after a line of its own.
+        UserError: it failed; its own line comes first.
     """
     if subprocess.run([sys.executable, "-m", *shlex.split(program)], check=False).returncode:
         raise UserError(f"the data could not be made: python -m {program}")

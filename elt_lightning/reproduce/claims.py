@@ -52,10 +52,10 @@ INTRODUCTION = """
 
 Each claim of the paper beside the small experiments that test it. The models are small, and the tasks were made to
 tell depths apart: a verdict here says nothing about the paper's own scale. Every number and verdict is computed from
-the JSON files beside this page. A seed counts where the criterion holds in it, by however little. Numbers are means ±
-standard deviations over the seeds, shares in percent: how far they lie apart says how much a verdict is worth.
-Where an arm hardly learned in some seeds, below a fifth of the best arm's score at its own L_max, its verdict says so:
-such seeds tell more of training small models than of the claim.
+the JSON files beside this page. A seed counts where the criterion holds in it, by any margin. Numbers are means ±
+standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where an arm
+hardly learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such seeds
+tell more about training small models than about the claim.
 """
 
 CLOSING = """
@@ -73,7 +73,7 @@ HARDLY = 0.2
 """An arm hardly learned where at its own L_max it has less than this share of the best arm's score."""
 
 SAME_TIME = 1.05
-"""A way of training costs the same as another where its step takes at most so many times as long."""
+"""A way of training costs the same as another where its step takes at most this many times as long."""
 
 
 class NotMeasuredError(Exception):
@@ -449,7 +449,7 @@ def recall_costs_nothing(experiment: Experiment) -> Finding:
 
 @claim("Beyond the paper, R3", "recall at L_max/2, carried, is at least as good as the paper's recipe at L_max", RECALL)
 def half_the_loops_do(experiment: Experiment) -> Finding:
-    """With the state carried, half the loops do."""
+    """With the state carried, half the loops suffice."""
     ours = experiment.arm("recall_ilsd").with_carried_state()
     return compared(ours, experiment.arm("ilsd"), lambda full: (full // 2, full))
 

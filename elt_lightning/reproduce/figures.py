@@ -87,7 +87,7 @@ class Sources:
         tokenizer_path: of these, if the tokenizer's file has moved.
         num: Figure 1's samples in a row.
         norms: Figure 14's ``update_norms.csv``.
-        small_scale: small models, of the ablations: titles say so.
+        small_scale: small models, of the ablations: titles are marked.
     """
 
     measured: Path
@@ -154,7 +154,7 @@ def read_runs(folder: Path, mode: str = "ilsd") -> pd.DataFrame:
             continue
         metric = report["primary_metric"]
         name = [model, *([MODES[mode]] if report["train_loops"] > 1 else [])]
-        name += [path.parent.name] if path.parent.name != "test" else []  # of several sweeps each is a line of its own
+        name += [path.parent.name] if path.parent.name != "test" else []  # several sweeps are separate lines
         of_run = {
             "source": "measured",
             "family": FAMILIES[papers[0].table],
@@ -198,7 +198,7 @@ def read_ablations(folder: Path) -> pd.DataFrame:
 
 
 def setup_of(arm: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what an arm of an ablation trains: network, loops, settings of its own."""
+    """Return what an arm of an ablation trains: network, loops, its own settings."""
     return arm["num_layers"], arm["max_loops"], arm.get("settings")
 
 
@@ -396,7 +396,7 @@ def draw_norms(sources: Sources) -> tuple[Figure, pd.DataFrame]:
 
 
 def render(number: int, sources: Sources) -> tuple[Figure, pd.DataFrame]:
-    """Make a figure and the lines of its CSV; where nothing was measured the figure says so."""
+    """Make a figure and the lines of its CSV; where nothing was measured the figure states that."""
     title = f"Figure {number}, {SMALL_SCALE}" if sources.small_scale else f"Figure {number}"
     title += f": {TITLES[number]}"
     title += ", of masked models in place of diffusion" if sources.small_scale and number in (1, 6) else ""

@@ -1,7 +1,7 @@
 """What the paper (arXiv 2604.09168v2) reports: its numbers stand here, and whatever shows one takes it from here.
 
 A number is kept as it is printed: a table can then repeat it to the letter, and a count can be held against its last
-digit. What was inferred or read second-hand says so. Of Figures 1, 5, 8, 13 and 14 we have no printed number.
+digit. What was inferred or read second-hand is marked. Of Figures 1, 5, 8, 13 and 14 we have no printed number.
 """
 
 import re

@@ -33,7 +33,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def rows_of(name: str) -> list[Row]:
-    """Return the rows of Tables 1, 2 and 4 that are of a config; none where that is not one of the paper's."""
+    """Return the rows of Tables 1, 2 and 4 that a config belongs to; none if it is not one of the paper's."""
     return [row for row in (*TABLE_1, *TABLE_2, *TABLE_4) if row.name == name]
 
 

@@ -481,7 +481,7 @@ def write(number: int, measured: Path, benchmarks: Path, output: Path, small_sca
         measured: folder of runs.
         benchmarks: folder of Tables 3 and 8's JSON.
         output: folder of the results.
-        small_scale: the runs are of small networks: the title says so.
+        small_scale: the runs are of small networks: the title is marked.
     """
     if number in (1, 2, 4):
         rows = {1: TABLE_1, 2: TABLE_2, 4: TABLE_4}[number]

@@ -39,8 +39,8 @@ class ImageTokenizer(Tokenizer):
         downsampling: pixels along a side of what one code stands for; H and W must be multiples of it.
         codebook_size: V, None for continuous latents.
         latent_channels: C, None for tokens.
-        latent_scale: None where :meth:`store` gives codes themselves. Otherwise it gives mean and standard deviation
-            of the encoder's Gaussian, and latents are ``latent_scale`` · (mean + std·ε).
+        latent_scale: None where :meth:`store` returns the codes themselves. Otherwise it returns mean and standard
+            deviation of the encoder's Gaussian, and latents are ``latent_scale`` · (mean + std·ε).
     """
 
     downsampling: int

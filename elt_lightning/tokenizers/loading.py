@@ -31,7 +31,7 @@ def load_tokenizer(description: dict[str, Any], path: str | None = None) -> Toke
     found = description["init_args"].get("path")
     another = UserError(f"{found} is not the tokenizer that the model or its data were made with (its sha256 differs)")
     if expected is not None and Path(found).is_file() and sha256(found) != expected:
-        raise another  # without asking the constructor, which might take it for a damaged file of its own kind
+        raise another  # before the constructor, which might take it for a damaged file of its own kind
     tokenizer = build(description)
     if expected is not None and tokenizer.description().get("sha256") != expected:
         raise another  # a folder, or a name on Hugging Face

@@ -1,4 +1,4 @@
-"""Grey levels as tokens: for pictures small enough that each pixel can be a token of its own."""
+"""Grey levels as tokens: for pictures small enough that each pixel can be a token."""
 
 import math
 from typing import Any

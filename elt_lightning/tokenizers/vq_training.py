@@ -72,7 +72,7 @@ class VQTraining(LightningModule):
         betas: of Adam.
         learning_rate_schedule: warm-up and decay. MAGVIT: one epoch of warm-up, then cosine.
         ema_decay: of the average, which warms up as min(decay, (1 + t)/(10 + t)) after t steps.
-        revive_after: a code that no vector chose for so many steps is put where a vector of the batch is; 0: never.
+        revive_after: a code that no vector chose for this many steps is moved to a vector of the batch; 0: never.
         num_pictures: clips or pictures shown in TensorBoard at validation.
         seed: decides which vectors become codes; linked to ``seed_everything``.
 
@@ -311,7 +311,7 @@ class VQTraining(LightningModule):
         """Log how many codes all held-out samples use, and how evenly."""
         usage = self.over_devices(self.validation_usage)
         values = {"perplexity": vq_losses.perplexity(usage), "codes_used": (usage > 0).float().mean()}
-        # Every rank has the same already; sync_dist only says so to Lightning.
+        # Every rank has the same already; sync_dist only tells Lightning.
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def pixels_of(self, batch: Any) -> Tensor:

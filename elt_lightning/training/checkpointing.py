@@ -96,7 +96,7 @@ class Checkpoint(ModelCheckpoint):
     the number of steps is not a multiple.
 
     Args:
-        every_n_train_steps: save every so many optimiser steps; by default after every validation.
+        every_n_train_steps: optimiser steps from one save to the next; by default saves follow validations.
         train_time_interval: save at this interval, as HH:MM:SS.
         save_top_k: how many to keep: the newest, or the best in ``monitor``; −1 for all.
         monitor: a logged value, for example ``val/valid_squares@L4``.
@@ -160,7 +160,7 @@ class Checkpoint(ModelCheckpoint):
         """Correct what the trainer takes as done; print how much of ``max_time``, which counts over all runs, is over.
 
         Raises:
-            UserError: the checkpoint's progress is not laid out as it is written.
+            UserError: the checkpoint's progress is damaged.
         """
         if trainer.state.fn == "fit":
             try:

@@ -234,6 +234,6 @@ class ELTModule(LightningModule):
         """
         try:
             optimizer = prefer_fused(self.make_optimizer(parameter_groups(self.network)))
-        except (ValueError, TypeError) as error:  # its settings meet it here for the first time
+        except (ValueError, TypeError) as error:  # its settings are first used here
             raise UserError(f"model.optimizer refuses its settings: {error}") from error
         return with_schedule(optimizer, self.learning_rate_schedule, self.total_steps)

@@ -76,7 +76,7 @@ class Preemption(Callback):
 
 @contextmanager
 def ending_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the program with status 130 wherever it is: Lightning 2.6.6 makes status 1 of it."""
+    """Let Ctrl-C end the program with status 130 wherever it is: Lightning 2.6.6 would end with 1."""
     before = signal.getsignal(signal.SIGINT)
     handle_signals(_end, [signal.SIGINT])
     try:

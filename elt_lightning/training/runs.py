@@ -57,7 +57,7 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
 
 
 def run_of(checkpoint: str | Path) -> Path | None:
-    """Return the folder RUN of a checkpoint in ``RUN/checkpoints``; None where that is no run, which has a config."""
+    """Return the folder RUN of a checkpoint in ``RUN/checkpoints``; None where that is no run's, which has a config."""
     folder = Path(checkpoint).resolve().parent
     is_run = folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
     return folder.parent if is_run else None

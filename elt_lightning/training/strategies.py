@@ -25,7 +25,7 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         data_parallel_size: copies of the model; by default one on each node.
         tensor_parallel_size: devices that share a copy; by default those of a node. Their product is the number of
-            devices, and each of them trains on samples of its own.
+            devices, and each of them trains on its own samples.
         save_distributed_checkpoint: write folders, each device its own part; otherwise files, gathered on the first
             device. See :mod:`elt_lightning.training.sharded_checkpoints`.
         settings: Lightning's others.
@@ -134,7 +134,7 @@ def check_strategy(strategy: Strategy, model: LightningModule, checkpoint: str |
     if checkpoint and Path(checkpoint).is_dir() and not is_sharded:
         raise UserError(
             f"{checkpoint} is a sharded checkpoint: read it with --trainer.strategy=model_parallel, on any number of "
-            "devices, one too"
+            "devices, one included"
         )
 
 

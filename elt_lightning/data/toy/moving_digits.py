@@ -54,7 +54,7 @@ def _line(x: float, y: float) -> Callable[[Tensor, float], Path2D]:
 
 
 def _circle(turns: float) -> Callable[[Tensor, float], Path2D]:
-    """Go round the middle so many times, clockwise as one sees it."""
+    """Go round the middle a number of times, clockwise as seen."""
 
     def move(time: Tensor, phase: float) -> Path2D:
         angle = 2 * math.pi * (turns * time + phase)
