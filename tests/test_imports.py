@@ -31,7 +31,7 @@ ARROWS = {
 """What each room may import besides itself, `files`, `errors` and the package's own face."""
 
 TAKEN_FROM_TRAINING = {
-    "tokenizers": "optimiser runs weights",  # vq_training.py's schedule, and pictures for the loggers; checks of files
+    "tokenizers": "optimiser runs skip_non_finite_steps weights",  # of vq_training.py; checks of files
     "metrics": "meter weights",
 }
 """The files of `training` that rooms below it may import: they import none of them."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from elt_lightning.tokenizers.video_vq import ImageVQ, VideoVQ, read_tokenizer, 
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
 from elt_lightning.tokenizers.vq_training import VQTraining, draw_vectors, side_by_side
 from elt_lightning.training.optimiser import LearningRateSchedule
+from elt_lightning.training.skip_non_finite_steps import SkipNonFiniteSteps
 
 CLIP, PICTURE = (4, 16, 16), (16, 16)
 TINY: dict[str, Any] = {
@@ -550,17 +552,22 @@ def test_norms_are_clipped_for_each_network_apart(tmp_path: Path) -> None:
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)  # the first step's, seen when the second begins
 
 
-def test_a_step_that_a_callback_skips_moves_no_average(tmp_path: Path) -> None:
-    class Skip(Callback):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_skipped_step_moves_no_average(scaled: bool, tmp_path: Path) -> None:
+    """With a gradient scaler too, which leaves gradients where they are."""
+
+    class Spoil(Callback):
         def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
             if trainer.global_step == 1:
-                optimizer.zero_grad(set_to_none=True)
+                next(pl_module.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
 
     module = tiny(revive_after=1)
     record = Record(lambda module: (weights(module.average), module.last_used.clone()))
-    trained(module, 2, tmp_path, callbacks=[Skip(), record])
-    (first, _), (second, _) = record.values
+    scaler = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))] if scaled else []
+    trained(module, 2, tmp_path, callbacks=[Spoil(), SkipNonFiniteSteps(), record], plugins=scaler)
+    (first, used), (second, used_then) = record.values
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(used, used_then)  # the step itself was counted
 
 
 def test_mixed_precision_trains(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from elt_lightning.bench import timing
 from elt_lightning.bench.memory import peak_above_start
 from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
+from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
@@ -28,7 +29,7 @@ class Contender(NamedTuple):
 
     model: Model
     loops: int
-    compile: str
+    compile: timing.Compiled
     what: Literal["sample", "pass"]
 
 
@@ -105,9 +106,9 @@ def _measure_batch(
         }
 
 
-def _compiled(network: Network, mode: str) -> Network:
+def _compiled(network: Network, mode: CompileMode) -> Network:
     other = twin(network)
-    other.backbone.compile_loop(mode, dynamic=False)  # type: ignore[arg-type]
+    other.backbone.compile_loop(mode, dynamic=False)
     return other
 
 

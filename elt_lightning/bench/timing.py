@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from elt_lightning.networks.looped import CompileMode
 from elt_lightning.training.precision import PRECISIONS, Types
+
+Compiled = CompileMode | Literal["no"]
+"""Whether and how a network is compiled."""
 
 Work = Callable[[], object]
 
@@ -38,7 +42,7 @@ class Settings:
 
     loops: Sequence[int]
     batch_sizes: Sequence[int]
-    compile: Sequence[str]
+    compile: Sequence[Compiled]
     precision: str
     rounds: int
     turn_seconds: float

@@ -26,7 +26,7 @@ class Contender(NamedTuple):
     """
 
     way: Literal["ilsd", "vanilla", "unlooped"]
-    compile: str
+    compile: timing.Compiled
     activation_checkpointing: bool
 
 
@@ -125,7 +125,7 @@ def _measure_batch(
             network = twin(network)
             network.backbone.activation_checkpointing = contender.activation_checkpointing
         if contender.compile != "no":
-            network.backbone.compile_loop(contender.compile, dynamic=False)  # type: ignore[arg-type]
+            network.backbone.compile_loop(contender.compile, dynamic=False)
         steps[contender] = Step(shape, trained, network, distillation, settings, batch_size)
     times, peak = settings.time(steps)
     for contender, step in steps.items():

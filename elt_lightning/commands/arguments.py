@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 
+from elt_lightning.data.crops import default_workers
 from elt_lightning.errors import UserError
 
 
@@ -73,6 +74,15 @@ def numbers_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], lis
     """Make a type of arguments that are lists such as 1,2,4."""
     parse = number_from(smallest, largest)
     return lambda text: [parse(part) for part in text.split(",")]
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe what a command that decodes pictures or clips for a network takes of the machine."""
+    workers = default_workers()
+    parser.add_argument(
+        "--num_workers", type=number_from(0), default=workers, help="decoding processes (default: one per core)"
+    )
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
 
 
 def device_of(name: str | None) -> torch.device:

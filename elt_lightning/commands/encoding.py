@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from elt_lightning.commands.arguments import SEEDS, number_from
-from elt_lightning.data.crops import Crops, default_workers
+from elt_lightning.commands.arguments import SEEDS, add_machine_arguments, number_from
+from elt_lightning.data.crops import Crops
 from elt_lightning.data.encode import Encoding, ShardFolder
 from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import INDEX
@@ -44,13 +44,7 @@ def add_shared_arguments(
     parser.add_argument(
         "--batch_size", type=number_from(1), default=batch_size, help=f"{thing}s encoded at once (default {batch_size})"
     )
-    parser.add_argument(
-        "--num_workers",
-        type=number_from(0),
-        default=default_workers(),
-        help="decoding processes (default: one per core)",
-    )
-    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    add_machine_arguments(parser)
     parser.add_argument(
         "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
     )

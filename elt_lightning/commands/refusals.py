@@ -12,7 +12,7 @@ import pydoc
 import re
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TYPES = {
     "int": "a whole number",
@@ -116,7 +116,7 @@ def setting_of(place: Place, name: str) -> str:
     return f"{place.key}.{between}{name}" if place.key else name
 
 
-def class_at(path: str) -> object:
+def class_at(path: str) -> Any:
     """Return the class of a dotted path, or None: whatever importing it raises, its reason stands elsewhere."""
     try:
         return pydoc.locate(path)
@@ -130,7 +130,7 @@ def reason_of(place: Place, reasons: list[str], value: str | None) -> str:
     kind = place.class_path.rpartition(".")[2]
     option = re.match(r"Option '(.+)' is not accepted", text)
     if option:
-        parameters = list(inspect.signature(class_at(place.class_path)).parameters)  # type: ignore[arg-type]
+        parameters = list(inspect.signature(class_at(place.class_path)).parameters)
         return f"{kind} has no setting {option.group(1)}: {alternatives(option.group(1), parameters)}"
     missing = re.match("the following arguments are required: (.+)", text)
     if missing:

@@ -98,7 +98,8 @@ def hole(text: str) -> Hole:
     numbers = numbers_from(0)(text)
     if len(numbers) != 4:
         raise argparse.ArgumentTypeError(f"{text!r} is not top, left, bottom and right, such as 2,2,6,6")
-    return tuple(numbers)  # type: ignore[return-value]
+    top, left, bottom, right = numbers
+    return top, left, bottom, right
 
 
 def build_parser() -> argparse.ArgumentParser:

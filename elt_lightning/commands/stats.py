@@ -4,8 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from elt_lightning.commands.arguments import Parser, device_of, number_from
-from elt_lightning.data.crops import CROPS, default_workers
+from elt_lightning.commands.arguments import Parser, add_machine_arguments, device_of, number_from
+from elt_lightning.data.crops import CROPS
 from elt_lightning.data.images import batches
 from elt_lightning.data.shards import ShardIndex
 from elt_lightning.errors import UserError
@@ -54,12 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --size: upright, as cameras' tags say, or as pixels are stored (default stored)",
     )
     parser.add_argument("--batch_size", type=number_from(1), default=64, help="images read at once (default 64)")
-    parser.add_argument(
-        "--num_workers",
-        type=number_from(0),
-        default=default_workers(),
-        help="decoding processes (default: one per core)",
-    )
-    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    add_machine_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser

@@ -359,14 +359,6 @@ class RunCommandLine(LightningCLI):
         if self.subcommand == "fit":
             print(sizes(self.model), flush=True)
 
-    def before_fit(self) -> None:
-        """Print how much of ``max_time`` is over, which Lightning counts over all runs of a training."""
-        config = self.config[self.subcommand]
-        if config.ckpt_path and config.trainer.max_time and self.trainer.is_global_zero:
-            timer = read_checkpoint(config.ckpt_path, prefixes=())["callbacks"].get("Timer", {})
-            done = timer.get("time_elapsed", {}).get("train", 0)
-            print(f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s are over", flush=True)
-
     def after_fit(self) -> None:
         """Print where the model is, and what to do with it."""
         if not (self.trainer.is_global_zero and self.trainer.state.finished):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import LightningDataModule, Trainer
@@ -37,11 +37,13 @@ class Request(NamedTuple):
         labels: (B,) int64.
         indices: (B,) int64, each sample's number; with the seed it decides the sample.
         known: (B, …) what is given of each sample and must stay, as in :meth:`Sampler.sample`; None for nothing.
+        loops: loop count to draw them at; None for the model's L_max.
     """
 
     labels: Tensor
     indices: Tensor
     known: Tensor | None = None
+    loops: int | None = None
 
 
 class Requests(Dataset[Request]):
@@ -50,16 +52,17 @@ class Requests(Dataset[Request]):
     Args:
         num_samples: n.
         request: of a data module: the labels of the samples with these numbers (B,), and what is given of them.
+        loops: at which they are drawn; None for the model's L_max.
     """
 
-    def __init__(self, num_samples: int, request: Callable[[Tensor], Request]) -> None:
-        self.num_samples, self.request = num_samples, request
+    def __init__(self, num_samples: int, request: Callable[[Tensor], Request], loops: int | None = None) -> None:
+        self.num_samples, self.request, self.loops = num_samples, request, loops
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, indices: Tensor) -> Request:
-        return self.request(indices)
+        return self.request(indices)._replace(loops=self.loops)
 
 
 VAL_LOSS = "loss"
@@ -335,15 +338,20 @@ class GenerativeDataModule(BatchedDataModule, ABC):
         """Return what is asked of the samples with these numbers (B,): sample i is of class i mod ``num_classes``."""
         return Request(indices % self.num_classes, indices)
 
-    def request_samples(self, num_samples: int, batch_size: int) -> None:
-        """Set how many samples :meth:`predict_dataloader` asks for, and how many at once."""
-        self._requests, self._request_batch_size = Requests(num_samples, self.request), batch_size
+    def request_samples(self, num_samples: int, batch_size: int, loops: int | None = None) -> None:
+        """Set what :meth:`predict_dataloader` asks for: how many samples, how many at once, at which loop count."""
+        self._requests, self._request_batch_size = Requests(num_samples, self.request, loops), batch_size
 
     def predict_dataloader(self) -> DataLoader[Request]:  # noqa: D102
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         order = HeldOutOrder(len(self._requests), self._request_batch_size, rank, world_size)
         return DataLoader(self._requests, sampler=order, batch_size=None)
+
+
+def data_of(trainer: Trainer) -> GenerativeDataModule:
+    """Return a trainer's data module; Lightning gives the attribute no type."""
+    return cast(GenerativeDataModule, cast(Any, trainer).datamodule)
 
 
 class IndexedDataModule(GenerativeDataModule):

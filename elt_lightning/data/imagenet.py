@@ -60,14 +60,7 @@ class ImageNetDataModule(EncodedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            training_shards,
-            val_shards,
-            tokenizer_path,
-            batch_size,
-            micro_batch_size,
-            num_workers,
-            shuffle_block,
-            seed,
+            training_shards, val_shards, tokenizer_path, batch_size, micro_batch_size, num_workers, shuffle_block, seed
         )
         self.inception_path, self.reference, self.cache = inception_path, reference, Path(cache)
         self.primary_metric = VAL_LOSS if inception_path is None else "fid" if reference else "inception_score"

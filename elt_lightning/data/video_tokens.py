@@ -77,14 +77,7 @@ class UCF101TokensDataModule(VideoTokensDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            training_shards,
-            val_shards,
-            tokenizer_path,
-            batch_size,
-            micro_batch_size,
-            num_workers,
-            shuffle_block,
-            seed,
+            training_shards, val_shards, tokenizer_path, batch_size, micro_batch_size, num_workers, shuffle_block, seed
         )
         self.root, self.annotations, self.split, self.cache = root, annotations, split, cache
         self.i3d_path, self.c3d_path = i3d_path, c3d_path

@@ -11,8 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
-from elt_lightning.checkpoints.store import read_checkpoint
-from elt_lightning.data.base import VAL_LOSS, Batch, GenerativeDataModule
+from elt_lightning.data.base import VAL_LOSS, Batch, data_of
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
@@ -23,7 +22,7 @@ from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.preemption import end_if_asked
 from elt_lightning.training.progress import meter
-from elt_lightning.training.runs import log_picture, run_folder
+from elt_lightning.training.runs import callbacks_of, log_picture, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +91,22 @@ class LoopMetrics(Callback):
         self.report: Report | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let held-out losses be measured at the same loop counts.
+        """Check the settings of the sampler before anything is loaded.
 
         Raises:
             ValueError: in test, a state is to be carried that the network does not have.
         """
+        if stage == "test":
+            self._samplers(cast(ELTModule, pl_module))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how long the model was trained."""
+        self._train_steps = checkpoint["global_step"]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let held-out losses be measured at the same loop counts."""
         module = cast(ELTModule, pl_module)
         module.val_loops = self._loops(module)
-        if stage == "test":
-            self._samplers(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a few samples at each loop count, and log them; before training as few as possible."""
@@ -119,25 +125,19 @@ class LoopMetrics(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
+        module = cast(ELTModule, pl_module)
         self._has_model = trainer.ckpt_path is not None
-        if not self._has_model:
-            cast(ELTModule, pl_module).val_loops = ()
+        module.val_loops = self._loops(module) if self._has_model else ()
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         """Decode the codes of held-out pictures and score them."""
         if self.reconstruction:
-            pixels = _data(trainer).tokenizer.to(pl_module.device).decode(batch.x)
+            pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(batch.x)
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.update(pixels.to(metric.device), batch.labels.to(metric.device))
 
@@ -155,7 +155,7 @@ class LoopMetrics(Callback):
             return
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
         rows = self._run_sweep(trainer, module, sweep, self._samplers(module), folder)
-        if _data(trainer).primary_metric == VAL_LOSS:
+        if data_of(trainer).primary_metric == VAL_LOSS:
             for row in rows:
                 row.metrics[VAL_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
         self.report = self._report(trainer, module, rows)
@@ -167,7 +167,7 @@ class LoopMetrics(Callback):
             if self.nearest:
                 best = self.report.best(rows)
                 pictures = best.pictures.to(_with_float64(module.device))
-                write_nearest(folder, best.loops, pictures, _data(trainer), self.batch_size)
+                write_nearest(folder, best.loops, pictures, data_of(trainer), self.batch_size)
 
     def _run_sweep(
         self, trainer: Trainer, module: ELTModule, sweep: Sweep, samplers: list[Sampler], folder: Path | None = None
@@ -246,22 +246,21 @@ class LoopMetrics(Callback):
         def precision() -> AbstractContextManager[Any]:
             return trainer.precision_plugin.forward_context()
 
-        tokenizer = _data(trainer).tokenizer.to(module.device)
+        tokenizer = data_of(trainer).tokenizer.to(module.device)
         metrics = self._metrics_on(trainer, module.device)
-        request = _data(trainer).request
+        request = data_of(trainer).request
         return sweep.run(module, sampler, tokenizer, metrics, loops, request, precision, progress, archive)
 
     def _metrics_on(self, trainer: Trainer, device: torch.device) -> list[SampleMetric]:
         """Build the metrics once; their reference statistics serve every loop count and every validation."""
         if self._metrics is None:
-            self._metrics = [*_data(trainer).build_metrics(), *self.extra_metrics]
+            self._metrics = [*data_of(trainer).build_metrics(), *self.extra_metrics]
         return [metric.to(_with_float64(device)) for metric in self._metrics]
 
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
-        data = _data(trainer)
+        data = data_of(trainer)
         params_backbone, params_total = module.num_parameters()
         backbone = module.network.backbone
-        averaging = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
         networks = [metric.feature_network for metric in self._metrics or [] if metric.feature_network]
         return Report(
             rows=rows,
@@ -272,10 +271,10 @@ class LoopMetrics(Callback):
             seed=self.seed,
             train_loops=module.max_loops,
             train_mode=module.distillation.mode,
-            train_steps=read_checkpoint(str(trainer.ckpt_path), prefixes=())["global_step"],
+            train_steps=self._train_steps,
             sampling_steps=module.sampler.steps,
             recall=module.network.has_recall,
-            weights="ema" if any(callback.is_judged for callback in averaging) else "raw",
+            weights="ema" if any(callback.is_judged for callback in callbacks_of(trainer, EMA)) else "raw",
             params_backbone=params_backbone,
             params_total=params_total,
             macs_per_sample={
@@ -291,7 +290,3 @@ class LoopMetrics(Callback):
 def _with_float64(device: torch.device) -> torch.device:
     """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def _data(trainer: Trainer) -> GenerativeDataModule:
-    return cast(GenerativeDataModule, trainer.datamodule)  # type: ignore[attr-defined]

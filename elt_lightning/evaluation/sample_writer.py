@@ -1,13 +1,13 @@
 """Writes samples at scale: what `elt predict` does, over any number of devices."""
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from elt_lightning.data.base import GenerativeDataModule, Request
+from elt_lightning.data.base import Request, data_of
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
 from elt_lightning.training.module import ELTModule
@@ -40,9 +40,7 @@ class SampleWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask the data module for the samples."""
         if stage == "predict":
-            _data(trainer).request_samples(self.num_samples, self.batch_size)
-            module = cast(ELTModule, pl_module)
-            module.prediction_loops = self.loops or module.max_loops
+            data_of(trainer).request_samples(self.num_samples, self.batch_size, self.loops)
             self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
@@ -55,16 +53,10 @@ class SampleWriter(Callback):
         self._meter = meter(trainer, int(min(self.num_samples, limit)), "sample").__enter__()
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Tensor,
-        batch: Request,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: Request, *_: Any
     ) -> None:
         """Decode a batch and write it: as pictures, or into the archive."""
-        pixels = _data(trainer).tokenizer.to(pl_module.device).decode(outputs)
+        pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(outputs)
         pictures = picture_array(pixels)
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self.format == "npz":
@@ -74,7 +66,7 @@ class SampleWriter(Callback):
                 with written_aside(self.folder / "samples" / f"{number:08d}_class_{label}.png") as aside:
                     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(aside)
         self._written += len(labels)
-        loops = cast(ELTModule, pl_module).prediction_loops
+        loops = batch.loops or cast(ELTModule, pl_module).max_loops
         self._meter.show(self._written * trainer.world_size, lambda: f"loops {loops}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,7 +85,3 @@ class SampleWriter(Callback):
         """Close the meter, which hands the terminal back."""
         if hasattr(self, "_meter"):
             self._meter.__exit__(None, None, None)
-
-
-def _data(trainer: Trainer) -> GenerativeDataModule:
-    return cast(GenerativeDataModule, trainer.datamodule)  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ class Sweep:
                 metric.reset()
             share = self._share(module.device)
             for index in share:
-                labels, _, known = request(index)
+                labels, _, known, _ = request(index)
                 began = _now(module.device)
                 with context():
                     codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), known, sampler)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256, written_aside
 from elt_lightning.tokenizers.base import to_bytes
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import differences, read_tensors
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -222,7 +222,8 @@ class FIDInception(nn.Module):
         if path == "download":
             path = download_inception(DOWNLOADS)
         network = cls()
-        state = _read_tensors(Path(path))
+        where = f"download {WEIGHTS_URL} and give its path as inception_path"
+        state = read_tensors(path, "Inception weights", where)
         expected = _without_counters(network.state_dict())
         given = _without_counters(state)
         if faults := differences(expected, given):
@@ -309,22 +310,6 @@ def full_float32() -> Iterator[None]:
     finally:
         for operation, precision in zip(operations, before, strict=True):
             operation.fp32_precision = precision
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(
-            f"the Inception weights {path} do not exist: download {WEIGHTS_URL} and give its path as inception_path"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes the unpickler raise
-        raise UserError(
-            f"cannot read the Inception weights {path} ({type(error).__name__}): download {WEIGHTS_URL} again"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a file of plain tensors: the Inception weights are published at {WEIGHTS_URL}")
-    return dict(state)
 
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

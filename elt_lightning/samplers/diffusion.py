@@ -54,7 +54,7 @@ class DiffusionSampler(Sampler):
         self,
         process: GaussianProcess,
         num_classes: int,
-        steps: int,
+        steps: int = 64,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
@@ -172,17 +172,6 @@ class DDIMSampler(DiffusionSampler):
 
     On the path of flow matching it is Euler's method.
     """
-
-    def __init__(
-        self,
-        process: GaussianProcess,
-        num_classes: int,
-        steps: int = 64,
-        clip: float | None = None,
-        guidance: Guidance | None = None,
-        carry_state: bool | None = None,
-    ) -> None:
-        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""

@@ -6,14 +6,12 @@ arXiv:1801.03924) before its learned weights of channels. MAGVIT compares a ResN
 published with it.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import differences, read_tensors
 
 PUBLISHED = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -91,16 +89,7 @@ def read_vgg16(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path} of VGG16's weights: {PUBLISHED} has them")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes the unpickler raise
-        raise UserError(
-            f"cannot read the VGG16 weights {path} ({type(error).__name__}): fetch {PUBLISHED} anew"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds something else than tensors by name: VGG16's are at {PUBLISHED}")
+    state = read_tensors(path, "VGG16 weights", f"{PUBLISHED} has them")
     with torch.device("meta"):
         expected = {f"features.{name}": value for name, value in vgg16_features().state_dict().items()}
         for place, outputs, inputs in CLASSIFIER:

@@ -29,6 +29,7 @@ from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
 from elt_lightning.tokenizers.vq_network import Quantized, VQNetwork, VQSettings, inflate, times
 from elt_lightning.training.optimiser import LearningRateSchedule, with_schedule
 from elt_lightning.training.runs import log_picture
+from elt_lightning.training.skip_non_finite_steps import is_skipped
 from elt_lightning.training.weights import differences
 
 FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
@@ -238,8 +239,8 @@ class VQTraining(LightningModule):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Move the weights, then the average, then the codes that nothing uses; a skipped step moves none of them."""
         super().optimizer_step(*arguments, **options)
-        if next(self.network.parameters()).grad is None:
-            return  # a callback took the gradients away, because they were not finite
+        if is_skipped(self.trainer):
+            return
         self.move_average(self.global_step)
         if self.revive_after > 0:
             self.revive_codes(self.global_step)

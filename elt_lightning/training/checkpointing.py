@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.runs import run_folder
+from elt_lightning.training.runs import callbacks_of, run_folder
 from elt_lightning.training.trainer_settings import check_monitored
 
 UNFINISHED = ".unfinished.ckpt"
@@ -157,7 +157,7 @@ class Checkpoint(ModelCheckpoint):
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct what the trainer takes as done.
+        """Correct what the trainer takes as done; print how much of ``max_time``, which counts over all runs, is over.
 
         Raises:
             UserError: the checkpoint's progress is damaged.
@@ -167,6 +167,11 @@ class Checkpoint(ModelCheckpoint):
                 correct_progress(checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
             except (KeyError, TypeError) as error:
                 raise UserError(f"the checkpoint's count of steps and epochs is damaged: {error}") from error
+            if callbacks_of(trainer, Timer) and trainer.is_global_zero:
+                done = checkpoint["callbacks"].get("Timer", {}).get("time_elapsed", {}).get("train", 0)
+                print(
+                    f"--trainer.max_time counts the time before the checkpoint too: {done:.0f} s are over", flush=True
+                )
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Point last.ckpt to the new file before the old one goes: killed at any moment, last.ckpt is whole."""

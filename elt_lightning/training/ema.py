@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharding import as_sharded, release_weights
+from elt_lightning.training.skip_non_finite_steps import is_skipped
 from elt_lightning.training.weights import differences
 
 
@@ -52,12 +53,11 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the average when an optimiser step was taken (accumulated micro-batches take none)."""
-        if trainer.global_step == self.updates:
-            return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = trainable_parameters(pl_module)
-        averages = [self.average[name] for name in parameters]
-        torch._foreach_lerp_(averages, [in_full(parameter, parameter) for parameter in parameters.values()], 1 - decay)
+        if trainer.global_step > self.updates and not is_skipped(trainer):
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            parameters = trainable_parameters(pl_module)
+            averages = [self.average[name] for name in parameters]
+            torch._foreach_lerp_(averages, [in_full(weight, weight) for weight in parameters.values()], 1 - decay)
         self.updates = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -66,17 +66,8 @@ class EMA(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._swap_out(pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._swap_in(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._swap_out(pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._swap_in(pl_module)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._swap_out(pl_module)
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back when validation is interrupted."""

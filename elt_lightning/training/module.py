@@ -71,8 +71,7 @@ class ELTModule(LightningModule):
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
-        self.prediction_loops: Loops = distillation.max_loops
-        self.val_loops: Sequence[int] = range(1, distillation.max_loops + 1)
+        self.val_loops: Sequence[int] = range(1, distillation.max_loops + 1)  # LoopMetrics has them measured at its own
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
@@ -171,8 +170,9 @@ class ELTModule(LightningModule):
         self.log_dict(losses, batch_size=len(batch.x) * self.trainer.world_size, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Draw what a :class:`~elt_lightning.data.base.Request` asks for, at ``prediction_loops``: codes (B, …)."""
-        return self.sample(batch.labels, self.prediction_loops, sample_seeds(self.seed, batch.indices), batch.known)
+        """Draw what a :class:`~elt_lightning.data.base.Request` asks for: codes (B, …)."""
+        loops = batch.loops or self.max_loops
+        return self.sample(batch.labels, loops, sample_seeds(self.seed, batch.indices), batch.known)
 
     def predict(
         self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None

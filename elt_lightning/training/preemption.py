@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from elt_lightning.training.runs import callbacks_of
 from elt_lightning.training.sharding import release_weights
 
 ENDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
@@ -57,15 +58,7 @@ class Preemption(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             end_if_asked(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save and end, if that was asked; devices may have different numbers of batches, so several do not ask."""
         if trainer.world_size == 1:
             end_if_asked(trainer, pl_module)
@@ -98,7 +91,7 @@ def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         SIGTERMException: it leaves the program with the status of the signal.
     """
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, Preemption)]  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer, Preemption)
     if trainer.state.fn != "fit" or not callbacks:
         return
     asked = callbacks[0].asked

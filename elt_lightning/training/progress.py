@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from elt_lightning.training.meter import Meter
+from elt_lightning.training.runs import callbacks_of
 
 
 class Progress(Callback):
@@ -96,4 +97,4 @@ def batches(numbers: list[int | float]) -> int | None:
 
 def meter(trainer: Trainer, total: int | None, unit: str, done: int = 0) -> Meter:
     """Return a meter that shows something if the trainer is to show progress."""
-    return Meter(total, unit, done, any(isinstance(callback, Progress) for callback in trainer.callbacks))  # type: ignore[attr-defined]
+    return Meter(total, unit, done, bool(callbacks_of(trainer, Progress)))

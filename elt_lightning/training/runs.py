@@ -7,9 +7,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from jsonargparse import Namespace
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -18,6 +19,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import claim_numbered, next_numbered
 
 logger = logging.getLogger(__name__)
+Kind = TypeVar("Kind", bound=Callback)
 
 RESULTS = ("checkpoints/last.ckpt", "loops.json", "reconstruction.json", "samples.npz", "samples")
 """What a run leaves in its folder: a folder without any of these may be used again, as after a kill."""
@@ -92,6 +94,11 @@ def locked(folder: Path) -> Iterator[None]:
 def run_folder(trainer: Trainer) -> Path:
     """Return the run's folder, the first rank's on all of them; Lightning's ``log_dir`` is wherever a logger writes."""
     return Path(trainer.strategy.broadcast(trainer.default_root_dir))
+
+
+def callbacks_of(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
+    """List a trainer's callbacks of one kind; Lightning gives the attribute no type."""
+    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, kind)]
 
 
 def log_picture(trainer: Trainer, name: str, picture: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.ema import EMA
+from elt_lightning.training.runs import callbacks_of
 from elt_lightning.training.weights import own_part
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class SkipNonFiniteSteps(Callback):
     """Skip every optimiser step whose loss or total gradient norm is infinite or not a number.
 
-    Such a step changes neither weights, the optimiser's moments nor the average. It counts as a step of training all
+    Such a step changes neither weights, the optimiser's moments nor an average: :func:`is_skipped` says so to all that
+    follows a step. It counts as a step of training all
     the same, so that the next one meets other samples and other noise, and it is logged: ``train/skipped_steps`` is how
     many there were so far, those before a resumed checkpoint included.
 
@@ -40,7 +41,7 @@ class SkipNonFiniteSteps(Callback):
         if max_in_a_row < 1:
             raise ValueError(f"max_in_a_row must be at least 1, not {max_in_a_row}")
         self.max_in_a_row = max_in_a_row
-        self.skipped = self._in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self._loss: Tensor | float = 0.0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -59,18 +60,18 @@ class SkipNonFiniteSteps(Callback):
         if bad.item():
             self._skip(trainer, optimizer)
         else:
-            self._in_a_row = 0
+            self.in_a_row = 0
         pl_module.log("train/skipped_steps", float(self.skipped))
 
     def _skip(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.skipped += 1
-        self._in_a_row += 1
+        self.in_a_row += 1
         step = trainer.global_step + 1
-        if self._in_a_row == 1:
+        if self.in_a_row == 1:
             logger.warning("step %d is skipped: its loss or gradient is not finite", step)
-        if self._in_a_row == self.max_in_a_row:
+        if self.in_a_row == self.max_in_a_row:
             raise UserError(
-                f"training stops at step {step}: the last {self._in_a_row} steps were skipped, as their loss or "
+                f"training stops at step {step}: the last {self.in_a_row} steps were skipped, as their loss or "
                 "gradient was not finite; lower the learning rate, clip gradients with --trainer.gradient_clip_val=1, "
                 "or take --trainer.precision=bf16-mixed in place of 16-mixed; "
                 f"{last_good_checkpoint(trainer)}"
@@ -81,9 +82,6 @@ class SkipNonFiniteSteps(Callback):
                 gradient.fill_(torch.nan)  # a fused optimiser looks for these itself, and must find some gradient
         else:
             optimizer.zero_grad(set_to_none=True)  # optimisers leave alone what has no gradient, weights and moments
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EMA):
-                callback.updates = trainer.global_step + 1  # to the average, this step is done already
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at the weights themselves: a finite but enormous step may have broken them.
@@ -103,6 +101,11 @@ class SkipNonFiniteSteps(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.skipped = state_dict["skipped"]
+
+
+def is_skipped(trainer: Trainer) -> bool:
+    """Return whether the newest optimiser step was skipped; its weights are those of the step before."""
+    return any(callback.in_a_row for callback in callbacks_of(trainer, SkipNonFiniteSteps))
 
 
 def gradients(optimizer: Optimizer) -> list[Tensor]:

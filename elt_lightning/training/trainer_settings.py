@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from elt_lightning.errors import UserError
+from elt_lightning.training.runs import callbacks_of
 
 INSTEAD: dict[str, tuple[Any, str]] = {
     "accumulate_grad_batches": (1, "it follows from --data.init_args.batch_size and --data.init_args.micro_batch_size"),
@@ -72,7 +73,7 @@ def watch_monitored(trainer: Trainer) -> None:
 
 def monitored(trainer: Trainer) -> list[str]:
     """List the logged values that callbacks wait for."""
-    names = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    names = [getattr(callback, "monitor", None) for callback in callbacks_of(trainer, Callback)]
     return [name for name in names if name]
 
 

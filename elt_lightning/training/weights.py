@@ -1,10 +1,36 @@
 """Weights read from a file, held against those of the network that they are for."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from elt_lightning.errors import UserError
+
+
+def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
+    """Read a published state dict; no code of the file is run.
+
+    Args:
+        path: of the file.
+        what: name of the weights, a plural.
+        where: they are to be had.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"the {what} {path} do not exist: {where}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the unpickler raise
+        raise UserError(f"cannot read the {what} {path} ({type(error).__name__}): {where}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a file of plain tensors, as the {what} are: {where}")
+    return dict(state)
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:

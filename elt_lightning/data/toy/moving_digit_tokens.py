@@ -46,14 +46,7 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            training_shards,
-            val_shards,
-            tokenizer_path,
-            batch_size,
-            micro_batch_size,
-            num_workers,
-            shuffle_block,
-            seed,
+            training_shards, val_shards, tokenizer_path, batch_size, micro_batch_size, num_workers, shuffle_block, seed
         )
         self.root, self.shape = root, self.clip_shape(stride)
 
