@@ -454,7 +454,9 @@ def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monke
 
 
 def test_help_fits_a_screen_and_names_every_target() -> None:
-    help_text = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert len(help_text.splitlines()) <= 24
     assert max(map(len, help_text.splitlines())) <= 120
     names = {f"table{number}" for number in NUMBERS} | {f"fig{number}" for number in FIGURES}
