@@ -6,13 +6,12 @@ arXiv:1801.03924) before its learned weights of channels. MAGVIT compares a ResN
 published with it.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
+from elt_lightning.files import is_file
 from elt_lightning.training.weights import differences
 
 PUBLISHED = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -91,7 +90,7 @@ def read_vgg16(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"there is no file {path} of VGG16's weights: {PUBLISHED} has them")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
