@@ -1,5 +1,7 @@
 """The one exception that means "the user can mend this"; the command line prints its message and nothing else."""
 
+import os
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a file, a setting, a command line.
@@ -23,3 +25,24 @@ def printable(text: str, longest: int = 300) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]} […] {text[-longest // 2 :]}"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has, used or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(what: str, needed: int, available: int | None = None) -> None:
+    """Refuse what is larger than the whole memory, before any of it is allocated.
+
+    Args:
+        what: begins the message: which setting asks for that much.
+        needed: bytes.
+        available: bytes of a device; by default the machine's.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    available = machine_memory() if available is None else available
+    if needed > available:
+        raise UserError(f"{what} needs {needed / 2**30:,.0f} GiB of memory: there are {available / 2**30:,.0f}")

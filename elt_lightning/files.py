@@ -45,6 +45,17 @@ def check_regular(path: str | Path) -> None:
         raise OSError(errno.EINVAL, "it is a FIFO, a socket or a device, not a file", str(path))
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether there is a file, or a link to one.
+
+    Raises:
+        OSError: what is there is neither a file nor a folder; see :func:`check_regular`.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        check_regular(path)
+    return Path(path).is_file()
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read its bytes.
 

@@ -94,6 +94,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "latents.yaml").write_text(LATENTS)
     (folder / "tokens.yaml").write_text(TOKENS)
     (folder / "notes.txt").write_text("What was there before.\n")
+    os.mkfifo(folder / "fifo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main([*ENCODE, "--root=pictures", "--output=pixels"]) == 0
@@ -225,6 +226,24 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "sample of a seed of endless digits": ([*SAMPLE, f"--seed={'9' * 5000}"], "[…]"),
     "sample of more than any machine holds": ([*SAMPLE, "--num=1000000000"], "--num"),
     "sample at more loops than anybody waits for": ([*SAMPLE, "--loops=1000000000"], "--loops"),
+    "plan of more loops than anybody measures": (
+        ["plan", f"--config={QUICKSTART}", "--model.distillation.max_loops=1000000"],
+        "say which, as in --loop_metrics.loops=1,1000000",
+    ),
+    "fit at more loops than memory holds": (
+        [*FIT, "--model.distillation.max_loops=1000000", "--loop_metrics.loops=1", "--run_dir=large"],
+        "GiB of memory: there are",
+    ),
+    "fit on more squares than memory holds": (
+        ["fit", f"--config={QUICKSTART}", "--data.init_args.num_train=10000000000"],
+        "num_train 10000000000 needs 59,605 GiB of memory: there are",
+    ),
+    "test of a FIFO": (["test", "--ckpt_path=fifo"], "fifo: it is a FIFO"),
+    "sample of a FIFO": (["sample", "--ckpt_path=fifo"], "fifo: it is a FIFO"),
+    "stats with a FIFO as network": (
+        ["stats", "--images=pictures", "--size=8", "--inception_path=fifo", "--output=new.npz"],
+        "fifo: it is a FIFO",
+    ),
     "sample without a checkpoint": (["sample"], "--ckpt_path"),
     "sample of a class there is not": ([*SAMPLE, "--classes=0,3"], "0 to 2"),
     "sample of a class below 0": ([*SAMPLE, "--classes=-1"], "--classes"),

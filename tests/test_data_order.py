@@ -31,6 +31,12 @@ def val_batches(samples: int, batch: int, world: int) -> list[list[list[int]]]:
     return ranks
 
 
+def test_samples_without_number_are_asked_for_as_they_come() -> None:
+    order = HeldOutOrder(10**15, 3, 1, 2)
+    assert next(iter(order)).tolist() == [1, 3, 5]
+    assert len(order) == 166_666_666_666_667
+
+
 @pytest.mark.parametrize(("world", "micro"), [(1, 24), (1, 6), (2, 12), (2, 3), (3, 4), (4, 6), (24, 1)])
 @pytest.mark.parametrize("seed", [0, 5])
 @pytest.mark.parametrize("samples", [24, 100, 240])

@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import bytes_in_shard, count_validations, num_steps, read
-from elt_lightning.commands.planning import Settings, make_plan, rehearse
+from elt_lightning.commands.planning import MOST_REHEARSED, Settings, make_plan, rehearse, rehearse_at
 from elt_lightning.data.base import Batch
 from elt_lightning.data.published import imagenet_moments
 from elt_lightning.errors import UserError
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.diffusion import DiffusionObjective
-from elt_lightning.objectives.ilsd import ILSD
+from elt_lightning.objectives.ilsd import ILSD, Mode
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import GaussianProcess
@@ -158,6 +158,14 @@ def test_recomputed_loops_keep_their_first_states_and_one_loop() -> None:
     loop = (six.per_sample - three.per_sample) / 3
     ends = three.per_sample - 3 * loop
     assert three.recomputing == ends + 3 * state + loop
+
+
+@pytest.mark.parametrize("mode", ["ilsd", "vanilla", "deep_supervision"])
+def test_what_many_loops_keep_follows_from_a_few(mode: Mode) -> None:
+    module, types = small_masked(), PRECISIONS["bf16-mixed"]
+    module.distillation = ILSD(MOST_REHEARSED + 8, min_loops=MOST_REHEARSED, mode=mode)
+    exits = module.distillation.student_exits(module.seed, 0)
+    assert rehearse(module, types) == rehearse_at(module, types, module.max_loops, exits)
 
 
 def test_dropout_keeps_what_it_does_on_a_gpu() -> None:

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -451,6 +453,12 @@ def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monke
     norms = tmp_path / "update_norms.csv"
     norms.write_text("step,loop,update_norm\n1,1,3.0\n1,2,2.0\n2,1,1.5\n2,2,0.5\n")
     assert len(make_figure(14, tmp_path, norms=norms)) == 4
+
+
+def test_another_backend_of_matplotlib_is_not_in_the_way() -> None:
+    command = [sys.executable, "-m", "elt_lightning.reproduce", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "junk"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_fits_a_screen_and_names_every_target() -> None:

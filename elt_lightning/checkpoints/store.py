@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elt_lightning.checkpoints.recipe import check_recipe, is_count, is_laid_out
 from elt_lightning.errors import UserError
+from elt_lightning.files import is_file
 from elt_lightning.training.sharded_checkpoints import META, read_folder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -59,7 +60,7 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
     if (Path(path) / CONFIG).is_file():
         raise UserError(f"{path} is an exported model, not a checkpoint: `elt sample` and from_pretrained read it")
     is_sharded = (Path(path) / META).is_file()
-    if not (is_sharded or Path(path).is_file()):
+    if not (is_sharded or is_file(path)):
         raise UserError(f"there is no checkpoint {path}")
     try:
         checkpoint = (

@@ -40,6 +40,7 @@ from elt_lightning.data.shards import ShardIndex
 from elt_lightning.data.tensors import TensorDataModule
 from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.loop_metrics import loops_to_measure
 from elt_lightning.files import written_aside
 from elt_lightning.training.module import ELTModule
 
@@ -247,7 +248,7 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_validation_samples=measured["num_validation_samples"],
         num_val=data.num_val,
         num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
-        loops=sorted(set(measured["loops"] or range(1, module.max_loops + 1))),
+        loops=loops_to_measure(measured["loops"], module.max_loops),
         guidance=measured["guidance"],
         num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),
         tflops=options.tflops,

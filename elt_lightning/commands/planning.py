@@ -6,7 +6,7 @@ Nothing here needs data, weights or a GPU. Bytes are exact for what they name; h
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,28 @@ class Kept:
     copies: int
 
 
+MOST_REHEARSED = 32
+"""Loops that a rehearsal runs; what more of them keep follows from a few."""
+
+
 def rehearse(module: ELTModule, types: Types) -> Kept:
+    """Count what a training step keeps at any loop count; see :func:`rehearse_at`, which many loops are taken from."""
+    loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
+    if loops <= MOST_REHEARSED:
+        return rehearse_at(module, types, loops, exits)
+    few, some = 3, range(1, 1 + min(1, len(exits)))  # every further loop, or exit, keeps as much as the one before it
+    base = astuple(rehearse_at(module, types, few, some))
+    further_loop = astuple(rehearse_at(module, types, few + 1, some))
+    further_exit = astuple(rehearse_at(module, types, few, range(1, 3))) if len(exits) > 1 else base
+    return Kept(
+        *(
+            size + (loops - few) * (with_loop - size) + (len(exits) - len(some)) * (with_exit - size)
+            for size, with_loop, with_exit in zip(base, further_loop, further_exit, strict=True)
+        )
+    )
+
+
+def rehearse_at(module: ELTModule, types: Types, loops: int, exits: Sequence[int]) -> Kept:
     """Compute a training step's loss on the CPU, on tensors without contents, and count what autograd keeps of it.
 
     Dispatch and storages are those of a real run; memory and arithmetic are not spent. Where a CPU keeps something else
@@ -50,9 +71,12 @@ def rehearse(module: ELTModule, types: Types) -> Kept:
     Args:
         module: best on the ``meta`` device; it is not changed.
         types: of the training's precision.
+        loops: of the teacher.
+        exits: of the students.
     """
-    module, exits = copy.deepcopy(module), module.distillation.student_exits(module.seed, 0)
-    module.distillation.student_exits = lambda *_: exits  # type: ignore[method-assign]  # it asks for a number
+    module = copy.deepcopy(module)
+    module.distillation.max_loops = loops
+    module.distillation.student_exits = lambda *_: tuple(exits)  # type: ignore[method-assign]  # it asks for a number
     network = module.network.to(device="meta", dtype=types.weights).train()
     for part in network.modules():
         if isinstance(part, SelfAttention):

@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
+from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, check_memory
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, written_aside
@@ -38,7 +39,7 @@ from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
-from elt_lightning.training.precision import cache_weight_casts
+from elt_lightning.training.precision import PRECISIONS, cache_weight_casts
 from elt_lightning.training.preemption import Preemption, ending_on_interrupt, saved_checkpoint
 from elt_lightning.training.progress import Progress, ValidationScores
 from elt_lightning.training.runs import LOCK, choose_run_dir, locked
@@ -412,6 +413,21 @@ class ELTCommandLine(RunCommandLine):
     def own_callbacks(self) -> list[Callback]:
         """Measure speed too."""
         return [Throughput(), *super().own_callbacks()]
+
+    def before_fit(self) -> None:
+        """Refuse loops whose activations the device cannot hold, before it fills up."""
+        types = PRECISIONS.get(str(self.trainer.precision))
+        if self.model.max_loops > MOST_REHEARSED and types is not None:
+            kept, backbone = rehearse(self.model, types), self.model.network.backbone
+            of_each = kept.recomputing if backbone.activation_checkpointing else kept.per_sample
+            samples = self.datamodule.share_batch(self.trainer.world_size)[0]
+            device = self.trainer.strategy.root_device
+            is_gpu = device.type == "cuda"
+            check_memory(
+                f"a pass of {samples} samples at max_loops {self.model.max_loops}",
+                samples * of_each,
+                torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
+            )
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return both sections, with what is linked from the data filled in."""

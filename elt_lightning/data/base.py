@@ -1,5 +1,6 @@
 """What every data module of this project shares: batches whose order is a function of (seed, step)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -149,14 +150,15 @@ class HeldOutOrder(Sampler[Tensor]):
     """
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
-        mine = torch.arange(num_samples)[rank::world_size]
-        self.batches = mine.split(batch_size) if len(mine) else ()
+        self.mine, self.batch_size = range(rank, num_samples, world_size), batch_size
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return math.ceil(len(self.mine) / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.batches)
+        for start in range(0, len(self.mine), self.batch_size):
+            numbers = self.mine[start : start + self.batch_size]
+            yield torch.arange(numbers.start, numbers.stop, numbers.step)
 
 
 class _Numbers(Sampler[list[int]]):

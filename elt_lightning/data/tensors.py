@@ -1,7 +1,6 @@
 """Tensors on disk: images, latents or tokens of one's own, in safetensors files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from elt_lightning.data.base import VAL_LOSS, Batch, BatchDataset, IndexedDataModule, TensorBatches
 from elt_lightning.errors import UserError
+from elt_lightning.files import is_file
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.continuous import PixelScaling
@@ -147,7 +147,7 @@ def open_tensors(path: str) -> TensorBatches:
     Raises:
         UserError: the file is missing or holds something else.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"the data file {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:

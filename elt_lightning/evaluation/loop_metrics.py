@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from elt_lightning.data.base import VAL_LOSS, Batch, data_of
+from elt_lightning.errors import UserError
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
@@ -25,6 +26,9 @@ from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import callbacks_of, log_picture, run_folder
 
 logger = logging.getLogger(__name__)
+
+MOST_UNASKED = 1000
+"""Loop counts that are measured without being named."""
 
 
 class LoopMetrics(Callback):
@@ -227,7 +231,7 @@ class LoopMetrics(Callback):
         return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
     def _loops(self, module: ELTModule) -> list[int]:
-        return sorted(set(self.loops or range(1, module.max_loops + 1)))
+        return loops_to_measure(self.loops, module.max_loops)
 
     def _sweep(self, trainer: Trainer, num_samples: int, repeats: int) -> Sweep:
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -285,6 +289,19 @@ class LoopMetrics(Callback):
             },
             effective_depth={row.loops: backbone.effective_depth(row.loops) for row in rows},
         )
+
+
+def loops_to_measure(loops: Sequence[int] | None, max_loops: int) -> list[int]:
+    """List the loop counts that are measured: those asked for, or 1 … L_max where these are not too many to want.
+
+    Raises:
+        UserError: they are.
+    """
+    if loops is None and max_loops > MOST_UNASKED:
+        raise UserError(
+            f"every loop count up to {max_loops} would be measured: say which, as in --loop_metrics.loops=1,{max_loops}"
+        )
+    return sorted(set(range(1, max_loops + 1) if loops is None else loops))
 
 
 def _with_float64(device: torch.device) -> torch.device:

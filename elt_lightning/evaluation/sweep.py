@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elt_lightning.data.base import Request
+from elt_lightning.data.base import HeldOutOrder, Request
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.evaluation.known import known_pixels
 from elt_lightning.metrics.base import SampleMetric
@@ -109,8 +109,8 @@ class Sweep:
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
-            share = self._share(module.device)
-            for index in share:
+            share = HeldOutOrder(self.num_samples, self.batch_size, self.rank, self.world_size)
+            for index in (numbers.to(module.device) for numbers in share):
                 labels, _, known, _ = request(index)
                 began = _now(module.device)
                 with context():
@@ -140,10 +140,6 @@ class Sweep:
     def _most_batches(self) -> int:
         """Count the batches of the rank that has most of them, the first."""
         return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
-
-    def _share(self, device: torch.device) -> Sequence[Tensor]:
-        """Return the numbers of this rank's samples in batches (B,)."""
-        return torch.arange(self.rank, self.num_samples, self.world_size, device=device).split(self.batch_size)
 
 
 def keep_pictures(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.files import is_file
 from elt_lightning.metrics.c3d import C3D
 from elt_lightning.metrics.fid import name_with_count, rank_and_world_size
 from elt_lightning.metrics.frechet import FixedPrecisionMetric, Moments, MomentSums, frechet_distance
@@ -152,7 +153,7 @@ def load_or_compute_real(
     """
     identity = [clips.fingerprint, clips.settings, i3d.sha256, asdict(protocol)]
     path = cached_file(cache_folder, "i3d_moments", identity)
-    if not path.is_file():
+    if not is_file(path):
         sums_device = torch.device("cpu") if i3d.device.type == "mps" else i3d.device  # Apple's GPUs lack float64
         sums = MomentSums.zeros(I3D.num_outputs, sums_device)
         for batch in counted(clips.batches(), "real clip", clips.num_images):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256, written_aside
+from elt_lightning.files import is_file, sha256, written_aside
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.training.weights import differences, read_tensors
 
@@ -269,7 +269,7 @@ def download_inception(folder: str | Path) -> Path:
         UserError: there is no internet, or what came is not the published file.
     """
     path = Path(folder) / WEIGHTS_URL.rsplit("/", 1)[-1]
-    if path.is_file():
+    if is_file(path):
         return path
     try:
         with written_aside(path) as aside:

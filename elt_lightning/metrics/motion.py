@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elt_lightning.files import written_aside
+from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.frechet import FrechetDistance
@@ -89,7 +89,7 @@ def load_or_train_motion_network(
         val_labels: their motions.
     """
     network = MotionNetwork()
-    if not path.is_file():
+    if not is_file(path):
         train_motion_network(network, clips, labels)
         with torch.no_grad():
             accuracy = (network(val_clips).argmax(1) == val_labels).float().mean()

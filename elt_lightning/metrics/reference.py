@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.frechet import Moments, MomentSums
 from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.training.meter import counted
@@ -107,7 +107,7 @@ def load_or_compute(
         return read_moments(source)
     identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
     path = cached_file(cache_folder, "inception_moments", identity)
-    if not path.is_file():
+    if not is_file(path):
         moments = compute_moments(source.batches(), network, source.num_images)
         write_moments(path, replace(moments, made_with=source.settings | moments.made_with))
         print(f"made {path}: the reference's moments", flush=True)
@@ -177,7 +177,7 @@ def read_moments(path: str | Path, num_features: int | None = None) -> Inception
     Raises:
         UserError: the file is missing, or is not such a file.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(
             f"the reference moments {path} do not exist: `elt stats` makes them from images; ImageNet's are published "
             "as VIRTUAL_imagenet256_labeled.npz beside github.com/openai/guided-diffusion"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256
+from elt_lightning.files import is_file, sha256
 from elt_lightning.metrics.inception import full_float32
 from elt_lightning.tokenizers.base import to_bytes
 
@@ -68,7 +68,7 @@ class TorchScriptNetwork(nn.Module):
         Raises:
             UserError: it is missing, is no TorchScript file, or is that of another network.
         """
-        if not Path(path).is_file():
+        if not is_file(path):
             raise UserError(f"{path} does not exist: {cls.where()}")
         try:
             script = torch.jit.load(str(path), map_location="cpu")

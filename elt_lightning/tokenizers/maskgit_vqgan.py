@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256
+from elt_lightning.files import is_file, sha256
 from elt_lightning.tokenizers.base import ImageTokenizer
 from elt_lightning.training.weights import differences
 
@@ -191,7 +191,7 @@ def weights_file(path: str) -> Path:
     """
     given = Path(path)
     files = [given / name for name in ("model.safetensors", "pytorch_model.bin")] if given.is_dir() else [given]
-    found = next((file for file in files if file.is_file()), None)
+    found = next((file for file in files if is_file(file)), None)
     if found is None:
         missing = f"no {' or '.join(file.name for file in files)} in {path}" if given.is_dir() else f"no file {path}"
         raise UserError(f"there is {missing}, the MaskGIT VQGAN: {PUBLISHED}; `elt sample` takes --tokenizer_path")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256, written_aside
+from elt_lightning.files import is_file, sha256, written_aside
 from elt_lightning.tokenizers.base import Tokenizer, to_bytes
 
 LINE = 110
@@ -34,7 +34,7 @@ class PatchVQTokenizer(Tokenizer):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        if not Path(path).is_file():
+        if not is_file(path):
             raise UserError(
                 f"the codebook {path} does not exist: `elt fit` makes it; `elt sample` takes --tokenizer_path"
             )

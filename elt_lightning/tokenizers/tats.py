@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.serialization import safe_globals
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256
+from elt_lightning.files import is_file, sha256
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import squared_distances
 from elt_lightning.training.weights import differences
@@ -257,7 +257,7 @@ def read_state(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it cannot be read without running code of it.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"there is no file {path}, the VQGAN of TATS: {PUBLISHED}; `elt sample` takes --tokenizer_path")
     try:
         if Path(path).suffix == ".safetensors":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256, written_aside
+from elt_lightning.files import is_file, sha256, written_aside
 from elt_lightning.tokenizers.base import ImageTokenizer, Tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
 from elt_lightning.training.weights import differences
@@ -145,7 +145,7 @@ def read_tokenizer(path: str) -> tuple[VQNetwork, tuple[int, ...]]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(
             f"there is no tokenizer {path}: training one writes tokenizer.safetensors into its run's folder; "
             "`elt sample` takes --tokenizer_path"

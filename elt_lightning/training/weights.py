@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from elt_lightning.errors import UserError
+from elt_lightning.files import is_file
 
 
 def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
@@ -22,7 +23,7 @@ def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"the {what} {path} do not exist: {where}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.base import IndexedDataModule, Request, TensorBatches
+from elt_lightning.errors import check_memory
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
@@ -73,6 +74,8 @@ class LatinSquaresDataModule(IndexedDataModule):
             raise ValueError(f"need order from 2 to 6 and num_given from 0 to order² - 1, not {order} and {num_given}")
         if num_train < 1 or num_val < 2 or not 1 <= codes_per_digit <= 100:
             raise ValueError("need num_train >= 1, num_val >= 2 and codes_per_digit from 1 to 100")
+        for name, count in (("num_train", num_train), ("num_val", num_val)):
+            check_memory(f"{name} {count}", count * 4 * (SIDE * order) ** 2)
         self.root, self.num_train, self.num_val = Path(root), num_train, num_val
         self.codes_per_digit, self.num_given = codes_per_digit, num_given
         self.order = self.num_classes = order
