@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 
 from jsonargparse import Namespace
 from lightning import Callback, Trainer
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from elt_lightning.errors import UserError
@@ -39,7 +39,7 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
         UserError: the folder asked for already holds another run.
     """
     run_of_checkpoint = run_of(config.ckpt_path) if config.get("ckpt_path") else None
-    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    is_first = is_first_process()
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
         # Of several processes the first decides; the others meet its config here.
@@ -54,6 +54,14 @@ def choose_run_dir(config: Namespace, subcommand: str) -> Path:
         return choose("runs", Path(configs[-1]).stem if configs else subcommand)
     run_of_checkpoint = Path(os.path.relpath(run_of_checkpoint))
     return run_of_checkpoint if subcommand == "fit" else choose(run_of_checkpoint, subcommand)
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, by its variables as they are now.
+
+    There is no trainer yet, and Lightning's own ``rank_zero_only`` read them when it was imported.
+    """
+    return (_get_rank() or 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def run_of(checkpoint: str | Path) -> Path | None:
@@ -72,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process is at work there.
     """
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+    if not is_first_process():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
