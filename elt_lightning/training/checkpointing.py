@@ -22,7 +22,7 @@ UNFINISHED = ".unfinished.ckpt"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Gives a checkpoint its name once it is completely on disk.
+    """Write checkpoints that take their names once they are completely on disk.
 
     Lightning 2.6.6 makes a second copy of it in memory and a third in the folder for temporary files, which it then
     moves: where that folder is on another disk, that is a copy under the final name, of which a kill leaves half.
