@@ -34,6 +34,17 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write plain data as JSON, in the same way."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse what only looks like a file: a FIFO would be waited for without end, and a device read without end.
 

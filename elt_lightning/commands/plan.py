@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import math
 import pydoc
 import tarfile
@@ -43,7 +42,7 @@ from elt_lightning.data.tensors import TensorDataModule
 from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import loops_to_measure
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json
 from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
@@ -66,8 +65,7 @@ def run(name: str, arguments: list[str]) -> None:
     except ValueError as error:
         raise UserError(explain(str(error))) from error
     if options.json is not None:
-        with written_aside(options.json) as aside:
-            aside.write_text(json.dumps(data.as_dict() | {"disk": data.disk()} | plan, indent=1) + "\n")
+        write_json(options.json, data.as_dict() | {"disk": data.disk()} | plan)
     table = Table.grid(padding=(0, 3))
     for title, lines in groupby(report(plan, data, module), key=itemgetter(0)):
         # a path may look like markup

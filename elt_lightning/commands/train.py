@@ -34,7 +34,7 @@ from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
-from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.files import next_numbered, write_text
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
@@ -354,8 +354,7 @@ class RunCommandLine(LightningCLI):
         path = self.run_dir / "config.yaml"
         if path.exists():
             path = next_numbered(self.run_dir, f"config_{self.subcommand}").with_suffix(".yaml")
-        with written_aside(path) as aside:
-            aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
         if self.subcommand == "fit":
             print(sizes(self.model), flush=True)

@@ -35,7 +35,7 @@ from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -182,8 +182,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         elt("fit", *flags, "--run_dir", str(folder), *unfinished)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
-        with written_aside(folder / "trained.json") as aside:
-            aside.write_text(json.dumps({"seconds": seconds}))
+        write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
     write_record(record, command, base, folder)
@@ -236,8 +235,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         "rows": rows,
         "val": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
     }
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record) + "\n")
+    write_json(path, record, indent=None)
 
 
 def elt(*arguments: str) -> None:
@@ -291,13 +289,11 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     if gathered is None:
         return
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
-    with written_aside(folder / "ablation.json") as aside:
-        aside.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     with written_aside(folder / "ablation.png") as aside:
         figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
-    with written_aside(folder / "ablation.md") as aside:
-        aside.write_text("\n".join(table(summary, arms, metric) for metric in metrics))
+    write_text(folder / "ablation.md", "\n".join(table(summary, arms, metric) for metric in metrics))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
