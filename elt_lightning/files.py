@@ -68,11 +68,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is none; see :func:`check_regular`.
-    """
+    """Open a file to read its bytes (OSError: it cannot be opened, or is none; see :func:`check_regular`)."""
     check_regular(path)
     return open(path, "rb")
 
@@ -97,11 +93,7 @@ def counted_by_suffix(names: Iterable[str], most: int = 8) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parse JSON from outside.
-
-    Raises:
-        ValueError: it is not JSON, for whatever reason.
-    """
+    """Parse JSON from outside (ValueError: it is not JSON, for whatever reason)."""
     try:
         return json.loads(content)
     except RecursionError as error:

@@ -180,11 +180,7 @@ def figures(folder: Path) -> str:
 
 
 def write_figures(folder: Path) -> Path:
-    """Write ``figures.md`` beside the JSON.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Write ``figures.md`` beside the JSON (UserError: there is none)."""
     if not any((folder / name).is_file() for name in MEASURED):
         raise UserError(f"{folder} holds none of {', '.join(MEASURED)}: elt bench inference --output makes one")
     path = folder / "figures.md"

@@ -10,11 +10,7 @@ from elt_lightning.files import write_json
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Read what was measured, the newest last; none where there is no file.
-
-    Raises:
-        UserError: the file is something else.
-    """
+    """Read what was measured, the newest last; none where there is no file (UserError: the file is something else)."""
     if not path.is_file():
         return []
     try:

@@ -86,11 +86,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    """Return the device of that name, or a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Return the device of that name, or a GPU where there is one (UserError: there is no such device)."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

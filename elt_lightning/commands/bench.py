@@ -29,11 +29,7 @@ from elt_lightning.training.precision import PRECISIONS
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Measure what the command line asks for.
-
-    Raises:
-        UserError: the command line is wrong.
-    """
+    """Measure what the command line asks for (UserError: the command line is wrong)."""
     options = build_parser().parse_args(arguments)
     options.command = shlex.join(["elt", name, *arguments])
     options.run(options)

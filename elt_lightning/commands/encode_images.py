@@ -76,10 +76,6 @@ def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
 
 
 def read_classes(location: str) -> tuple[str, ...]:
-    """Read the classes of an encoded set, from its folder or its ``index.json``.
-
-    Raises:
-        UserError: there is no index.
-    """
+    """Read the classes of an encoded set, from its folder or its ``index.json`` (UserError: there is no index)."""
     folder = os.path.dirname(location) or "." if location.endswith(INDEX) else location
     return ShardIndex.read(folder).classes

@@ -113,11 +113,7 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
 
 
 def find_class(name: str, short_names: dict[str, str]) -> Any:
-    """Import what a short name or a class path means.
-
-    Raises:
-        UserError: there is no such thing.
-    """
+    """Import what a short name or a class path means (UserError: there is no such thing)."""
     module_name, _, class_name = short_names.get(name, name).rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), class_name)

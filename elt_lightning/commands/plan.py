@@ -50,11 +50,7 @@ WIDTH = 120
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Print the plan that the command line asks for.
-
-    Raises:
-        UserError: the command line, a config or a setting is wrong.
-    """
+    """Print the plan that the command line asks for (UserError: the command line, a config or a setting is wrong)."""
     quieten_libraries()
     options, settings = build_parser().parse_known_args(arguments)
     if options.json is not None and options.json.exists() and not options.overwrite:

@@ -97,11 +97,7 @@ LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carr
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run one of the trainer's commands.
-
-    Raises:
-        UserError: the command line, the config or a file is wrong.
-    """
+    """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
         print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
@@ -288,11 +284,7 @@ class RunCommandLine(LightningCLI):
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Build data module, model and trainer.
-
-        Raises:
-            UserError: a class refused its settings.
-        """
+        """Build data module, model and trainer (UserError: a class refused its settings)."""
         try:
             super().instantiate_classes()
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)

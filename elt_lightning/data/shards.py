@@ -75,11 +75,7 @@ class ShardIndex:
 
     @staticmethod
     def read(location: str) -> "ShardIndex":
-        """Read the index of a folder or URL.
-
-        Raises:
-            UserError: there is none, or it is not one of ours.
-        """
+        """Read the index of a folder or URL (UserError: there is none, or it is not one of ours)."""
         where = join(location, INDEX)
         try:
             check_local(where)
@@ -101,11 +97,7 @@ def join(location: str, name: str) -> str:
 
 
 def check_local(url: str) -> None:
-    """Refuse a path that is no file, as a FIFO is; URLs are left alone.
-
-    Raises:
-        OSError: it is missing, or no file.
-    """
+    """Refuse a path that is no file, as a FIFO is; URLs are left alone (OSError: it is missing, or no file)."""
     if urlparse(url).scheme in ("", "file"):
         check_regular(urlparse(url).path)
 

@@ -113,11 +113,7 @@ def main() -> None:
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """Read a file of ``experiments/``.
-
-    Raises:
-        UserError: it lacks a section, or has one that nothing reads.
-    """
+    """Read a file of ``experiments/`` (UserError: it lacks a section, or has one that nothing reads)."""
     config = yaml.safe_load(path.read_text())
     needed, sections = {"config", "seeds", "settings", "arms"}, set(config) if isinstance(config, dict) else set()
     for problem, names in (
@@ -130,11 +126,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
 
 
 def arms_of(config: dict[str, Any]) -> list[Arm]:
-    """Return the arms of an experiment.
-
-    Raises:
-        UserError: one has a setting that arms do not have, or lacks one.
-    """
+    """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
         return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
@@ -143,11 +135,7 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
 
 
 def prepare(program: str) -> None:
-    """Make the data: run a module of the package with its flags.
-
-    Raises:
-        UserError: it failed; its own line comes first.
-    """
+    """Make the data: run a module of the package with its flags (UserError: it failed; its own line comes first)."""
     if subprocess.run([sys.executable, "-m", *shlex.split(program)], check=False).returncode:
         raise UserError(f"the data could not be made: python -m {program}")
 
@@ -195,11 +183,7 @@ def record_path(output: Path, arm: Arm, seed: int) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what a run measured.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read what a run measured (UserError: the file is damaged)."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         lacking = {"command", "base_sha256", "rows", "val", "versions", "machine"} - record.keys()
@@ -239,11 +223,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
 
 
 def elt(*arguments: str) -> None:
-    """Run `elt` with one thread.
-
-    Raises:
-        UserError: it failed; with the end of its output.
-    """
+    """Run `elt` with one thread (UserError: it failed; with the end of its output)."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "elt_lightning", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -434,11 +434,7 @@ def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> 
 
 
 def main() -> None:
-    """Write the page.
-
-    Raises:
-        UserError: a file of results is damaged.
-    """
+    """Write the page (UserError: a file of results is damaged)."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the results")
     parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of what `elt bench` wrote")
@@ -451,11 +447,7 @@ def main() -> None:
 
 
 def read_experiment(folder: Path) -> Experiment | None:
-    """Read an ablation's results; None where there are none.
-
-    Raises:
-        UserError: the file is no such summary.
-    """
+    """Read an ablation's results; None where there are none (UserError: the file is no such summary)."""
     path = folder / "ablation.json"
     if not path.is_file():
         return None
@@ -486,11 +478,7 @@ def read_arm(name: str, summary: dict[str, Any], metric: str) -> Arm:
 
 
 def page(results: Path, benchmarks: Path) -> str:
-    """Write the page of all claims.
-
-    Raises:
-        UserError: a file of results is damaged.
-    """
+    """Write the page of all claims (UserError: a file of results is damaged)."""
     experiments = {name: read_experiment(results / name) for name in EXPERIMENTS}
     overview, sections = [], []
     for number, claim in enumerate(CLAIMS, start=1):

@@ -32,11 +32,7 @@ def main() -> None:
 
 
 def read_curves(run: Path) -> Curves:
-    """Read what was logged of losses and metrics, to four digits.
-
-    Raises:
-        UserError: there is nothing in the folder.
-    """
+    """Read what was logged of losses and metrics, to four digits (UserError: there is nothing in the folder)."""
     events = EventAccumulator(str(run))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith(("train/loss", "val/"))]
