@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
+from elt_lightning.commands.arguments import ABOVE_0, Parser, file_path, number, whole
 from elt_lightning.commands.planning import Settings, make_plan
 from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
@@ -73,13 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the flags that `elt fit` does not have; all others are those of `elt fit`."""
     epilog = "All further flags are those of elt fit, --config PATH first of all."
     parser = Parser(prog="elt plan", description=__doc__, epilog=epilog, allow_abbrev=False)
-    add, count = parser.add_argument, number_from(1)
+    add, count = parser.add_argument, whole(1)
     add("--devices", type=count, metavar="N", help="over all nodes; by default the config's, 1 for auto")
-    add("--device_memory", type=number_above_0(), default=79.0, help="GiB of a device (default 79: an H100 of 80 GB)")
+    add("--device_memory", type=ABOVE_0, default=79.0, help="GiB of a device (default 79: an H100 of 80 GB)")
     tera = "assumed peak of a device in 10^12 operations per second (default 989: H100 or H200, dense bfloat16)"
-    add("--tflops", type=number_above_0(), default=989.0, help=tera)
+    add("--tflops", type=ABOVE_0, default=989.0, help=tera)
     share = "assumed share of the peak, up to 1 (default 0.4)"
-    add("--utilisation", type=number_above_0(1.0), default=0.4, help=share)
+    add("--utilisation", type=number("number above 0 up to 1", lambda value: 0 < value <= 1), default=0.4, help=share)
     add("--num_samples", type=count, metavar="N", help="training samples; by default what the data say")
     add("--json", type=file_path, metavar="PATH", help="write all numbers to this file too")
     add("--overwrite", action="store_true", help="replace the file if it exists")

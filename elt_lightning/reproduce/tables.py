@@ -350,11 +350,8 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
         cells = table.rows[row.model] = cells_of("paper", {speed: row.ratio})
         if not small_scale:
             looped, baseline = count_scale(row.scale, row.num_layers, row.loops), count_scale(row.scale)
-            ratio, sizes = (
-                looped.forward_macs / baseline.forward_macs,
-                (looped.params_backbone, baseline.params_backbone),
-            )
-            cells |= cells_of("counted", {macs: ratio, params: sizes[0], baseline_params: sizes[1]})
+            sizes = {params: looped.params_backbone, baseline_params: baseline.params_backbone}
+            cells |= cells_of("counted", {macs: looped.forward_macs / baseline.forward_macs, **sizes})
     printed = {(row.scale, row.num_layers, row.loops): row.model for row in TABLE_3}
     for run in benchmark_runs(benchmarks / "inference.json", table):
         for found in run["rows"]:
@@ -365,8 +362,11 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
             as_papers = (found["batch_size"], found["steps"], found["guidance"], found["compile"])
             if as_papers != (TABLE_3_BATCH, TABLE_1[0].steps, 1, "no"):
                 papers = None
-            measured = {speed: Value(*ratio), "samples per second": found["samples_per_second"]}
-            measured["share of peak"] = found["pass_share_of_peak"]
+            measured = {
+                speed: Value(*ratio),
+                "samples per second": found["samples_per_second"],
+                "share of peak": found["pass_share_of_peak"],
+            }
             row_of(table, found, run, papers).update(cells_of("measured", measured))
     return with_provenance(table)
 
