@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,10 @@ def measured(found: dict[Any, Any], name: Any) -> Any:
     return found[name]
 
 
+VARIETY = ("precision", "recall", "coverage", "distinct")
+"""What `elt test --diversity` measures."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training, over seeds.
@@ -103,6 +107,7 @@ class Arm:
         carried: the same with the state carried from step to step; empty where that was not measured.
         higher_is_better: the direction of the scores.
         val: {loops: losses over training, a row for each step and a column for each seed}.
+        variety: {measure: a value for each seed} at L_max, from zero and carried; empty where that was not measured.
     """
 
     label: str
@@ -112,6 +117,7 @@ class Arm:
     higher_is_better: bool
     val: dict[int, pd.DataFrame]
     carried: dict[int, pd.Series]
+    variety: tuple[dict[str, pd.Series], dict[str, pd.Series]] = field(default_factory=lambda: ({}, {}))
 
     def at(self, loops: int) -> pd.Series:
         """Return the scores at a loop count.
@@ -480,6 +486,24 @@ def ilsd_suits_recall(experiment: Experiment) -> Finding:
     return Finding(f"{ours.label} {ours.show(*counts)}; {other.label} {other.show(*counts)}", gaps > 0, gaps)
 
 
+@claim(
+    "Beyond the paper, R6",
+    "carried at L_max, recall and coverage of the features, and the share of different squares among the valid ones, "
+    f"are at least {100 * UNHURT:.0f} % of what they are from zero",
+    RECALL,
+)
+def carried_samples_are_varied(experiment: Experiment) -> Finding:
+    """Samples drawn with the state carried are as varied as those from zero."""
+    ours = experiment.arm("recall_ilsd")
+    zero, carried = ours.variety
+    if not zero:
+        raise NotMeasuredError
+    judged = [name for name in ("recall", "coverage", "distinct") if name in zero]
+    holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
+    cells = (f"{name} {spread(100 * carried[name])} (from zero {spread(100 * zero[name])})" for name in zero)
+    return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
+
+
 def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
     """Compare two arms, at loop counts that are a function of L_max: for each seed whether ours is at least as good."""
     here, there = loops(paper.max_loops)
@@ -531,6 +555,11 @@ def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: st
         int(curve.rpartition("@L")[2]): pd.DataFrame(losses["values"], index=losses["steps"])
         for curve, losses in arm.get("val", {}).items()
     }
+
+    def variety(carried: bool) -> dict[str, pd.Series]:
+        rows = [row["metrics"] for row in arm.get("diversity", []) if row["carry_state"] == carried]
+        return {name: pd.Series(values) for row in rows for name, values in row.items() if name in VARIETY}
+
     return Arm(
         label=arm["label"],
         max_loops=settings["max_loops"],
@@ -539,6 +568,7 @@ def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: st
         carried=scores_of(arm["rows"], metric, carried=True),
         higher_is_better=summary["higher_is_better"],
         val=val,
+        variety=(variety(carried=False), variety(carried=True)),
     )
 
 
