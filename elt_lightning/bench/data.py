@@ -38,25 +38,16 @@ Epoch = Callable[[], Iterable[Sized]]
 
 @dataclass(frozen=True)
 class Reading:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        codes: what is read.
-        unit: what a sample of it is.
-        num_workers: loader processes.
-        batch_size: samples per batch.
-        per_second: samples, of each repeat.
-        needed_per_second: samples that one GPU takes in, at :data:`FLOPS_PER_SECOND`; None where no training waits.
-        published: samples of the published set.
-    """
-
-    codes: str
-    unit: Literal["images", "clips"]
-    num_workers: int
-    batch_size: int
-    per_second: tuple[float, ...]
+    codes: str  # what is read
+    unit: Literal["images", "clips"]  # what a sample of it is
+    num_workers: int  # loader processes
+    batch_size: int  # samples per batch
+    per_second: tuple[float, ...]  # samples, of each repeat
+    # samples that one GPU takes in, at `FLOPS_PER_SECOND`; None where no training waits
     needed_per_second: float | None
-    published: int
+    published: int  # samples of the published set
 
     @property
     def ratio(self) -> float | None:
@@ -79,44 +70,28 @@ class Reading:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides.
+    """What the command line decides."""
 
-    Attributes:
-        num_samples: {what is counted: how many there are in an epoch}, by :attr:`Subject.counted`; 0 leaves out what is
-            made of them.
-        num_workers: loader processes.
-        batch_size: samples per batch; None for each subject's own.
-        repeats: epochs that are timed.
-    """
-
+    # {what is counted: how many there are in an epoch}, by `Subject.counted`; 0 leaves out what is made of them
     num_samples: dict[str, int]
-    num_workers: int
-    batch_size: int | None
-    repeats: int
+    num_workers: int  # loader processes
+    batch_size: int | None  # samples per batch; None for each subject's own
+    repeats: int  # epochs that are timed
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something whose reading is measured.
+    """Something whose reading is measured."""
 
-    Attributes:
-        codes: what it is.
-        unit: what a sample of it is.
-        counted: what the command line counts of it: "images", "videos" or "jpegs".
-        batch_size: samples of an optimiser step in its config, or of a batch of `elt encode`.
-        at_once: of these, how many a loader process reads together: those of a forward pass on one device.
-        published: samples of the published set.
-        needed: returns the samples per second that one GPU takes in, None where no training waits.
-        made: makes the samples; arguments are their number, loader processes, ``batch_size`` and ``at_once``.
-    """
-
-    codes: str
-    unit: Literal["images", "clips"]
-    counted: str
-    batch_size: int
-    at_once: int
-    published: int
+    codes: str  # what it is
+    unit: Literal["images", "clips"]  # what a sample of it is
+    counted: str  # what the command line counts of it: "images", "videos" or "jpegs"
+    batch_size: int  # samples of an optimiser step in its config, or of a batch of `elt encode`
+    at_once: int  # of these, how many a loader process reads together: those of a forward pass on one device
+    published: int  # samples of the published set
+    # returns the samples per second that one GPU takes in, None where no training waits
     needed: Callable[[], float | None]
+    # makes the samples; arguments are their number, loader processes, ``batch_size`` and ``at_once``
     made: Callable[[int, int, int, int], AbstractContextManager[Epoch]]
 
     def measure(self, settings: Settings) -> Reading:

@@ -18,32 +18,20 @@ Model = Literal["looped", "unlooped"]
 
 
 class Contender(NamedTuple):
-    """One of those that take turns.
+    """One of those that take turns."""
 
-    Attributes:
-        model: the shared layers looped, or as many layers as they pass through, once.
-        loops: L of the looped model.
-        compile: mode of `torch.compile`, "no" without it.
-        what: a whole sample, or one pass of the network.
-    """
-
-    model: Model
-    loops: int
-    compile: timing.Compiled
-    what: Literal["sample", "pass"]
+    model: Model  # the shared layers looped, or as many layers as they pass through, once
+    loops: int  # L of the looped model
+    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    what: Literal["sample", "pass"]  # a whole sample, or one pass of the network
 
 
 @dataclass(frozen=True)
 class Settings(timing.Settings):
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        steps: sampling steps.
-        guidance: scale; other than 1 it costs a second branch.
-    """
-
-    steps: int
-    guidance: float
+    steps: int  # sampling steps
+    guidance: float  # scale; other than 1 it costs a second branch
 
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:

@@ -33,25 +33,15 @@ AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Shape:
-    """A looped model, and what it is fed.
+    """A looped model, and what it is fed."""
 
-    Attributes:
-        family: masked tokens, or diffusion of latents.
-        layer: settings of the network that decide a layer's size.
-        num_layers: N.
-        loops: L of training, and the largest of inference.
-        input_shape: of a sample, as the networks take it.
-        num_classes: classes.
-        codebook_size: V of masked models.
-    """
-
-    family: Family
-    layer: dict[str, Any]
-    num_layers: int
-    loops: int
-    input_shape: tuple[int, ...] = (16, 16)
-    num_classes: int = 1000
-    codebook_size: int = 1024
+    family: Family  # masked tokens, or diffusion of latents
+    layer: dict[str, Any]  # settings of the network that decide a layer's size
+    num_layers: int  # N
+    loops: int  # L of training, and the largest of inference
+    input_shape: tuple[int, ...] = (16, 16)  # of a sample, as the networks take it
+    num_classes: int = 1000  # classes
+    codebook_size: int = 1024  # V of masked models
 
     def build(self, num_layers: int, dtype: torch.dtype, device: torch.device, recall: bool = False) -> Network:
         """Build the network with any number of layers, and random weights: from zeros some hardware computes faster."""

@@ -28,25 +28,15 @@ LONG_ENOUGH = 0.25
 
 @dataclass(frozen=True)
 class Settings:
-    """What measuring networks has in common.
+    """What measuring networks has in common."""
 
-    Attributes:
-        loops: loop counts; of training L_max, one after the other.
-        batch_sizes: samples at once.
-        compile: "no", and modes of `torch.compile`.
-        precision: Lightning's name of it.
-        rounds: turns of every contender.
-        turn_seconds: the least that a turn takes.
-        device: where.
-    """
-
-    loops: Sequence[int]
-    batch_sizes: Sequence[int]
-    compile: Sequence[Compiled]
-    precision: str
-    rounds: int
-    turn_seconds: float
-    device: torch.device
+    loops: Sequence[int]  # loop counts; of training L_max, one after the other
+    batch_sizes: Sequence[int]  # samples at once
+    compile: Sequence[Compiled]  # "no", and modes of `torch.compile`
+    precision: str  # Lightning's name of it
+    rounds: int  # turns of every contender
+    turn_seconds: float  # the least that a turn takes
+    device: torch.device  # where
 
     @property
     def types(self) -> Types:
@@ -62,15 +52,10 @@ class Settings:
 
 @dataclass
 class Times:
-    """How long one contender takes.
+    """How long one contender takes."""
 
-    Attributes:
-        first: seconds of the very first call, compilation included.
-        seconds: of a call, in each round.
-    """
-
-    first: float
-    seconds: list[float] = field(default_factory=list)
+    first: float  # seconds of the very first call, compilation included
+    seconds: list[float] = field(default_factory=list)  # of a call, in each round
 
     @property
     def median(self) -> float:

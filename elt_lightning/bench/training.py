@@ -17,17 +17,11 @@ from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
 
 class Contender(NamedTuple):
-    """One of those that take turns.
+    """One of those that take turns."""
 
-    Attributes:
-        way: how the step is made; "recall" is ILSD with recall.
-        compile: mode of `torch.compile`, "no" without it.
-        activation_checkpointing: whether each loop is computed again in the backward pass.
-    """
-
-    way: Literal["ilsd", "recall", "vanilla", "unlooped"]
-    compile: timing.Compiled
-    activation_checkpointing: bool
+    way: Literal["ilsd", "recall", "vanilla", "unlooped"]  # how the step is made; "recall" is ILSD with recall
+    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    activation_checkpointing: bool  # whether each loop is computed again in the backward pass
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,10 @@ Hole = tuple[int, int, int, int]
 
 
 class Given(NamedTuple):
-    """A part of one sample.
+    """A part of one sample."""
 
-    Attributes:
-        known: (1, T) tokens, V where nothing is given; or latents (1, C, …), NaN there.
-        pixels: (1, C, F, H, W) or (1, C, H, W) float in [0, 1], what the tokenizer saw.
-    """
-
-    known: Tensor
-    pixels: Tensor
+    known: Tensor  # (1, T) tokens, V where nothing is given; or latents (1, C, …), NaN there
+    pixels: Tensor  # (1, C, F, H, W) or (1, C, H, W) float in [0, 1], what the tokenizer saw
 
 
 def read_given(

@@ -102,19 +102,12 @@ class PlanCommandLine(ELTCommandLine):
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of the data.
+    """What is known of the data."""
 
-    Attributes:
-        module: says the shape of a sample and the number of classes.
-        num_samples: to train on; None where that is known only once the data are there.
-        num_val: held-out samples whose losses validation measures, 0 where that is not known.
-        assumed: what data set is assumed, and why; None where the data themselves were asked.
-    """
-
-    module: GenerativeDataModule
-    num_samples: int | None
-    num_val: int
-    assumed: str | None = None
+    module: GenerativeDataModule  # says the shape of a sample and the number of classes
+    num_samples: int | None  # to train on; None where that is known only once the data are there
+    num_val: int  # held-out samples whose losses validation measures, 0 where that is not known
+    assumed: str | None = None  # what data set is assumed, and why; None where the data themselves were asked
 
     def disk(self) -> dict[str, int]:
         """Return the bytes of the encoded sets, by what they are; nothing where nothing is encoded."""

@@ -26,18 +26,12 @@ from elt_lightning.training.precision import PRECISIONS, Types
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that the forward pass of a training step keeps for the backward pass, weights themselves left out.
+    """Bytes that the forward pass of a training step keeps for the backward pass, weights themselves left out."""
 
-    Attributes:
-        per_sample: activations of each sample of a pass.
-        recomputing: the same with ``activation_checkpointing``: what loops begin with, and one loop that is
-            computed again.
-        copies: weights in autocast's type, one copy of each, however many samples there are.
-    """
-
-    per_sample: int
+    per_sample: int  # activations of each sample of a pass
+    # the same with ``activation_checkpointing``: what loops begin with, and one loop that is computed again
     recomputing: int
-    copies: int
+    copies: int  # weights in autocast's type, one copy of each, however many samples there are
 
 
 MOST_REHEARSED = 32
@@ -138,41 +132,24 @@ def _address(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What config and command line decide beside the model.
+    """What config and command line decide beside the model."""
 
-    Attributes:
-        precision: Lightning's name of it.
-        devices: how many, over all nodes.
-        micro_batch_size: samples of one pass on one device.
-        batch_size: samples of an optimiser step.
-        steps: optimiser steps.
-        num_validations: how often training stops to validate.
-        num_validation_samples: drawn at each loop count in each validation.
-        num_val: samples whose losses are measured in each validation.
-        num_test_samples: drawn at each loop count and guidance scale by `elt test`: all repeats, from zero and carried.
-        loops: loop counts that are measured.
-        guidance: guidance scales of `elt test`; None for the sampler's own.
-        num_checkpoints: how many are kept.
-        tflops: assumed peak of a device, 10¹² floating-point operations per second.
-        utilisation: assumed share of it in (0, 1].
-        device_memory: GiB of a device.
-    """
-
-    precision: str | int | None
-    devices: int
-    micro_batch_size: int
-    batch_size: int
-    steps: int
-    num_validations: int
-    num_validation_samples: int
-    num_val: int
+    precision: str | int | None  # Lightning's name of it
+    devices: int  # how many, over all nodes
+    micro_batch_size: int  # samples of one pass on one device
+    batch_size: int  # samples of an optimiser step
+    steps: int  # optimiser steps
+    num_validations: int  # how often training stops to validate
+    num_validation_samples: int  # drawn at each loop count in each validation
+    num_val: int  # samples whose losses are measured in each validation
+    # drawn at each loop count and guidance scale by `elt test`: all repeats, from zero and carried
     num_test_samples: int
-    loops: Sequence[int]
-    guidance: Sequence[float] | None
-    num_checkpoints: int
-    tflops: float
-    utilisation: float
-    device_memory: float
+    loops: Sequence[int]  # loop counts that are measured
+    guidance: Sequence[float] | None  # guidance scales of `elt test`; None for the sampler's own
+    num_checkpoints: int  # how many are kept
+    tflops: float  # assumed peak of a device, 10¹² floating-point operations per second
+    utilisation: float  # assumed share of it in (0, 1]
+    device_memory: float  # GiB of a device
 
 
 @dataclass(frozen=True)
@@ -180,42 +157,24 @@ class Plan:
     """What a training needs.
 
     On top of ``memory`` come temporary buffers of single operations, the CUDA context and gaps between allocations.
-
-    Attributes:
-        settings: it was worked out for.
-        parameters_backbone: of the shared backbone, which the paper's tables report.
-        parameters: of the whole network.
-        forward_macs: {loops: of one pass of one sample}.
-        sample_macs: {loops: of drawing one sample}.
-        image_macs: of one training image: forward, backward (twice as much), loops that are computed again.
-        resident: {what: bytes on a device whatever the batch}.
-        kept: what a step keeps of a sample.
-        memory: bytes on one device at the end of a pass's forward half, where most is held.
-        memory_recomputing: the same with ``activation_checkpointing``.
-        largest_batch: samples of a pass that ``device_memory`` holds, 0 for none.
-        largest_batch_recomputing: the same with ``activation_checkpointing``.
-        checkpoint_bytes: of one checkpoint: raw weights, the optimiser's state, averaged weights.
-        training_hours: GPU-hours of all steps.
-        validation_hours: GPU-hours of all validations.
-        test_hours: {loops: GPU-hours of `elt test`}.
     """
 
-    settings: Settings
-    parameters_backbone: int
-    parameters: int
-    forward_macs: dict[int, int]
-    sample_macs: dict[int, int]
-    image_macs: int
-    resident: dict[str, int]
-    kept: Kept
-    memory: int
-    memory_recomputing: int
-    largest_batch: int
-    largest_batch_recomputing: int
-    checkpoint_bytes: int
-    training_hours: float
-    validation_hours: float
-    test_hours: dict[int, float]
+    settings: Settings  # it was worked out for
+    parameters_backbone: int  # of the shared backbone, which the paper's tables report
+    parameters: int  # of the whole network
+    forward_macs: dict[int, int]  # {loops: of one pass of one sample}
+    sample_macs: dict[int, int]  # {loops: of drawing one sample}
+    image_macs: int  # of one training image: forward, backward (twice as much), loops that are computed again
+    resident: dict[str, int]  # {what: bytes on a device whatever the batch}
+    kept: Kept  # what a step keeps of a sample
+    memory: int  # bytes on one device at the end of a pass's forward half, where most is held
+    memory_recomputing: int  # the same with ``activation_checkpointing``
+    largest_batch: int  # samples of a pass that ``device_memory`` holds, 0 for none
+    largest_batch_recomputing: int  # the same with ``activation_checkpointing``
+    checkpoint_bytes: int  # of one checkpoint: raw weights, the optimiser's state, averaged weights
+    training_hours: float  # GPU-hours of all steps
+    validation_hours: float  # GPU-hours of all validations
+    test_hours: dict[int, float]  # {loops: GPU-hours of `elt test`}
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""

@@ -37,17 +37,11 @@ UNKNOWN_CLASS = re.compile(
 
 
 class Place(NamedTuple):
-    """Where in the settings a reason stands.
+    """Where in the settings a reason stands."""
 
-    Attributes:
-        key: dotted, as flags are written.
-        class_path: of the class whose setting it is; empty at the top.
-        depth: how many keys and classes lead to it.
-    """
-
-    key: str
-    class_path: str
-    depth: int
+    key: str  # dotted, as flags are written
+    class_path: str  # of the class whose setting it is; empty at the top
+    depth: int  # how many keys and classes lead to it
 
 
 def explain(message: str, known: Iterable[str] = ()) -> str:

@@ -18,33 +18,22 @@ from elt_lightning.tokenizers.base import Tokenizer
 
 
 class Batch(NamedTuple):
-    """One batch.
+    """One batch."""
 
-    Attributes:
-        x: tokens (B, T) int64, or latents (B, C, H, W) float.
-        labels: (B,) int64.
-        indices: (B,) int64, each sample's place in its data set; the noise a sample meets in training is keyed by it.
-    """
-
-    x: Tensor
-    labels: Tensor
+    x: Tensor  # tokens (B, T) int64, or latents (B, C, H, W) float
+    labels: Tensor  # (B,) int64
+    # (B,) int64, each sample's place in its data set; the noise a sample meets in training is keyed by it
     indices: Tensor
 
 
 class Request(NamedTuple):
-    """Samples that are asked for.
+    """Samples that are asked for."""
 
-    Attributes:
-        labels: (B,) int64.
-        indices: (B,) int64, each sample's number; with the seed it decides the sample.
-        known: (B, …) what is given of each sample and must stay, as in :meth:`Sampler.sample`; None for nothing.
-        loops: loop count to draw them at; None for the model's L_max.
-    """
-
-    labels: Tensor
-    indices: Tensor
+    labels: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64, each sample's number; with the seed it decides the sample
+    # (B, …) what is given of each sample and must stay, as in `Sampler.sample`; None for nothing
     known: Tensor | None = None
-    loops: int | None = None
+    loops: int | None = None  # loop count to draw them at; None for the model's L_max
 
 
 class Requests(Dataset[Request]):

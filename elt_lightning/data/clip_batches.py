@@ -26,29 +26,18 @@ ATTEMPTS = 8
 
 
 class ClipBatch(NamedTuple):
-    """One batch of clips.
+    """One batch of clips."""
 
-    Attributes:
-        pixels: (B, 3, F, S, S) uint8, as read; the model gets float in [0, 1].
-        labels: (B,) int64.
-        indices: (B,) int64, each clip's place in its data set.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    indices: Tensor
+    pixels: Tensor  # (B, 3, F, S, S) uint8, as read; the model gets float in [0, 1]
+    labels: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64, each clip's place in its data set
 
 
 class ClipRequest(NamedTuple):
-    """Clips that are asked for.
+    """Clips that are asked for."""
 
-    Attributes:
-        places: of clips in their data set; plain numbers, which reach loader processes without shared memory.
-        epoch: of training, which decides the moments that are cut out.
-    """
-
-    places: list[int]
-    epoch: int = 0
+    places: list[int]  # of clips in their data set; plain numbers, which reach loader processes without shared memory
+    epoch: int = 0  # of training, which decides the moments that are cut out
 
 
 class ClipOrder(Sampler[ClipRequest]):
@@ -68,19 +57,12 @@ class ClipOrder(Sampler[ClipRequest]):
 
 
 class Clip(NamedTuple):
-    """One clip.
+    """One clip."""
 
-    Attributes:
-        pixels: (3, F, S, S) uint8.
-        label: number of its class.
-        place: in its data set.
-        start: the video's frame that it begins with.
-    """
-
-    pixels: Tensor
-    label: int
-    place: int
-    start: int
+    pixels: Tensor  # (3, F, S, S) uint8
+    label: int  # number of its class
+    place: int  # in its data set
+    start: int  # the video's frame that it begins with
 
 
 class Reading(NamedTuple):

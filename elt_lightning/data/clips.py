@@ -17,32 +17,20 @@ CROP = "short-side-bilinear-centre"
 
 
 class Video(NamedTuple):
-    """A labelled video.
+    """A labelled video."""
 
-    Attributes:
-        name: below the root of its data set.
-        path: of the file.
-        label: number of its class.
-    """
-
-    name: str
-    path: str
-    label: int
+    name: str  # below the root of its data set
+    path: str  # of the file
+    label: int  # number of its class
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What is cut out of a video.
+    """What is cut out of a video."""
 
-    Attributes:
-        num_frames: F.
-        size: S; the short side is resized to it, and the middle of the long side kept.
-        stride: frames of the video from one frame of the clip to the next.
-    """
-
-    num_frames: int = 16
-    size: int = 128
-    stride: int = 1
+    num_frames: int = 16  # F
+    size: int = 128  # S; the short side is resized to it, and the middle of the long side kept
+    stride: int = 1  # frames of the video from one frame of the clip to the next
 
     def __post_init__(self) -> None:
         if min(self.num_frames, self.size, self.stride) < 1:

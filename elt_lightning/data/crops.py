@@ -52,23 +52,14 @@ _Item = TypeVar("_Item")
 
 
 class Picture(NamedTuple):
-    """One picture: a stretch of a file, and what is known of it.
+    """One picture: a stretch of a file, and what is known of it."""
 
-    Attributes:
-        source: its name below the root; below a tar file's name where it lies in one.
-        path: the file that holds it.
-        offset: where it begins in the file, in bytes.
-        num_bytes: its length; −1 for up to the file's end.
-        label: number of its class, −1 where it was not asked for.
-        number: unique in the whole source, and the same in every run, however the work is shared.
-    """
-
-    source: str
-    path: str
-    offset: int = 0
-    num_bytes: int = -1
-    label: int = -1
-    number: int = 0
+    source: str  # its name below the root; below a tar file's name where it lies in one
+    path: str  # the file that holds it
+    offset: int = 0  # where it begins in the file, in bytes
+    num_bytes: int = -1  # its length; −1 for up to the file's end
+    label: int = -1  # number of its class, −1 where it was not asked for
+    number: int = 0  # unique in the whole source, and the same in every run, however the work is shared
 
     def read(self) -> bytes:
         """Read its bytes, still compressed."""
@@ -155,19 +146,12 @@ class Request(NamedTuple):
 
 
 class Crops(NamedTuple):
-    """A request, done.
+    """A request, done."""
 
-    Attributes:
-        part: of the request.
-        pictures: those that could be read, B of them, in order.
-        pixels: (B, 3, size, size) uint8.
-        unreadable: the others: their ``source``, and the reason.
-    """
-
-    part: int
-    pictures: list[Picture]
-    pixels: Tensor
-    unreadable: list[tuple[str, str]]
+    part: int  # of the request
+    pictures: list[Picture]  # those that could be read, B of them, in order
+    pixels: Tensor  # (B, 3, size, size) uint8
+    unreadable: list[tuple[str, str]]  # the others: their ``source``, and the reason
 
     @property
     def num_tried(self) -> int:

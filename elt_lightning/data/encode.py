@@ -39,19 +39,12 @@ the rest."""
 
 @dataclass
 class FinishedShard:
-    """What is known of a shard.
+    """What is known of a shard."""
 
-    Attributes:
-        num_samples: pictures in it.
-        highest_label: the highest class number in it, −1 where it is empty.
-        unreadable: pictures that were skipped.
-        crc32: :func:`~elt_lightning.data.shards.checksum` of its samples; None where an earlier version made it.
-    """
-
-    num_samples: int = 0
-    highest_label: int = -1
-    unreadable: list[str] = field(default_factory=list)
-    crc32: int | None = None
+    num_samples: int = 0  # pictures in it
+    highest_label: int = -1  # the highest class number in it, −1 where it is empty
+    unreadable: list[str] = field(default_factory=list)  # pictures that were skipped
+    crc32: int | None = None  # `checksum` of its samples; None where an earlier version made it
 
     def __post_init__(self) -> None:
         """Check what may come from a damaged file."""

@@ -105,17 +105,12 @@ class _ClipReader(Dataset[Crops]):
 
 @dataclass(frozen=True)
 class ClipEncoding(Encoding):
-    """Clips, to tokens. The other attributes are those of :class:`~elt_lightning.data.encode.Encoding`.
-
-    Attributes:
-        num_frames: of a clip.
-        stride: frames of the video from one frame of the clip to the next.
-    """
+    """Clips, to tokens. The other attributes are those of :class:`~elt_lightning.data.encode.Encoding`."""
 
     source: ClipSource
     tokenizer: ClipTokenizer
-    num_frames: int
-    stride: int
+    num_frames: int  # of a clip
+    stride: int  # frames of the video from one frame of the clip to the next
 
     thing, unit = "clip", "clips/s"
     crop: str = field(default=CROP, init=False)

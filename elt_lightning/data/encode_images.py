@@ -12,14 +12,10 @@ from elt_lightning.tokenizers.base import ImageTokenizer
 
 @dataclass(frozen=True)
 class ImageEncoding(Encoding):
-    """Pictures, to tokens or latents. The other attributes are those of :class:`Encoding`.
-
-    Attributes:
-        crop: :data:`~elt_lightning.data.crops.CROP` or :data:`~elt_lightning.data.crops.UPRIGHT_CROP`.
-    """
+    """Pictures, to tokens or latents. The other attributes are those of :class:`Encoding`."""
 
     tokenizer: ImageTokenizer
-    crop: str = CROP
+    crop: str = CROP  # `CROP` or `UPRIGHT_CROP`
 
     thing, unit = "picture", "images/s"
 

@@ -252,15 +252,10 @@ def name_others(where: str, others: Sequence[str], wanted: str = "pictures") -> 
 
 
 class Listing(NamedTuple):
-    """What lies below a folder.
+    """What lies below a folder."""
 
-    Attributes:
-        pictures: (name below it, bytes) of each, sorted by name.
-        others: names of all other files.
-    """
-
-    pictures: list[tuple[str, int]]
-    others: list[str]
+    pictures: list[tuple[str, int]]  # (name below it, bytes) of each, sorted by name
+    others: list[str]  # names of all other files
 
 
 def list_pictures(root: str) -> Listing:

@@ -34,55 +34,36 @@ CHECKED = 4096
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file.
+    """One tar file."""
 
-    Attributes:
-        name: of the file, beside the index.
-        num_samples: pictures in it.
-        crc32: :func:`checksum` of its samples, by which a reader knows them from those of another shard; None in sets
-            that were encoded before it was kept.
-    """
-
-    name: str
-    num_samples: int
+    name: str  # of the file, beside the index
+    num_samples: int  # pictures in it
+    # `checksum` of its samples, by which a reader knows them from those of another shard; None in sets that were
+    # encoded before it was kept
     crc32: int | None = None
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a folder of shards holds.
+    """What a folder of shards holds."""
 
-    Attributes:
-        classes: names of the classes, in the order of their numbers.
-        image_size: height and width of the pictures, in pixels.
-        copies: 1, or 2 where each picture's mirror image is there too.
-        input_shape: the token grid (rows, columns), or the latents' (channels, rows, columns); of clips, the token grid
-            (frames, rows, columns).
-        stored_shape: of what is kept of one copy: (tokens,), or (channels, rows, columns) with twice the channels where
-            ``latent_scale`` is set.
-        codebook_size: codebook size, None for latents.
-        latent_scale: as in :class:`~elt_lightning.tokenizers.base.ImageTokenizer`.
-        tokenizer: its description: ``class_path``, ``init_args``, and the ``sha256`` of its file.
-        crop: how pictures were brought to their size.
-        shards: the files, in order.
-        unreadable: pictures that were skipped.
-        version: of this format.
-        frames: of a clip, before it became tokens; None for pictures.
-    """
-
-    classes: tuple[str, ...]
-    image_size: int
-    copies: int
+    classes: tuple[str, ...]  # names of the classes, in the order of their numbers
+    image_size: int  # height and width of the pictures, in pixels
+    copies: int  # 1, or 2 where each picture's mirror image is there too
+    # the token grid (rows, columns), or the latents' (channels, rows, columns); of clips, the token grid (frames, rows,
+    # columns)
     input_shape: tuple[int, ...]
+    # of what is kept of one copy: (tokens,), or (channels, rows, columns) with twice the channels where
+    # ``latent_scale`` is set
     stored_shape: tuple[int, ...]
-    codebook_size: int | None
-    latent_scale: float | None
-    tokenizer: dict[str, Any]
-    crop: str
-    shards: tuple[Shard, ...]
-    unreadable: tuple[str, ...] = field(default=())
-    version: int = FORMAT_VERSION
-    frames: int | None = None
+    codebook_size: int | None  # codebook size, None for latents
+    latent_scale: float | None  # as in `ImageTokenizer`
+    tokenizer: dict[str, Any]  # its description: ``class_path``, ``init_args``, and the ``sha256`` of its file
+    crop: str  # how pictures were brought to their size
+    shards: tuple[Shard, ...]  # the files, in order
+    unreadable: tuple[str, ...] = field(default=())  # pictures that were skipped
+    version: int = FORMAT_VERSION  # of this format
+    frames: int | None = None  # of a clip, before it became tokens; None for pictures
 
     @property
     def num_samples(self) -> int:

@@ -32,17 +32,11 @@ T = TypeVar("T")
 
 
 class Sample(NamedTuple):
-    """One picture of a shard.
+    """One picture of a shard."""
 
-    Attributes:
-        copies: (copies, …) as stored: the picture, and its mirror image where that was asked for.
-        label: its class.
-        number: its place in the data set.
-    """
-
-    copies: np.ndarray
-    label: int
-    number: int
+    copies: np.ndarray  # (copies, …) as stored: the picture, and its mirror image where that was asked for
+    label: int  # its class
+    number: int  # its place in the data set
 
 
 class Stretch(NamedTuple):
@@ -57,22 +51,14 @@ class ShardStream(IterableDataset[Batch]):
     """The batches of one rank; split over loader processes by itself.
 
     Batches hold codes as they are stored: int16 tokens (B, T), or float16 latents or moments (B, channels, H, W).
-
-    Attributes:
-        location: folder or URL of the shards.
-        index: what is there.
-        batch_size: samples per batch.
-        num_workers: loader processes of each rank; 0 reads in the rank itself.
-        rank: this process.
-        world_size: number of processes.
     """
 
-    location: str
-    index: ShardIndex
-    batch_size: int
-    num_workers: int = 0
-    rank: int = 0
-    world_size: int = 1
+    location: str  # folder or URL of the shards
+    index: ShardIndex  # what is there
+    batch_size: int  # samples per batch
+    num_workers: int = 0  # loader processes of each rank; 0 reads in the rank itself
+    rank: int = 0  # this process
+    world_size: int = 1  # number of processes
 
     @property
     def readers(self) -> int:
@@ -116,19 +102,12 @@ class ShardStream(IterableDataset[Batch]):
 
 @dataclass
 class TrainingStream(ShardStream):
-    """One epoch in training, shuffled; it begins where :attr:`first_step` says.
+    """One epoch in training, shuffled; it begins where :attr:`first_step` says."""
 
-    Attributes:
-        global_batch_size: samples per optimiser step over all ranks.
-        seed: of the shuffles.
-        shuffle_block: samples that a loader process shuffles at once: more mix better and take more memory.
-        first_step: optimiser steps done so far, of all epochs.
-    """
-
-    global_batch_size: int = 1
-    seed: int = 0
-    shuffle_block: int = 2048
-    first_step: int = 0
+    global_batch_size: int = 1  # samples per optimiser step over all ranks
+    seed: int = 0  # of the shuffles
+    shuffle_block: int = 2048  # samples that a loader process shuffles at once: more mix better and take more memory
+    first_step: int = 0  # optimiser steps done so far, of all epochs
 
     @property
     def steps_per_epoch(self) -> int:

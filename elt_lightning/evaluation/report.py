@@ -30,43 +30,24 @@ OF_THE_SWEEP = (
 
 @dataclass(frozen=True)
 class Report:
-    """A finished sweep with everything needed to read it.
+    """A finished sweep with everything needed to read it."""
 
-    Attributes:
-        rows: one per loop count, guidance scale, and ``carry_state``.
-        primary_metric: decides which row is best.
-        higher_is_better: direction of the primary metric.
-        feature_network: whose features the Fréchet distance compares, None without one.
-        num_samples: per repeat.
-        seed: of the first repeat.
-        train_loops: L_max of training.
-        train_mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
-        train_steps: optimiser steps that the checkpoint was trained for.
-        sampling_steps: K.
-        recall: whether every loop reads the input again.
-        weights: "ema" or "raw".
-        params_backbone: parameters inside the looped stack.
-        params_total: parameters of the whole network.
-        macs_per_sample: {(loops, guidance): multiply–accumulates of drawing one sample}.
-        effective_depth: {loops: layers passed through}.
-    """
-
-    rows: Sequence[Row]
-    primary_metric: str
-    higher_is_better: bool
-    feature_network: str | None
-    num_samples: int
-    seed: int
-    train_loops: int
-    train_mode: str
-    train_steps: int
-    sampling_steps: int
-    recall: bool
-    weights: str
-    params_backbone: int
-    params_total: int
-    macs_per_sample: dict[tuple[int, float], int]
-    effective_depth: dict[int, int]
+    rows: Sequence[Row]  # one per loop count, guidance scale, and ``carry_state``
+    primary_metric: str  # decides which row is best
+    higher_is_better: bool  # direction of the primary metric
+    feature_network: str | None  # whose features the Fréchet distance compares, None without one
+    num_samples: int  # per repeat
+    seed: int  # of the first repeat
+    train_loops: int  # L_max of training
+    train_mode: str  # of `ILSD`
+    train_steps: int  # optimiser steps that the checkpoint was trained for
+    sampling_steps: int  # K
+    recall: bool  # whether every loop reads the input again
+    weights: str  # "ema" or "raw"
+    params_backbone: int  # parameters inside the looped stack
+    params_total: int  # parameters of the whole network
+    macs_per_sample: dict[tuple[int, float], int]  # {(loops, guidance): multiply–accumulates of drawing one sample}
+    effective_depth: dict[int, int]  # {loops: layers passed through}
 
     @property
     def parts_given(self) -> bool:

@@ -23,27 +23,18 @@ from elt_lightning.training.module import ELTModule
 
 @dataclass
 class Row:
-    """What was measured at one loop count and one setting of the sampler.
+    """What was measured at one loop count and one setting of the sampler."""
 
-    Attributes:
-        loops: loop count.
-        guidance: guidance scale.
-        carry_state: whether each sampling step began from the loop's state of the step before.
-        metrics: {name: one value per repeat}.
-        samples_per_second: drawing alone, over all devices, without decoding and scoring.
-        pictures: (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every
-            row.
-        correct: (n,) bool, which of the pictures are right; empty where no metric can say.
-        given: like ``pictures``, what was given of each, the rest grey; empty where nothing was.
-    """
-
-    loops: int
-    guidance: float
-    carry_state: bool = False
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    samples_per_second: float = 0.0
+    loops: int  # loop count
+    guidance: float  # guidance scale
+    carry_state: bool = False  # whether each sampling step began from the loop's state of the step before
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # {name: one value per repeat}
+    samples_per_second: float = 0.0  # drawing alone, over all devices, without decoding and scoring
+    # (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every row
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    # (n,) bool, which of the pictures are right; empty where no metric can say
     correct: Tensor = field(default_factory=lambda: torch.empty(0))
+    # like ``pictures``, what was given of each, the rest grey; empty where nothing was
     given: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def mean(self, name: str) -> float:
@@ -58,25 +49,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a sweep is run.
+    """How a sweep is run."""
 
-    Attributes:
-        num_samples: samples per repeat.
-        batch_size: samples drawn at once on one device; it changes speed and memory, not results.
-        seed: of the first repeat; repeat r uses seed + r.
-        repeats: independent repeats of every measurement.
-        num_pictures: samples kept as pictures.
-        rank: this process.
-        world_size: processes that share the samples.
-    """
-
-    num_samples: int
-    batch_size: int
-    seed: int
-    repeats: int = 1
-    num_pictures: int = 10
-    rank: int = 0
-    world_size: int = 1
+    num_samples: int  # samples per repeat
+    batch_size: int  # samples drawn at once on one device; it changes speed and memory, not results
+    seed: int  # of the first repeat; repeat r uses seed + r
+    repeats: int = 1  # independent repeats of every measurement
+    num_pictures: int = 10  # samples kept as pictures
+    rank: int = 0  # this process
+    world_size: int = 1  # processes that share the samples
 
     def run(
         self,

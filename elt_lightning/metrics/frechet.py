@@ -39,17 +39,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class MomentSums:
-    """Sums from which moments are made. They are float64, so that batches and ranks merge exactly up to rounding.
+    """Sums from which moments are made. They are float64, so that batches and ranks merge exactly up to rounding."""
 
-    Attributes:
-        total: (D,) float64, the sum of the features.
-        total_outer: (D, D) float64, the sum of their outer products.
-        count: () int64, how many there were.
-    """
-
-    total: Tensor
-    total_outer: Tensor
-    count: Tensor
+    total: Tensor  # (D,) float64, the sum of the features
+    total_outer: Tensor  # (D, D) float64, the sum of their outer products
+    count: Tensor  # () int64, how many there were
 
     @classmethod
     def zeros(cls, num_features: int, device: torch.device | None = None) -> "MomentSums":

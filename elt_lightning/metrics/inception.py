@@ -36,17 +36,11 @@ AT_ONCE = 64
 
 
 class InceptionFeatures(NamedTuple):
-    """What the metrics read of B pictures, float32.
+    """What the metrics read of B pictures, float32."""
 
-    Attributes:
-        pool: (B, 2048), the last block averaged over places: FID.
-        spatial: (B, 2023), 17·17 places of the first 7 channels of ``Mixed_6d``, channels last: sFID.
-        logits_unbiased: (B, 1008), class scores without the bias: Inception score.
-    """
-
-    pool: Tensor
-    spatial: Tensor
-    logits_unbiased: Tensor
+    pool: Tensor  # (B, 2048), the last block averaged over places: FID
+    spatial: Tensor  # (B, 2023), 17·17 places of the first 7 channels of ``Mixed_6d``, channels last: sFID
+    logits_unbiased: Tensor  # (B, 1008), class scores without the bias: Inception score
 
 
 class Convolution(nn.Module):

@@ -11,17 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """Sums for each split. They are float64, so that batches and ranks merge exactly up to rounding.
+    """Sums for each split. They are float64, so that batches and ranks merge exactly up to rounding."""
 
-    Attributes:
-        probabilities: (S, C) float64, class probabilities added up.
-        entropies: (S,) float64, entropies of the class probabilities of each sample, added up.
-        counts: (S,) int64, how many samples there were.
-    """
-
-    probabilities: Tensor
-    entropies: Tensor
-    counts: Tensor
+    probabilities: Tensor  # (S, C) float64, class probabilities added up
+    entropies: Tensor  # (S,) float64, entropies of the class probabilities of each sample, added up
+    counts: Tensor  # (S,) int64, how many samples there were
 
     @classmethod
     def zeros(cls, num_splits: int, num_classes: int) -> "ScoreSums":

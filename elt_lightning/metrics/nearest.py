@@ -8,17 +8,12 @@ from torch import Tensor
 
 
 class Nearest(NamedTuple):
-    """For each of n samples its k nearest items, the nearest first.
+    """For each of n samples its k nearest items, the nearest first."""
 
-    Attributes:
-        indices: (n, k) int64, places in the set that was searched.
-        distances: (n, k) float64, mean squared differences of pixels in [0, 1]; 0 where sample and item are the same.
-        items: (n, k, …) uint8.
-    """
-
-    indices: Tensor
+    indices: Tensor  # (n, k) int64, places in the set that was searched
+    # (n, k) float64, mean squared differences of pixels in [0, 1]; 0 where sample and item are the same
     distances: Tensor
-    items: Tensor
+    items: Tensor  # (n, k, …) uint8
 
 
 def nearest_items(samples: Tensor, batches: Iterable[Tensor], count: int = 1) -> Nearest:

@@ -31,18 +31,12 @@ PREPARATION = "bytes, TensorFlow 1 bilinear to 299"
 
 @dataclass(frozen=True)
 class InceptionMoments:
-    """Moments of many pictures.
+    """Moments of many pictures."""
 
-    Attributes:
-        pool: of the 2048 pooled features, for FID.
-        spatial: of the 2023 spatial ones, for sFID; None where a file does not hold them.
-        num_images: how many there were; None where a file does not record it.
-        made_with: what else they depend on, by the names in :data:`MADE_WITH`, where a file records it.
-    """
-
-    pool: Moments
-    spatial: Moments | None = None
-    num_images: int | None = None
+    pool: Moments  # of the 2048 pooled features, for FID
+    spatial: Moments | None = None  # of the 2023 spatial ones, for sFID; None where a file does not hold them
+    num_images: int | None = None  # how many there were; None where a file does not record it
+    # what else they depend on, by the names in `MADE_WITH`, where a file records it
     made_with: dict[str, Any] = field(default_factory=dict)
 
     def check(self, name: str, expected: dict[str, Any]) -> None:

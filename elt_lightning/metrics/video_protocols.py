@@ -19,49 +19,30 @@ from elt_lightning.metrics.frechet import Moments, MomentSums
 
 
 class Window(NamedTuple):
-    """A clip of a video.
+    """A clip of a video."""
 
-    Attributes:
-        video: the video's place in its set.
-        start: the clip's first frame.
-    """
-
-    video: int
-    start: int
+    video: int  # the video's place in its set
+    start: int  # the clip's first frame
 
 
 @dataclass(frozen=True)
 class VideoProtocol:
-    """How FVD and the Inception score of clips are measured.
+    """How FVD and the Inception score of clips are measured."""
 
-    Attributes:
-        name: stands in every result.
-        num_real: real clips.
-        num_fakes: samples; of another number, a score's name says how many.
-        repeats: of the measurement, whose mean and standard deviation are reported.
-        split: the videos that real clips are of: "train", or "all" of train and test.
-        windows: "one of each video" at random, "again" from each video when every one has given one, or "any" of all
-            windows of all videos, so that a long video gives more.
-        frames: of a clip.
-        stride: frames from one of a clip to its next.
-        seed: of the choice of real clips.
-        unbiased: whether covariances divide by n − 1, or by n.
-        tensorflow_resize: whether clips are resized as TensorFlow 1 did, or by I3D's file.
-        inception_splits: parts of the samples that the Inception score is the mean over.
-    """
-
-    name: str
-    num_real: int
-    num_fakes: int
-    repeats: int
-    split: Literal["train", "all"]
+    name: str  # stands in every result
+    num_real: int  # real clips
+    num_fakes: int  # samples; of another number, a score's name says how many
+    repeats: int  # of the measurement, whose mean and standard deviation are reported
+    split: Literal["train", "all"]  # the videos that real clips are of: "train", or "all" of train and test
+    # "one of each video" at random, "again" from each video when every one has given one, or "any" of all windows of
+    # all videos, so that a long video gives more
     windows: Literal["one of each video", "again", "any"]
-    frames: int = 16
-    stride: int = 1
-    seed: int = 0
-    unbiased: bool = True
-    tensorflow_resize: bool = False
-    inception_splits: int = 1
+    frames: int = 16  # of a clip
+    stride: int = 1  # frames from one of a clip to its next
+    seed: int = 0  # of the choice of real clips
+    unbiased: bool = True  # whether covariances divide by n − 1, or by n
+    tensorflow_resize: bool = False  # whether clips are resized as TensorFlow 1 did, or by I3D's file
+    inception_splits: int = 1  # parts of the samples that the Inception score is the mean over
 
     def choose(self, lengths: Sequence[int]) -> list[Window]:
         """Choose real clips: a function of the seed and of the videos' lengths in frames, in their order.

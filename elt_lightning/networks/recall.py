@@ -17,15 +17,10 @@ from torch.nn import Parameter
 
 
 class Recalled(NamedTuple):
-    """What a pass derives from its input once, for all loops: join(h, e) = decay ⊙ h + drive.
+    """What a pass derives from its input once, for all loops: join(h, e) = decay ⊙ h + drive."""
 
-    Attributes:
-        drive: (B, T, D).
-        decay: (D,), or None for 1.
-    """
-
-    drive: Tensor
-    decay: Tensor | None = None
+    drive: Tensor  # (B, T, D)
+    decay: Tensor | None = None  # (D,), or None for 1
 
     def join(self, h: Tensor) -> Tensor:
         """Return what the next loop is applied to, (B, T, D)."""

@@ -10,20 +10,14 @@ from elt_lightning.processes.base import Process
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A corrupted batch, with what is needed to judge a prediction.
+    """A corrupted batch, with what is needed to judge a prediction."""
 
-    Attributes:
-        inputs: what the network sees: tokens (B, T) or noisy latents (B, C, H, W).
-        target: what it should find, in the same shape.
-        weight: for masked generation, (B, T) in {0, 1}: the positions that count; for diffusion, (B,) weights of the
-            squared error of what the network predicts.
-        time: (B,) times of diffusion, None for masked generation.
-    """
-
-    inputs: Tensor
-    target: Tensor
+    inputs: Tensor  # what the network sees: tokens (B, T) or noisy latents (B, C, H, W)
+    target: Tensor  # what it should find, in the same shape
+    # for masked generation, (B, T) in {0, 1}: the positions that count; for diffusion, (B,) weights of the squared
+    # error of what the network predicts
     weight: Tensor
-    time: Tensor | None = None
+    time: Tensor | None = None  # (B,) times of diffusion, None for masked generation
 
 
 class Objective(ABC):

@@ -10,15 +10,10 @@ from elt_lightning.processes.noise import Stream, uniform
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is conditioned on. The null class of classifier-free guidance is ``num_classes``.
+    """What a batch is conditioned on. The null class of classifier-free guidance is ``num_classes``."""
 
-    Attributes:
-        labels: (B,) int64 in [0, num_classes].
-        time: (B,) float in [0, 1] for diffusion, None for masked generation.
-    """
-
-    labels: Tensor
-    time: Tensor | None = None
+    labels: Tensor  # (B,) int64 in [0, num_classes]
+    time: Tensor | None = None  # (B,) float in [0, 1] for diffusion, None for masked generation
 
     def with_labels(self, labels: Tensor) -> "Condition":
         """Return the same condition with other labels."""

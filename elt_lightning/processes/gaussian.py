@@ -40,17 +40,13 @@ class ShiftedCosine(NoiseSchedule):
 
     logsnr(t) = −2·log tan(t_min + t·(t_max − t_min)) + 2·log shift, with t_min = atan(e^(−highest/2)) and
     t_max = atan(e^(−lowest/2)). Source: "simple diffusion" (arXiv 2301.11093) and SiD2 (arXiv 2410.19324).
-
-    Attributes:
-        shift: reference resolution / data resolution. Below 1 there is more noise at every time. ELT's value is not
-            published; 1 is our default for latents (inferred).
-        lowest: logsnr at time 1, before the shift.
-        highest: logsnr at time 0, before the shift.
     """
 
+    # reference resolution / data resolution. Below 1 there is more noise at every time. ELT's value is not published; 1
+    # is our default for latents (inferred)
     shift: float = 1.0
-    lowest: float = -15.0
-    highest: float = 15.0
+    lowest: float = -15.0  # logsnr at time 1, before the shift
+    highest: float = 15.0  # logsnr at time 0, before the shift
 
     def __post_init__(self) -> None:
         if self.shift <= 0 or self.lowest >= self.highest:
@@ -86,12 +82,9 @@ class StraightPath(NoiseSchedule):
     """The straight path of flow matching: σ = s₀ + t·(1 − 2·s₀) and α = 1 − σ.
 
     The margin s₀ = sigmoid(−limit/2) keeps α and σ from vanishing at the ends; without it σ would be t.
-
-    Attributes:
-        limit: logsnr at time 0; minus it at time 1. 15 makes s₀ 5·10⁻⁴.
     """
 
-    limit: float = 15.0
+    limit: float = 15.0  # logsnr at time 0; minus it at time 1. 15 makes s₀ 5·10⁻⁴
 
     def __post_init__(self) -> None:
         if self.limit <= 0:

@@ -26,22 +26,14 @@ MASKED, DIFFUSION = tuple(str(row.name) for row in TABLE_1), tuple(str(row.name)
 
 @dataclass(frozen=True)
 class Need:
-    """What a table or figure is made of.
+    """What a table or figure is made of."""
 
-    Attributes:
-        models: of Tables 1 and 2.
-        modes: ways in which each of them is trained.
-        train_only: they are not measured.
-        clips: models of Table 4.
-        bench: subcommand of `elt bench` that measures it.
-        small: of :data:`SMALL_MODELS`, what stands in with --smoke; figures without any show the committed ablations.
-    """
-
-    models: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ("ilsd",)
-    train_only: bool = False
-    clips: tuple[str, ...] = ()
-    bench: str | None = None
+    models: tuple[str, ...] = ()  # of Tables 1 and 2
+    modes: tuple[str, ...] = ("ilsd",)  # ways in which each of them is trained
+    train_only: bool = False  # they are not measured
+    clips: tuple[str, ...] = ()  # models of Table 4
+    bench: str | None = None  # subcommand of `elt bench` that measures it
+    # of `SMALL_MODELS`, what stands in with --smoke; figures without any show the committed ablations
     small: tuple[str, ...] = ()
 
 

@@ -50,27 +50,16 @@ COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sa
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training.
+    """One way of training."""
 
-    Attributes:
-        name: of its runs.
-        label: in figure and table.
-        num_layers: N.
-        max_loops: L_max; 1 is unlooped.
-        mode: of :class:`~elt_lightning.objectives.ilsd.ILSD`.
-        settings: this arm's, which come after those of all arms.
-        test_loops: loop counts to measure, in place of 1 … L_max + 2.
-        recall: every loop reads the input again; measured both from zero and with the state carried.
-    """
-
-    name: str
-    label: str
-    num_layers: int
-    max_loops: int
-    mode: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    test_loops: list[int] | None = None
-    recall: bool = False
+    name: str  # of its runs
+    label: str  # in figure and table
+    num_layers: int  # N
+    max_loops: int  # L_max; 1 is unlooped
+    mode: str  # of `ILSD`
+    settings: dict[str, Any] = field(default_factory=dict)  # this arm's, which come after those of all arms
+    test_loops: list[int] | None = None  # loop counts to measure, in place of 1 … L_max + 2
+    recall: bool = False  # every loop reads the input again; measured both from zero and with the state carried
 
     def loops(self) -> list[int]:
         """Return the loop counts to measure; a model that never looped is measured as it was trained."""

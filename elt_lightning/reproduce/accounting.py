@@ -22,25 +22,15 @@ from elt_lightning.reproduce.published import Row
 
 @dataclass(frozen=True)
 class Count:
-    """What one network costs at one loop count.
+    """What one network costs at one loop count."""
 
-    Attributes:
-        params_backbone: parameters of the shared backbone.
-        params_total: parameters of the whole network.
-        effective_depth: D, the layers that a pass goes through.
-        forward_macs: MACs of one pass of one sample, attention products included.
-        layer_macs: of these, what the D layers take; embedding, modulation and head are the rest.
-        attention_macs: of these, the products QKᵀ and PV.
-        passes: that drawing one sample takes: sampling steps, times two where guidance acts.
-    """
-
-    params_backbone: int
-    params_total: int
-    effective_depth: int
-    forward_macs: int
-    layer_macs: int
-    attention_macs: int
-    passes: int = 1
+    params_backbone: int  # parameters of the shared backbone
+    params_total: int  # parameters of the whole network
+    effective_depth: int  # D, the layers that a pass goes through
+    forward_macs: int  # MACs of one pass of one sample, attention products included
+    layer_macs: int  # of these, what the D layers take; embedding, modulation and head are the rest
+    attention_macs: int  # of these, the products QKᵀ and PV
+    passes: int = 1  # that drawing one sample takes: sampling steps, times two where guidance acts
 
     @property
     def sample_macs(self) -> int:

@@ -97,26 +97,17 @@ VARIETY = ("precision", "recall", "coverage", "distinct")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training, over seeds.
+    """One way of training, over seeds."""
 
-    Attributes:
-        label: for readers.
-        max_loops: L_max.
-        depth: N·L_max, the layers that a pass of training goes through.
-        scores: {loops: a score for each seed}, each sampling step's loop begun from zero.
-        carried: the same with the state carried from step to step; empty where that was not measured.
-        higher_is_better: the direction of the scores.
-        val: {loops: losses over training, a row for each step and a column for each seed}.
-        variety: {measure: a value for each seed} at L_max, from zero and carried; empty where that was not measured.
-    """
-
-    label: str
-    max_loops: int
-    depth: int
-    scores: dict[int, pd.Series]
-    higher_is_better: bool
-    val: dict[int, pd.DataFrame]
+    label: str  # for readers
+    max_loops: int  # L_max
+    depth: int  # N·L_max, the layers that a pass of training goes through
+    scores: dict[int, pd.Series]  # {loops: a score for each seed}, each sampling step's loop begun from zero
+    higher_is_better: bool  # the direction of the scores
+    val: dict[int, pd.DataFrame]  # {loops: losses over training, a row for each step and a column for each seed}
+    # the same with the state carried from step to step; empty where that was not measured
     carried: dict[int, pd.Series]
+    # {measure: a value for each seed} at L_max, from zero and carried; empty where that was not measured
     variety: tuple[dict[str, pd.Series], dict[str, pd.Series]] = field(default_factory=lambda: ({}, {}))
 
     def at(self, loops: int) -> pd.Series:
@@ -158,17 +149,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one ablation measured.
+    """What one ablation measured."""
 
-    Attributes:
-        name: its folder.
-        metric: that claims are judged by.
-        arms: by name.
-    """
-
-    name: str
-    metric: str
-    arms: dict[str, Arm]
+    name: str  # its folder
+    metric: str  # that claims are judged by
+    arms: dict[str, Arm]  # by name
 
     def arm(self, name: str) -> Arm:
         """Return an arm.
@@ -200,21 +185,13 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Finding:
-    """What an experiment says of a claim.
+    """What an experiment says of a claim."""
 
-    Attributes:
-        measured: the numbers.
-        holds: for each seed, whether it holds there.
-        differences: for each seed by how much one side is ahead, where two sides are compared.
-        note: what a reader should know besides.
-        reservation: what speaks against reading much into it.
-    """
-
-    measured: str
-    holds: pd.Series
-    differences: pd.Series | None = None
-    note: str = ""
-    reservation: str = ""
+    measured: str  # the numbers
+    holds: pd.Series  # for each seed, whether it holds there
+    differences: pd.Series | None = None  # for each seed by how much one side is ahead, where two sides are compared
+    note: str = ""  # what a reader should know besides
+    reservation: str = ""  # what speaks against reading much into it
 
     def verdict(self) -> str:
         """Return in how many seeds it holds, whether it does on average, and whether clear of the seeds' spread."""
@@ -238,21 +215,13 @@ Test = Callable[[Experiment], Finding]
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim.
+    """One claim."""
 
-    Attributes:
-        title: in a sentence.
-        source: where it stands in the paper.
-        criterion: when a seed counts as one in which it holds.
-        test: computes the finding of one experiment.
-        experiments: the folders that can test it.
-    """
-
-    title: str
-    source: str
-    criterion: str
-    test: Test
-    experiments: Sequence[str]
+    title: str  # in a sentence
+    source: str  # where it stands in the paper
+    criterion: str  # when a seed counts as one in which it holds
+    test: Test  # computes the finding of one experiment
+    experiments: Sequence[str]  # the folders that can test it
 
 
 CLAIMS: list[Claim] = []

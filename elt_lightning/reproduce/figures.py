@@ -78,25 +78,15 @@ CONVERGENCE_METRICS = ("fid", "fvd", "valid_squares", "loss")
 
 @dataclass(frozen=True)
 class Sources:
-    """What a figure is drawn of.
+    """What a figure is drawn of."""
 
-    Attributes:
-        measured: folder of runs, or of ablation*/ablation.json at small scale.
-        ilsd: Figure 1's checkpoint trained with ILSD.
-        vanilla: Figure 1's checkpoint trained by vanilla looping.
-        tokenizer_path: of these, if the tokenizer's file has moved.
-        num: Figure 1's samples in a row.
-        norms: Figure 14's ``update_norms.csv``.
-        small_scale: small models, of the ablations: titles are marked.
-    """
-
-    measured: Path
-    ilsd: Path = Path("none")
-    vanilla: Path = Path("none")
-    tokenizer_path: str | None = None
-    num: int = 8
-    norms: Path = Path("none")
-    small_scale: bool = False
+    measured: Path  # folder of runs, or of ablation*/ablation.json at small scale
+    ilsd: Path = Path("none")  # Figure 1's checkpoint trained with ILSD
+    vanilla: Path = Path("none")  # Figure 1's checkpoint trained by vanilla looping
+    tokenizer_path: str | None = None  # of these, if the tokenizer's file has moved
+    num: int = 8  # Figure 1's samples in a row
+    norms: Path = Path("none")  # Figure 14's ``update_norms.csv``
+    small_scale: bool = False  # small models, of the ablations: titles are marked
 
 
 COLUMNS = (
@@ -296,17 +286,11 @@ def looped_points(*modes: str) -> Callable[[Sources], pd.DataFrame]:
 
 @dataclass(frozen=True)
 class Axis:
-    """What a figure of points has across.
+    """What a figure of points has across."""
 
-    Attributes:
-        name: of a column of points.
-        label: for readers.
-        logarithmic: its scale.
-    """
-
-    name: str
-    label: str
-    logarithmic: bool = False
+    name: str  # of a column of points
+    label: str  # for readers
+    logarithmic: bool = False  # its scale
 
 
 LOOPS = Axis("loops", "loops at inference (dashed: the loop count of training)")

@@ -19,14 +19,11 @@ _UNITS = {"": 1.0, "×": 1.0, "k": 1e3, "M": 1e6, "B": 1e9}
 class Printed:
     """A number as it is printed, for example "101M", "3.7k", "~1.7k", "96.4±2", "2.9×".
 
-    Attributes:
-        text: what is printed.
-
     Raises:
         ValueError: no such number.
     """
 
-    text: str
+    text: str  # what is printed
 
     def __post_init__(self) -> None:
         self._parts()
@@ -58,35 +55,21 @@ class Printed:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1, 2 or 4: a model, and what is printed of it.
+    """A row of Table 1, 2 or 4: a model, and what is printed of it."""
 
-    Attributes:
-        table: number of the table.
-        model: the row, as it is called there.
-        name: of our config, and of the folder of its runs; None for a model that this project does not build.
-        num_layers: N; None where it is not known.
-        loops: L, 1 without looping.
-        steps: sampling steps.
-        fid: Fréchet inception distance.
-        fvd: Fréchet video distance.
-        inception_score: of images by Inception, of clips by C3D.
-        params: parameters. What it covers differs from row to row.
-        gflops: 10⁹ multiply–accumulates of drawing a sample, as the counts show; the paper says FLOPs.
-        depth: D = N·L.
-    """
-
-    table: int
-    model: str
-    name: str | None
-    num_layers: int | None
-    loops: int
-    steps: int
-    params: Printed
-    fid: Printed | None = None
-    fvd: Printed | None = None
-    inception_score: Printed | None = None
+    table: int  # number of the table
+    model: str  # the row, as it is called there
+    name: str | None  # of our config, and of the folder of its runs; None for a model that this project does not build
+    num_layers: int | None  # N; None where it is not known
+    loops: int  # L, 1 without looping
+    steps: int  # sampling steps
+    params: Printed  # parameters. What it covers differs from row to row
+    fid: Printed | None = None  # Fréchet inception distance
+    fvd: Printed | None = None  # Fréchet video distance
+    inception_score: Printed | None = None  # of images by Inception, of clips by C3D
+    # 10⁹ multiply–accumulates of drawing a sample, as the counts show; the paper says FLOPs
     gflops: Printed | None = None
-    depth: Printed | None = None
+    depth: Printed | None = None  # D = N·L
 
     @property
     def config(self) -> Path:
@@ -145,19 +128,12 @@ from Figure 7)."""
 
 @dataclass(frozen=True)
 class Throughput:
-    """A row of Table 3: inference against the unlooped baseline of the same scale, batch 8, one TPU v6e.
+    """A row of Table 3: inference against the unlooped baseline of the same scale, batch 8, one TPU v6e."""
 
-    Attributes:
-        scale: named size.
-        num_layers: N of the best ELT.
-        loops: L of the best ELT.
-        ratio: samples per second of ELT over those of the baseline.
-    """
-
-    scale: str
-    num_layers: int
-    loops: int
-    ratio: Printed
+    scale: str  # named size
+    num_layers: int  # N of the best ELT
+    loops: int  # L of the best ELT
+    ratio: Printed  # samples per second of ELT over those of the baseline
 
     @property
     def model(self) -> str:
@@ -176,21 +152,13 @@ TABLE_3 = (
 
 @dataclass(frozen=True)
 class TrainingProfile:
-    """Table 8: a training step of one model over that of another, on TPU v6e.
+    """Table 8: a training step of one model over that of another, on TPU v6e."""
 
-    Attributes:
-        model: name of the looped model's config.
-        baseline: name of the unlooped model's config.
-        flops: of a step; the paper calls them the same.
-        step_time: the paper calls it the same.
-        peak_memory: the paper calls it 34 % less.
-    """
-
-    model: str
-    baseline: str
-    flops: Printed
-    step_time: Printed
-    peak_memory: Printed
+    model: str  # name of the looped model's config
+    baseline: str  # name of the unlooped model's config
+    flops: Printed  # of a step; the paper calls them the same
+    step_time: Printed  # the paper calls it the same
+    peak_memory: Printed  # the paper calls it 34 % less
 
 
 TABLE_8 = TrainingProfile("elt_8n4l", "dit_32", Printed("1×"), Printed("1×"), Printed("0.66×"))
@@ -217,17 +185,11 @@ FIGURE_6 = {"elt_16n2l": Printed("2×"), "elt_8n4l": Printed("1.4×")}
 
 @dataclass(frozen=True)
 class BestLoops:
-    """Figure 7: FVD is best at more loops than in training.
+    """Figure 7: FVD is best at more loops than in training."""
 
-    Attributes:
-        train_loops: L_max.
-        loops: L of the best FVD.
-        fvd: there.
-    """
-
-    train_loops: int
-    loops: int
-    fvd: Printed
+    train_loops: int  # L_max
+    loops: int  # L of the best FVD
+    fvd: Printed  # there
 
 
 FIGURE_7 = BestLoops(train_loops=4, loops=6, fvd=Printed("69.2"))

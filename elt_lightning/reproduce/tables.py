@@ -198,18 +198,12 @@ def shown(quantity: str, cell: Printed | Value | None) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What `elt test` measured of a row's model at its loop count.
+    """What `elt test` measured of a row's model at its loop count."""
 
-    Attributes:
-        path: of the ``loops.json``.
-        report: all of it.
-        row: of the report.
-        distance: name of the metric that decides: one of the wanted kind, plain or with its count; None without any.
-    """
-
-    path: Path
-    report: dict[str, Any]
-    row: dict[str, Any]
+    path: Path  # of the ``loops.json``
+    report: dict[str, Any]  # all of it
+    row: dict[str, Any]  # of the report
+    # name of the metric that decides: one of the wanted kind, plain or with its count; None without any
     distance: str | None
 
     def goodness(self, kind: str) -> tuple[float, float]:

@@ -24,29 +24,21 @@ CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: n
 class VQSettings:
     """The shape of a network; the defaults are MAGVIT's base size, B. Its large one, L, has 128 filters.
 
-    Attributes:
-        dimensions: 3 for clips, 2 for pictures.
-        filters: channels at full size, an even number.
-        multipliers: of ``filters``, one for each level, full size first; each level has half the height and width.
-        residual_blocks: in a level, and again at the smallest size.
-        temporal_levels: at how many of the changes of level, counted from full size, frames are halved too. Means
-            nothing in 2-D.
-        codebook_size: V.
-        code_channels: D.
-        padding: what 3×3×3 kernels see beyond the border. MAGVIT's paper: reflect, which needs at least two cells along
-            every side of the token grid; its published config of UCF-101: zeros.
-
     Raises:
         ValueError: a value is out of range.
     """
 
-    dimensions: int = 3
-    filters: int = 64
+    dimensions: int = 3  # 3 for clips, 2 for pictures
+    filters: int = 64  # channels at full size, an even number
+    # of ``filters``, one for each level, full size first; each level has half the height and width
     multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    residual_blocks: int = 2
+    residual_blocks: int = 2  # in a level, and again at the smallest size
+    # at how many of the changes of level, counted from full size, frames are halved too. Means nothing in 2-D
     temporal_levels: int = 2
-    codebook_size: int = 1024
-    code_channels: int = 256
+    codebook_size: int = 1024  # V
+    code_channels: int = 256  # D
+    # what 3×3×3 kernels see beyond the border. MAGVIT's paper: reflect, which needs at least two cells along every side
+    # of the token grid; its published config of UCF-101: zeros
     padding: Literal["reflect", "replicate", "zeros"] = "reflect"
 
     def __post_init__(self) -> None:
@@ -104,21 +96,14 @@ class VQSettings:
 
 
 class Quantized(NamedTuple):
-    """What the quantiser makes of N = B·T vectors, float32.
+    """What the quantiser makes of N = B·T vectors, float32."""
 
-    Attributes:
-        passed_on: (B, D, *grid), values of the codes, with gradients as if they were the encoder's (straight-through).
-        codes: (N,) int64, the nearest codes.
-        vectors: (N, D), the encoder's.
-        chosen: (N, D), the codes' own, with gradients to the codebook.
-        distances: (N, V), squared, of every vector to every code.
-    """
-
+    # (B, D, *grid), values of the codes, with gradients as if they were the encoder's (straight-through)
     passed_on: Tensor
-    codes: Tensor
-    vectors: Tensor
-    chosen: Tensor
-    distances: Tensor
+    codes: Tensor  # (N,) int64, the nearest codes
+    vectors: Tensor  # (N, D), the encoder's
+    chosen: Tensor  # (N, D), the codes' own, with gradients to the codebook
+    distances: Tensor  # (N, V), squared, of every vector to every code
 
 
 class VQNetwork(nn.Module):

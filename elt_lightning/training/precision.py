@@ -9,15 +9,10 @@ from torch.optim import Optimizer
 
 
 class Types(NamedTuple):
-    """What the trainer's ``precision`` means.
+    """What the trainer's ``precision`` means."""
 
-    Attributes:
-        weights: type of weights, gradients, the optimiser's state and the average.
-        autocast: type that matrix products are brought to in a mixed precision, None otherwise.
-    """
-
-    weights: torch.dtype
-    autocast: torch.dtype | None = None
+    weights: torch.dtype  # type of weights, gradients, the optimiser's state and the average
+    autocast: torch.dtype | None = None  # type that matrix products are brought to in a mixed precision, None otherwise
 
     @property
     def products(self) -> torch.dtype:

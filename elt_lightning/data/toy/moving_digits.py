@@ -101,21 +101,13 @@ MOTIONS: dict[str, Callable[[Tensor, float], Path2D]] = {
 
 @dataclass(frozen=True)
 class MovingDigits:
-    """What the files hold.
+    """What the files hold."""
 
-    Attributes:
-        training_videos: of each class.
-        val_videos: of each class.
-        side: height and width of a frame in pixels; even.
-        fps: frames per second.
-        seed: of the writings and how they move.
-    """
-
-    training_videos: int = 40
-    val_videos: int = 10
-    side: int = 64
-    fps: int = 20
-    seed: int = 0
+    training_videos: int = 40  # of each class
+    val_videos: int = 10  # of each class
+    side: int = 64  # height and width of a frame in pixels; even
+    fps: int = 20  # frames per second
+    seed: int = 0  # of the writings and how they move
 
     def write(self, root: str | Path) -> None:
         """Write the files below a root, once: the folder appears whole or not at all.
