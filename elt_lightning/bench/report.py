@@ -116,7 +116,7 @@ def training_lines(rows: Sequence[Row]) -> Lines:
         "a training step",
         (
             *("size", "N×L", "way", "batch", "compile", "each loop recomputed", "precision", "images/s", "s a step"),
-            *("time / vanilla", "time / unlooped", "share of peak", "peak MiB", "unlooped − this, MiB"),
+            *("time / vanilla", "time / ILSD", "time / unlooped", "share of peak", "peak MiB", "unlooped − this, MiB"),
         ),
     )
     for row in rows:
@@ -134,7 +134,8 @@ def training_lines(rows: Sequence[Row]) -> Lines:
                 row["precision"],
                 f"{row['images_per_second']:,.3g}",
                 f"{median(row['step_seconds']):.3g}",
-                with_spread(time_over(row, rows, way="vanilla")) if row["way"] == "ilsd" else "",
+                with_spread(time_over(row, rows, way="vanilla")) if row["way"] in ("ilsd", "recall") else "",
+                with_spread(time_over(row, rows, way="ilsd")) if row["way"] == "recall" else "",
                 with_spread(time_over(row, rows, way="unlooped", activation_checkpointing=False)) if looped else "",
                 f"{100 * row['share_of_peak']:.0f} %",
                 mebibytes(row["peak_memory_bytes"]),

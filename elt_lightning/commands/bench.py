@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="no,yes",
         help="compute each loop again in the backward pass (default no)",
     )
+    train.add_argument("--recall", action="store_true", help="measure ILSD with recall, too")
     train.set_defaults(run=bench_train)
 
     report = kinds.add_parser("report", help="lay out the JSON files of a folder as figures.md", allow_abbrev=False)
@@ -145,6 +146,7 @@ def bench_train(options: argparse.Namespace) -> None:
             batch_sizes=options.batch_sizes or ([8, 32] if on_gpu else [2, 8]),
             compile=options.compile,
             activation_checkpointing=[choice == "yes" for choice in options.activation_checkpointing],
+            recall=options.recall,
             precision=options.precision or ("bf16-mixed" if on_gpu else "32-true"),
             rounds=options.rounds,
             turn_seconds=options.turn_seconds,

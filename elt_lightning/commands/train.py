@@ -65,6 +65,7 @@ TEST_FLAGS = EVALUATION_FLAGS | {
     "--save_samples": "--loop_metrics.save_samples",
     "--reconstruction": "--loop_metrics.reconstruction",
     "--nearest": "--loop_metrics.nearest",
+    "--diversity": "--loop_metrics.diversity",
     "--carry_state": "--loop_metrics.carry_state",
 }
 PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
@@ -78,7 +79,7 @@ SHORT_FLAGS = {
 }
 """Short names for the settings that a command is mostly called with."""
 
-SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
+SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_metrics.diversity")
 """Settings that a bare flag turns on."""
 
 LIMITS = {

@@ -55,6 +55,8 @@ class LoopMetrics(Callback):
         reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
             of these codes can reach. Without a checkpoint that is all that is done.
         nearest: in test, also show samples beside the nearest training samples, all of which are decoded for it.
+        diversity: in test, also score how varied the samples are: precision, recall and coverage over the features of
+            the Fréchet distance, distinct squares of puzzles.
         metrics: further metrics, beside those of the data module.
     """
 
@@ -72,6 +74,7 @@ class LoopMetrics(Callback):
         save_samples: str | None = None,
         reconstruction: bool = False,
         nearest: bool = False,
+        diversity: bool = False,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
@@ -90,6 +93,7 @@ class LoopMetrics(Callback):
         if save_samples is not None and not save_samples.endswith(".npz"):
             raise ValueError(f"save_samples must end in .npz, not {save_samples}")
         self.save_samples, self.reconstruction, self.nearest = save_samples, reconstruction, nearest
+        self.diversity = diversity
         self.extra_metrics = metrics or []
         self._metrics: list[SampleMetric] | None = None
         self.report: Report | None = None
@@ -268,6 +272,11 @@ class LoopMetrics(Callback):
         """Build the metrics once; their reference statistics serve every loop count and every validation."""
         if self._metrics is None:
             self._metrics = [*data_of(trainer).build_metrics(), *self.extra_metrics]
+            if self.diversity and trainer.testing:
+                further = [more for metric in self._metrics for more in metric.diversity()]
+                if not further:
+                    raise UserError("--diversity needs the features of real pictures, which these data do not give")
+                self._metrics += further
         return [metric.to(_with_float64(device)) for metric in self._metrics]
 
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:

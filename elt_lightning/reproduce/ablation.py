@@ -41,6 +41,9 @@ from elt_lightning.reproduce.curves import read_curves
 BEYOND_TRAINING = 2
 """Loop counts are measured up to this many above L_max."""
 
+DIVERSITY = "diversity"
+"""In a record, and in the folder of a run with recall: how varied samples at L_max are, from zero and carried."""
+
 COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
 """What does not depend on the seed in a row of ``loops.json``; records made before recall lack the last."""
 
@@ -159,13 +162,14 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     flags = ["--config", config["config"], "--seed_everything", str(seed), *settings, *arm.flags()]
     command = [*flags, *arm.sweep()]
     base = settings_in(Path(config["config"]))
+    checkpoint = folder / "checkpoints" / "last.ckpt"
     if record.is_file():
         done = read_record(record)
         if (done["command"], done["base_sha256"]) != (command, base):
             raise UserError(f"{record} was measured with other settings: delete it and {folder} to measure again")
-        return f"{record}: done before"
+        if not arm.recall or DIVERSITY in done or not checkpoint.is_file():
+            return f"{record}: done before"
     began = time.perf_counter()
-    checkpoint = folder / "checkpoints" / "last.ckpt"
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         elt("fit", *flags, "--run_dir", str(folder), *unfinished)
@@ -173,6 +177,9 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
         write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
+    if arm.recall and not (folder / DIVERSITY / "loops.json").is_file():
+        both = ["--loops", str(arm.max_loops), "--carry_state", "false,true", "--diversity"]
+        elt("test", *flags, *both, "--run_dir", str(folder / DIVERSITY), "--ckpt_path", str(checkpoint))
     write_record(record, command, base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
 
@@ -205,10 +212,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
     """Write what a run measured, and on what: its sweep without the samples' settings, its held-out losses."""
     report = json.loads((folder / "test" / "loops.json").read_text())
     kept = ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
-    rows = [
-        {name: row[name] for name in COSTS} | {"metrics": {name: m["mean"] for name, m in row["metrics"].items()}}
-        for row in report["rows"]
-    ]
+    diversity = folder / DIVERSITY / "loops.json"
     record = {
         "command": command,
         "base_sha256": base,
@@ -216,10 +220,19 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
         **{name: report[name] for name in kept},
-        "rows": rows,
+        "rows": rows_of(report),
+        **({DIVERSITY: rows_of(json.loads(diversity.read_text()))} if diversity.is_file() else {}),
         "val": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
     }
     write_json(path, record, indent=None)
+
+
+def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a sweep as records keep them."""
+    return [
+        {name: row[name] for name in COSTS} | {"metrics": {name: m["mean"] for name, m in row["metrics"].items()}}
+        for row in report["rows"]
+    ]
 
 
 def elt(*arguments: str) -> None:
@@ -239,18 +252,25 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
     summary: dict[str, Any] = {"config": config | {"seeds": seeds}, "arms": {}}
     for arm in arms:
         records = [read_record(record_path(output, arm, seed)) for seed in seeds]
-        rows = []
-        for same_loops in zip(*(record["rows"] for record in records), strict=True):
-            metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
-            rows.append({name: same_loops[0][name] for name in COSTS if name in same_loops[0]} | {"metrics": metrics})
+        varied = all(DIVERSITY in record for record in records)
         summary["arms"][arm.name] = {
             "label": arm.label,
             "training_seconds": [record["training_seconds"] for record in records],
-            "rows": rows,
+            "rows": side_by_side([record["rows"] for record in records]),
+            **({DIVERSITY: side_by_side([record[DIVERSITY] for record in records])} if varied else {}),
             "val": val_losses([record["val"] for record in records]),
         }
     shared = ("machine", "versions", "primary_metric", "higher_is_better", "num_samples", "sampling_steps")
     return summary | {name: records[-1][name] for name in shared}
+
+
+def side_by_side(seeds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Join the rows of several seeds: each metric's value per seed."""
+    rows = []
+    for same_loops in zip(*seeds, strict=True):
+        metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
+        rows.append({name: same_loops[0][name] for name in COSTS if name in same_loops[0]} | {"metrics": metrics})
+    return rows
 
 
 def val_losses(seeds: list[dict[str, list[tuple[int, float]]]]) -> dict[str, dict[str, Any]]:

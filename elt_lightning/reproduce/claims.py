@@ -88,6 +88,10 @@ class Measured(dict[Any, Any]):
         raise NotMeasuredError
 
 
+VARIETY = ("precision", "recall", "coverage", "distinct")
+"""What `elt test --diversity` measures."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training, over seeds."""
@@ -99,6 +103,7 @@ class Arm:
     scores: Measured  # {loops: a score for each seed}, each sampling step's loop begun from zero
     carried: Measured  # the same with the state carried from step to step; empty where that was not measured
     val: Measured  # {loops: losses over training, a row for each step and a column for each seed}
+    variety: Measured  # {whether carried: {measure: a value for each seed}} at L_max; empty where not measured
 
     def with_carried_state(self) -> "Arm":
         """Return the same arm as it was measured with the state carried."""
@@ -425,6 +430,22 @@ def ilsd_suits_recall(experiment: Experiment) -> Finding:
     return Finding(f"{ours.label} {ours.show(*counts)}; {other.label} {other.show(*counts)}", gaps > 0, gaps)
 
 
+@claim(
+    "Beyond the paper, R6",
+    "carried at L_max, recall and coverage of the features, and the share of different squares among the valid ones, "
+    f"are at least {100 * UNHURT:.0f} % of what they are from zero",
+    RECALL,
+)
+def carried_samples_are_varied(experiment: Experiment) -> Finding:
+    """Samples drawn with the state carried are as varied as those from zero."""
+    ours = experiment.arms["recall_ilsd"]
+    zero, carried = ours.variety[False], ours.variety[True]
+    judged = [name for name in ("recall", "coverage", "distinct") if name in zero]
+    holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
+    cells = (f"{name} {spread(100 * carried[name])} (from zero {spread(100 * zero[name])})" for name in zero)
+    return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
+
+
 def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
     """Compare two arms, at loop counts that are a function of L_max: for each seed whether ours is at least as good."""
     here, there = loops(paper.max_loops)
@@ -472,9 +493,13 @@ def read_arm(name: str, summary: dict[str, Any], metric: str) -> Arm:
         int(curve.rpartition("@L")[2]): pd.DataFrame(losses["values"], index=losses["steps"])
         for curve, losses in arm.get("val", {}).items()
     }
+    varied = {
+        row["carry_state"]: {name: pd.Series(values) for name, values in row["metrics"].items() if name in VARIETY}
+        for row in arm.get("diversity", [])
+    }
     max_loops, depth = settings["max_loops"], settings["num_layers"] * settings["max_loops"]
-    better = summary["higher_is_better"]
-    return Arm(arm["label"], max_loops, depth, better, scores(False), scores(True), Measured(val))
+    measured = scores(carried=False), scores(carried=True), Measured(val), Measured(varied)
+    return Arm(arm["label"], max_loops, depth, summary["higher_is_better"], *measured)
 
 
 def page(results: Path, benchmarks: Path) -> str:
