@@ -33,15 +33,10 @@ def machine_memory() -> int:
 
 
 def check_memory(what: str, needed: int, available: int | None = None) -> None:
-    """Refuse what is larger than the whole memory, before any of it is allocated.
-
-    Args:
-        what: begins the message: which setting asks for that much.
-        needed: bytes.
-        available: bytes of a device; by default the machine's.
+    """Refuse what needs more bytes than there are, by default of this machine's memory, before any is allocated.
 
     Raises:
-        UserError: it does not fit.
+        UserError: it does not fit; ``what``, the setting that asks for that much, begins the message.
     """
     available = machine_memory() if available is None else available
     if needed > available:

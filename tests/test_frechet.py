@@ -152,10 +152,10 @@ def test_sums_stay_float64_whatever_is_asked(
     metric = metric_for(5, real)
     metric.update(fake[:100], torch.empty(0))
     metric = convert(metric)
-    assert metric.total.dtype == metric.total_outer.dtype == torch.float64
+    assert metric.features_total.dtype == metric.features_total_outer.dtype == torch.float64
     assert score(metric, fake[100:]) == pytest.approx(expected, rel=1e-10)
     metric.reset()
-    assert metric.total.dtype == torch.float64
+    assert metric.features_total.dtype == torch.float64
     assert score(metric, fake) == pytest.approx(expected, rel=1e-10)
 
 

@@ -311,12 +311,8 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 def find_tars(roots: Sequence[str], report_others: bool = False) -> list[str]:
     """Find the tars meant by a folder that has nothing else, or by names, in the order given.
 
-    Args:
-        roots: one folder, or tars.
-        report_others: count in the log which files of a folder of tars are left out.
-
-    Returns:
-        their paths; nothing where ``roots`` is one folder of another kind.
+    Nothing is returned where ``roots`` is one folder of another kind. With ``report_others`` the log counts which files
+    of a folder of tars are left out.
 
     Raises:
         UserError: a tar does not exist, or folders and tars are mixed.
@@ -442,17 +438,9 @@ def _parsed_label(content: bytes, ending: str, source: str) -> int | str | None:
 def batches(root: str, size: int, batch_size: int, workers: int | None = None, crop: str = CROP) -> Iterator[Tensor]:
     """Read all pictures of a folder of any layout, or of tars, in the order of their names; no labels are needed.
 
-    What cannot be read is left out, named in the log, and counted there at the end.
-
-    Args:
-        root: as for :func:`open_source`.
-        size: height and width of the crops, in pixels.
-        batch_size: pictures at once; fewer come where some cannot be read, and at the end.
-        workers: processes that decode; None for one per core.
-        crop: as for :func:`~elt_lightning.data.crops.crop_all`.
-
-    Yields:
-        (B, 3, size, size) uint8, B from 1 to ``batch_size``.
+    They come as (B, 3, size, size) uint8, B from 1 to ``batch_size``. What cannot be read is left out, named in the
+    log, and counted there at the end. ``workers`` processes decode, None for one per core; ``root`` is as for
+    :func:`open_source`, ``crop`` as for :func:`~elt_lightning.data.crops.crop_all`.
 
     Raises:
         UserError: there is no such folder, tar or crop, or not one picture can be read.
