@@ -72,12 +72,9 @@ def half_spread(values: list[float]) -> float:
 
 
 class SideBySide:
-    """Times contenders in turns.
+    """Times contenders in turns: each has ``rounds`` of at least ``shortest`` seconds; fast ones are called again in it.
 
-    Args:
-        device: where they work; it is waited for before a clock is read.
-        rounds: how often each has its turn.
-        shortest: least seconds of a turn; faster contenders are called several times in it.
+    The device is waited for before a clock is read.
     """
 
     def __init__(self, device: torch.device, rounds: int, shortest: float) -> None:

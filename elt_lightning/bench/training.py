@@ -57,15 +57,8 @@ class Step:
     """A training step, in the order of work that Lightning has.
 
     That order is forward, forget the gradients of the step before, backward, clip, step: during the forward pass
-    weights, gradients and the optimiser's state are all there.
-
-    Args:
-        shape: of the network.
-        trained: the weights, their optimiser.
-        network: the same network, or a compiled or checkpointed twin of it.
-        distillation: ILSD, or vanilla looping.
-        settings: precision and device.
-        batch_size: samples.
+    weights, gradients and the optimiser's state are all there. ``network`` is the one trained, or a compiled or
+    checkpointed twin of it.
     """
 
     def __init__(

@@ -56,14 +56,10 @@ class FinishedShard:
 
 
 class ShardFolder:
-    """The folder that shards are written to, by several processes at once, each its own shards.
-
-    Args:
-        path: the folder; it is made.
-        settings: plain data that decide what the shards hold.
+    """The folder that shards are written to, by several processes at once, each its own shards; it is made.
 
     Raises:
-        UserError: the folder holds something else, or shards of other settings.
+        UserError: the folder holds something else, or shards of other settings than these plain data.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:

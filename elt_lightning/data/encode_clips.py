@@ -30,12 +30,7 @@ class ClipTokenizer(Storing, Protocol):
 class ClipSource(ImageSource):
     """Clips of videos, in random order of the videos; clip i is of video i // ``clips_per_video``.
 
-    Args:
-        videos: what clips are cut out of.
-        classes: names of the classes.
-        clips_per_video: how many of each, see :func:`~elt_lightning.data.clips.fixed_start`.
-        samples_per_shard: clips of a part.
-        seed: of the order.
+    A part has ``samples_per_shard`` of them; see also :func:`~elt_lightning.data.clips.fixed_start`.
     """
 
     classes: tuple[str, ...]

@@ -177,12 +177,7 @@ class HeldOutStream(ShardStream):
 
 
 class ShardLoader(Loader[Batch]):
-    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at.
-
-    Args:
-        stream: what to load.
-        current_step: returns the optimiser steps done so far.
-    """
+    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at, ``current_step()``."""
 
     def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
         super().__init__(

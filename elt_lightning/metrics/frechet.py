@@ -126,7 +126,7 @@ class FrechetDistance(SummingMetric):
     def set_reference(self, batches: Iterable[Tensor]) -> None:
         """Take the reference moments from real pixels, batch by batch; their features are kept."""
         features = [self.features(pixels) for pixels in batches]
-        sums = MomentSums.zeros(len(self.total))
+        sums = MomentSums.zeros(self.num_features)
         for part in features:
             sums.add(part)
         self.reference, self.real = sums.moments(), torch.cat(features)

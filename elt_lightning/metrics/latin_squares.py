@@ -60,11 +60,7 @@ class LatinSquareScores(SampleMetric):
 
 
 class DistinctSquares(SampleMetric):
-    """``distinct``: different squares among the valid ones, over the valid ones; nan where there is none.
-
-    Args:
-        scores: read the pictures.
-    """
+    """``distinct``: different squares among the valid ones that ``scores`` reads, over the valid ones; nan for none."""
 
     valid: list[Tensor] | Tensor
 

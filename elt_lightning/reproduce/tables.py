@@ -248,8 +248,8 @@ def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
     """Find the best of what was measured of a row, over guidance scales as the paper does.
 
     A run, in the folder of its config's name, is the row's only where nothing sets it apart, see
-    :func:`~elt_lightning.reproduce.sweeps.difference`; the table gets a note of each that is left out. For a table of small models any will do, a metric of any
-    kind, and the most loops there are.
+    :func:`~elt_lightning.reproduce.sweeps.difference`; the table gets a note of each that is left out. For a table of
+    small models any will do, a metric of any kind, and the most loops there are.
     """
     results = []
     for path in sorted((runs / str(row.name)).glob("test*/loops.json")):

@@ -107,11 +107,7 @@ class Quantized(NamedTuple):
 
 
 class VQNetwork(nn.Module):
-    """Encoder, quantiser and decoder.
-
-    Args:
-        settings: its shape.
-    """
+    """Encoder, quantiser and decoder."""
 
     def __init__(self, settings: VQSettings) -> None:
         super().__init__()
