@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from elt_lightning.bench import timing
 from elt_lightning.bench.data_need import flops_per_training_image
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
+from elt_lightning.bench.shapes import Compiled, Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
@@ -20,24 +20,18 @@ class Contender(NamedTuple):
     """One of those that take turns."""
 
     way: Literal["ilsd", "recall", "vanilla", "unlooped"]  # how the step is made; "recall" is ILSD with recall
-    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    compile: Compiled  # mode of `torch.compile`, "no" without it
     activation_checkpointing: bool  # whether each loop is computed again in the backward pass
 
 
 @dataclass(frozen=True)
 class Settings(timing.Settings):
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        num_layers: N.
-        activation_checkpointing: without, with, or both. The unlooped model has one loop, where it saves nothing: it
-            goes without.
-        recall: whether ILSD with recall takes turns too.
-    """
-
-    num_layers: int
+    num_layers: int  # N
+    # without, with, or both; the unlooped model has one loop, where it saves nothing, and goes without
     activation_checkpointing: Sequence[bool]
-    recall: bool = False
+    recall: bool = False  # whether ILSD with recall takes turns too
 
 
 class Trained:
@@ -81,12 +75,7 @@ class Step:
     def peak_bytes(self) -> int:
         """Measure the peak of two steps: in the second's forward pass the gradients of the first are still there."""
         self.trained.optimizer.zero_grad()
-
-        def two_steps() -> None:
-            self()
-            self()
-
-        return self.trained.resident_bytes() + peak_above_start(two_steps, self.settings.device)
+        return self.trained.resident_bytes() + peak_above_start(lambda: (self(), self()), self.settings.device)
 
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -116,12 +105,8 @@ def _measure_batch(
             1 if contender.way == "unlooped" else loops,
             mode="ilsd" if contender.way in ("ilsd", "recall") else "vanilla",
         )
-        network = trained.network
-        if contender.compile != "no" or contender.activation_checkpointing:
-            network = twin(network)
-            network.backbone.activation_checkpointing = contender.activation_checkpointing
-        if contender.compile != "no":
-            network.backbone.compile_loop(contender.compile, dynamic=False)
+        network = twin(trained.network, contender.compile)
+        network.backbone.activation_checkpointing = contender.activation_checkpointing
         steps[contender] = Step(shape, trained, network, distillation, settings, batch_size)
     times, peak = settings.time(steps)
     for contender, step in steps.items():

@@ -234,7 +234,7 @@ class Encoding(ABC):
             "mirrored": self.mirrored,
             "crop": self.crop,
             "classes": self.source.classes,
-        } | self.source.description()
+        } | self.source.description
 
     def run(
         self,

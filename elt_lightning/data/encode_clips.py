@@ -47,7 +47,7 @@ class ClipSource(ImageSource):
         self.videos = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(f"{seed}\0{video.name}")).digest())
         self.num_parts = -(-len(videos) * clips_per_video // samples_per_shard)
         listing = "".join(sorted(f"{video.name}\0{video.label}\0{_size(video.path)}\n" for video in videos))
-        self._description = {
+        self.description = {
             "videos": hashlib.sha256(os.fsencode(listing)).hexdigest(),
             "clips_per_video": clips_per_video,
             "samples_per_shard": samples_per_shard,
@@ -68,9 +68,6 @@ class ClipSource(ImageSource):
     def count(self, number: int) -> int:  # noqa: D102
         total = len(self.videos) * self.clips_per_video
         return min(self.samples_per_shard, total - number * self.samples_per_shard)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 def _size(path: str) -> int:

@@ -50,10 +50,12 @@ class ImageSource(ABC):
         classes: names of the classes in the order of their numbers; None where only the labels will tell how many
             there are, and a class has no other name than its number.
         num_parts: how many parts there are.
+        description: in plain data what decides the parts: two sources that say the same have the same ones.
     """
 
     classes: tuple[str, ...] | None
     num_parts: int
+    description: dict[str, Any]
 
     @abstractmethod
     def part(self, number: int) -> list[Picture]:
@@ -66,10 +68,6 @@ class ImageSource(ABC):
     @abstractmethod
     def count(self, number: int) -> int | None:
         """Count the pictures of a part, or None where that would mean reading it."""
-
-    @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """Describe in plain data what decides the parts: two sources that say the same have the same ones."""
 
 
 def open_source(
@@ -132,7 +130,7 @@ class FolderSource(ImageSource):
         self.root, self.samples_per_shard = root, samples_per_shard
         self._pictures = [(names[place], numbers[class_names[place]]) for place in places]
         self.num_parts = -(-len(names) // samples_per_shard)
-        self._description = {
+        self.description = {
             "pictures": _hash(listing),
             "labels": None if labels is None else sha256(labels),
             "samples_per_shard": samples_per_shard,
@@ -150,9 +148,6 @@ class FolderSource(ImageSource):
 
     def count(self, number: int) -> int:  # noqa: D102
         return min(self.samples_per_shard, len(self._pictures) - number * self.samples_per_shard)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 class TarSource(ImageSource):
@@ -186,7 +181,7 @@ class TarSource(ImageSource):
         self.tars, self.num_parts = list(tars), len(tars)
         self.classes = None if classes is None else tuple(classes)
         self._numbers = {name: number for number, name in enumerate(self.classes or ())}
-        self._description = {"pictures": _hash(listing)}
+        self.description = {"pictures": _hash(listing)}
 
     def part(self, number: int) -> list[Picture]:
         """Read the headers and labels of one tar; a picture's number tells where it begins, in KiB over all tars."""
@@ -212,9 +207,6 @@ class TarSource(ImageSource):
 
     def count(self, number: int) -> None:  # noqa: D102
         return None
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 def _in_order(classes: set[str]) -> tuple[str, ...]:

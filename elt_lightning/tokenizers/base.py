@@ -35,13 +35,13 @@ class Tokenizer(nn.Module, ABC):
         """Turn pixels (B, C, H, W) into bytes for people to look at: the pixels themselves, or with help to the eye."""
         return to_bytes(pixels)
 
-    def settings(self) -> dict[str, Any]:
+    def init_args(self) -> dict[str, Any]:
         """Return the arguments to build this again, as plain data."""
         return {} if self.path is None else {"path": str(self.path)}
 
     def description(self) -> dict[str, Any]:
         """Describe in plain data how to build this again: ``class_path``, ``init_args``, a file's ``sha256``."""
-        how = {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.settings()}
+        how = {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.init_args()}
         file = self.file or self.path
         return how if file is None else how | {"sha256": sha256(file)}
 

@@ -96,8 +96,8 @@ class KLAutoencoder(ImageTokenizer):
         pixels = self.vae.decode(codes.to(self.vae.dtype) / self.latent_scale).sample
         return ((pixels + 1) / 2).clamp(0, 1)
 
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return super().settings() | {"scale": self.latent_scale}
+    def init_args(self) -> dict[str, Any]:  # noqa: D102
+        return super().init_args() | {"scale": self.latent_scale}
 
 
 def weights_file(path: str) -> Path:

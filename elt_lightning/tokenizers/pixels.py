@@ -30,7 +30,7 @@ class PixelTokenizer(Tokenizer):
         """Decode (B, H·W) int64 to (B, 1, H, W) float in [0, 1]."""
         return (codes / (self.levels - 1)).unflatten(1, (1, *self.shape))
 
-    def settings(self) -> dict[str, Any]:  # noqa: D102
+    def init_args(self) -> dict[str, Any]:  # noqa: D102
         return {"levels": self.levels, "shape": list(self.shape)}
 
     def extra_repr(self) -> str:  # noqa: D102
