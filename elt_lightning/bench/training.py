@@ -75,7 +75,12 @@ class Step:
     def peak_bytes(self) -> int:
         """Measure the peak of two steps: in the second's forward pass the gradients of the first are still there."""
         self.trained.optimizer.zero_grad()
-        return self.trained.resident_bytes() + peak_above_start(lambda: (self(), self()), self.settings.device)
+
+        def two_steps() -> None:
+            self()
+            self()
+
+        return self.trained.resident_bytes() + peak_above_start(two_steps, self.settings.device)
 
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:

@@ -127,7 +127,8 @@ class Arm:
 
     def write(self, values: pd.Series) -> str:
         """Write mean and standard deviation: shares in percent, other scores as they are."""
-        return with_deviation(values * (100 if self.higher_is_better and values.max() <= 1 else 1))
+        scale = 100 if self.higher_is_better and values.max() <= 1 else 1
+        return with_deviation((scale * values).tolist())
 
 
 @dataclass(frozen=True)
