@@ -6,8 +6,8 @@ python -m elt_lightning.reproduce.dynamics --ckpt_path "ILSD=runs/a/checkpoints/
 Three measurements, averaged over tokens and samples, the first two over sampling steps too:
 - the relative update ‖h_l − h_(l−1)‖/‖h_l‖ of loop l;
 - the cosine between the states of two tokens of a sample, which goes to 1 where tokens grow alike;
-- with recall, for each sampling step, ‖s − s*‖/‖s*‖ of the carried state s that it begins from, where s* is what its loop
-  settles at: the state after 32 loops from zero, whose own distance is 1.
+- with recall, for each sampling step, ‖s − s*‖/‖s*‖ of the carried state s that it begins from, where s* is what its
+  loop settles at: the state after 32 loops from zero, whose own distance is 1.
 """
 
 import argparse
