@@ -9,7 +9,7 @@ from typing import Any
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.bench.timing import half_spread
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, write_text
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -181,14 +181,9 @@ def figures(folder: Path) -> str:
 
 
 def write_figures(folder: Path) -> Path:
-    """Write ``figures.md`` beside the JSON.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Write ``figures.md`` beside the JSON (UserError: there is none)."""
     if not any((folder / name).is_file() for name in MEASURED):
         raise UserError(f"{folder} holds none of {', '.join(MEASURED)}: elt bench inference --output makes one")
     path = folder / "figures.md"
-    with written_aside(path) as aside:
-        aside.write_text(figures(folder))
+    write_text(path, figures(folder))
     return path

@@ -111,10 +111,19 @@ class LoopMetrics(Callback):
         """Note how long the model was trained."""
         self._train_steps = checkpoint["global_step"]
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let held-out losses be measured at the same loop counts."""
-        module = cast(ELTModule, pl_module)
-        module.val_loops = self._loops(module)
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Measure the losses of held-out samples."""
+        self._log_losses("val", trainer, cast(ELTModule, pl_module), batch)
+
+    def _log_losses(self, stage: str, trainer: Trainer, module: ELTModule, batch: Batch) -> None:
+        with trainer.precision_plugin.forward_context():
+            losses = module.held_out_losses(batch, self._loops(module))
+        # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
+        count = len(batch.x) * trainer.world_size
+        named = {f"{stage}/loss@L{loops}": loss for loops, loss in losses.items()}
+        module.log_dict(named, batch_size=count, sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a few samples at each loop count, and log them; before training as few as possible."""
@@ -133,9 +142,7 @@ class LoopMetrics(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
-        module = cast(ELTModule, pl_module)
         self._has_model = trainer.ckpt_path is not None
-        module.val_loops = self._loops(module) if self._has_model else ()
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()
@@ -143,7 +150,9 @@ class LoopMetrics(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Decode the codes of held-out pictures and score them."""
+        """Measure the losses of held-out samples; decode their codes, and score what comes out."""
+        if self._has_model:
+            self._log_losses("test", trainer, cast(ELTModule, pl_module), batch)
         if self.reconstruction:
             pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(batch.x)
             for metric in self._metrics_on(trainer, pl_module.device):

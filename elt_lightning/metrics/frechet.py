@@ -62,11 +62,7 @@ class MomentSums:
         self.count.add_(len(features))
 
     def moments(self) -> Moments:
-        """Return mean and covariance of what was taken in.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
+        """Return mean and covariance of what was taken in (ValueError: fewer than two samples)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {int(self.count)}")
         mean = self.total / self.count

@@ -35,7 +35,7 @@ from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -116,11 +116,7 @@ def main() -> None:
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """Read a file of ``experiments/``.
-
-    Raises:
-        UserError: it lacks a section, or has one that nothing reads.
-    """
+    """Read a file of ``experiments/`` (UserError: it lacks a section, or has one that nothing reads)."""
     config = yaml.safe_load(path.read_text())
     needed, sections = {"config", "seeds", "settings", "arms"}, set(config) if isinstance(config, dict) else set()
     for problem, names in (
@@ -133,11 +129,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
 
 
 def arms_of(config: dict[str, Any]) -> list[Arm]:
-    """Return the arms of an experiment.
-
-    Raises:
-        UserError: one has a setting that arms do not have, or lacks one.
-    """
+    """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
         return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
@@ -146,11 +138,7 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
 
 
 def prepare(program: str) -> None:
-    """Make the data: run a module of the package with its flags.
-
-    Raises:
-        UserError: it failed; its own line comes first.
-    """
+    """Make the data: run a module of the package with its flags (UserError: it failed; its own line comes first)."""
     if subprocess.run([sys.executable, "-m", *shlex.split(program)], check=False).returncode:
         raise UserError(f"the data could not be made: python -m {program}")
 
@@ -186,8 +174,7 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         elt("fit", *flags, "--run_dir", str(folder), *unfinished)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
-        with written_aside(folder / "trained.json") as aside:
-            aside.write_text(json.dumps({"seconds": seconds}))
+        write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
     if arm.recall and not (folder / DIVERSITY / "loops.json").is_file():
@@ -203,11 +190,7 @@ def record_path(output: Path, arm: Arm, seed: int) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what a run measured.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read what a run measured (UserError: the file is damaged)."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         lacking = {"command", "base_sha256", "rows", "val", "versions", "machine"} - record.keys()
@@ -241,8 +224,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         **({DIVERSITY: rows_of(json.loads(diversity.read_text()))} if diversity.is_file() else {}),
         "val": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
     }
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record) + "\n")
+    write_json(path, record, indent=None)
 
 
 def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,11 +236,7 @@ def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def elt(*arguments: str) -> None:
-    """Run `elt` with one thread.
-
-    Raises:
-        UserError: it failed; with the end of its output.
-    """
+    """Run `elt` with one thread (UserError: it failed; with the end of its output)."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "elt_lightning", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -311,13 +289,11 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     if gathered is None:
         return
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
-    with written_aside(folder / "ablation.json") as aside:
-        aside.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     with written_aside(folder / "ablation.png") as aside:
         figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
-    with written_aside(folder / "ablation.md") as aside:
-        aside.write_text("\n".join(table(summary, arms, metric) for metric in metrics))
+    write_text(folder / "ablation.md", "\n".join(table(summary, arms, metric) for metric in metrics))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
