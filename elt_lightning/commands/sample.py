@@ -1,7 +1,6 @@
 """`elt sample`: a picture from a checkpoint alone, one row for each loop count."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -11,12 +10,13 @@ from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
-from elt_lightning.errors import UserError
+from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.tokenizers.loading import load_tokenizer
+from elt_lightning.training.announce import announce
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
 """What an output may end in; the last two are for clips."""
@@ -62,16 +62,11 @@ def run(name: str, arguments: list[str]) -> None:
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
     for loops in options.loops or [module.max_loops]:
         macs = options.num * module.macs_per_sample(loops, sampler)
-        if macs > LONG:
-            print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
+        announce(f"L = {loops}", macs, module, sampler, options.num)
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
-
-
-LONG = 10**14
-"""Multiply–accumulates that take a CPU minutes: announced beforehand."""
 
 
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
@@ -109,14 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
     add("--classes", type=wholes(0), metavar="3,7", help="classes, taken in turn; all by default")
     add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
-    add("--loops", type=wholes(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training")
+    add("--loops", type=wholes(1, MOST["loops"]), metavar="1,2,4", help="a row each; by default the count of training")
     add("--guidance", type=FINITE_FROM_0, help="guidance scale; by default the model's")
     add(
         "--carry_state",
         choices=("true", "false"),
         help="begin each step's loop where the last one stopped; by default where the model has recall",
     )
-    add("--steps", type=whole(1, 10**6), help="sampling steps; by default the model's")
+    add("--steps", type=whole(1, MOST["steps"]), help="sampling steps; by default the model's")
     add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
     add("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")

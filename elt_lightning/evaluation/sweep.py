@@ -1,7 +1,6 @@
 """The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.training.announce import now
 from elt_lightning.training.module import ELTModule
 
 
@@ -93,10 +93,10 @@ class Sweep:
             share = HeldOutOrder(self.num_samples, self.batch_size, self.rank, self.world_size)
             for index in (numbers.to(module.device) for numbers in share):
                 labels, _, known, _ = request(index)
-                began = _now(module.device)
+                began = now(module.device)
                 with context():
                     codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), known, sampler)
-                seconds += _now(module.device) - began
+                seconds += now(module.device) - began
                 pixels = tokenizer.decode(codes)
                 for metric in metrics:
                     metric.update(pixels.to(metric.device), labels.to(metric.device))
@@ -118,6 +118,11 @@ class Sweep:
         return row
 
     @property
+    def at_once(self) -> int:
+        """Samples of a whole batch."""
+        return min(self.batch_size, math.ceil(self.num_samples / self.world_size))
+
+    @property
     def _most_batches(self) -> int:
         """Count the batches of the rank that has most of them, the first."""
         return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
@@ -137,9 +142,3 @@ def keep_pictures(
 def joined(so_far: Tensor, more: Tensor) -> Tensor:
     """Add samples to those kept so far, of which there may be none."""
     return torch.cat([so_far, more]) if len(so_far) else more
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

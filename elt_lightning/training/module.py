@@ -1,10 +1,12 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +23,8 @@ from elt_lightning.samplers.base import Loops, Sampler
 from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
 from elt_lightning.training.weights import differences
+
+logger = logging.getLogger(__name__)
 
 VAL_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -193,9 +197,26 @@ class ELTModule(LightningModule):
 
         Raises:
             ValueError: the sampler carries the state, and the network has no recall.
+            UserError: what the network predicts is not finite; a training only warns of it, and goes on.
         """
         sampler = (sampler or self.sampler).suited_to(self.network.has_recall)
-        return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known)
+        broken: list[Tensor] = []
+
+        def without_nan(
+            x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
+        ) -> Pass:
+            predictions, state = self.predict(x, condition, loops, exits, state)
+            nan = predictions[loops].isnan()  # a sampler could not go on with it, and to look now is to wait for it
+            broken.append(nan.any())
+            return Pass({loops: predictions[loops].masked_fill(nan, 0)}, state)
+
+        samples = sampler.sample(without_nan, self.network.sample_shape, Condition(labels), loops, seeds, known)
+        if torch.stack(broken).any() or not samples.isfinite().all():
+            message = f"at {loops} loops the model's predictions are not finite, though its weights are: they overflow"
+            if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+                raise UserError(f"{message}; try fewer loops, a wider --trainer.precision, or another checkpoint")
+            logger.warning("%s; the scores of this validation say nothing", message)
+        return samples
 
     def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
         """Count the multiply–accumulates of drawing one sample: every step, both guidance branches."""
