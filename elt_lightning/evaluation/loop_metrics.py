@@ -153,14 +153,14 @@ class LoopMetrics(Callback):
         """
         self._has_model = trainer.ckpt_path is not None
         if self._has_model:
-            module, sweep = cast(ELTModule, pl_module), self._sweep(trainer, self.num_samples, self.repeats)
+            module = cast(ELTModule, pl_module)
             loops, samplers = self._loops(module), self._samplers(module)
             of_each = self.num_samples * self.repeats // trainer.world_size
             held_out = int(sum(trainer.num_test_batches)) * data_of(trainer).share_batch(trainer.world_size)[0]
             macs = of_each * sum(module.macs_per_sample(count, sampler) for count in loops for sampler in samplers)
             macs += held_out * module.network.macs(max(loops), loops)
             with trainer.precision_plugin.forward_context():
-                announce("test", macs, module, samplers[0], sweep.at_once)
+                announce("test", macs, module, samplers[0], min(self.batch_size, self.num_samples))
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()
