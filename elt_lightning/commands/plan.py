@@ -42,6 +42,7 @@ from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import loops_to_measure
 from elt_lightning.files import written_aside
+from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
@@ -240,9 +241,9 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
         num_val=data.num_val,
-        num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
+        num_test_samples=measured["num_samples"] * measured["repeats"],
         loops=loops_to_measure(measured["loops"], module.max_loops),
-        guidance=measured["guidance"],
+        swept={name: measured[name] for name in SETTINGS},
         num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),
         tflops=options.tflops,
         utilisation=options.utilisation,
@@ -329,7 +330,8 @@ def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
         "shards {val_shards}"
     )
     kept, images, test = settings.num_checkpoints, settings.steps * settings.batch_size, plan.test_hours
-    scales = f" at each guidance of {settings.guidance}" if settings.guidance else ""
+    swept = ", ".join(f"{name} {values}" for name, values in settings.swept.items() if values)
+    scales = f" at each of {swept}" if swept else ""
     return {
         "data": [
             *([f"assumed, as {data.assumed}"] if data.assumed else []),

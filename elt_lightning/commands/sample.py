@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import SETTINGS
+from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.tokenizers.loading import load_tokenizer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
@@ -43,28 +46,35 @@ def run(name: str, arguments: list[str]) -> None:
     classes = options.classes or list(range(module.num_classes))
     if max(classes) >= module.num_classes:
         raise UserError(f"--classes: the model's classes are 0 to {module.num_classes - 1}, not {max(classes)}")
-    sampler = module.sampler
-    if options.steps is not None:
-        sampler.steps = options.steps
-    if options.guidance is not None:
-        sampler = sampler.with_guidance_scale(options.guidance)
+    asked = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    if "carry_state" in asked:
+        asked["carry_state"] = options.carry_state == "true"
+    counts = options.loops or [module.max_loops]
+    try:
+        sampler = module.sampler.with_settings(**asked).suited_to(module.network.has_recall)
+        counts = [module.loop_count("auto", sampler)] if options.loops == "auto" else counts
+        for loops in counts:
+            sampler.loops_per_step(loops)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     index = torch.arange(options.num, device=device)
-    if options.carry_state is not None:
-        try:
-            sampler = sampler.with_carry_state(options.carry_state == "true").suited_to(module.network.has_recall)
-        except ValueError as error:
-            raise UserError(str(error)) from error
     labels = torch.tensor(classes, device=device)[index % len(classes)]
     rows, known = {}, None
     if options.given is not None:
         given = read_given(options.given, module, tokenizer, options.given_frames, options.hole, options.given_stride)
         known = given.known.expand(options.num, *given.known.shape[1:])
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
-    for loops in options.loops or [module.max_loops]:
+    for loops in counts:
         macs = options.num * module.macs_per_sample(loops, sampler)
         if macs > LONG:
             print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
-        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
+        spent: list[Tensor] = []
+        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler, spent)
+        if sampler.loop_schedule.tolerance is not None:
+            used = torch.stack(spent).mean(0)
+            print(
+                f"at most {loops} loops: {used.mean():.3g} on average, {used.min():.3g} to {used.max():.3g} of a sample"
+            )
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
@@ -109,9 +119,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=numbers_from(0), metavar="3,7", help="classes, taken in turn; all by default")
     parser.add_argument("--num", type=number_from(1, 10**5), default=8, help="samples in a row (default 8)")
     parser.add_argument(
-        "--loops", type=numbers_from(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training"
+        "--loops",
+        type=lambda text: text if text == "auto" else numbers_from(1, 10**6)(text),
+        metavar="1,2,4",
+        help="a row each; by default the count of training; auto: until --tolerance is met",
     )
     parser.add_argument("--guidance", type=finite_from_0, help="guidance scale; by default the model's")
+    parser.add_argument("--exit_scale", type=finite_from_0, help="strength of guidance away from an early exit")
+    parser.add_argument("--weak_loops", type=number_from(1), help="loops of that exit")
+    parser.add_argument("--tolerance", type=finite_from_0, help="end a sample's loop when it changes less than this")
+    parser.add_argument("--loop_schedule", choices=get_args(LoopShape), help="loops over sampling steps")
     parser.add_argument(
         "--carry_state",
         choices=("true", "false"),

@@ -35,6 +35,7 @@ from elt_lightning.errors import UserError, check_memory
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
@@ -62,14 +63,14 @@ LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in ta
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
-    "--save_samples": "--loop_metrics.save_samples",
-    "--reconstruction": "--loop_metrics.reconstruction",
-    "--nearest": "--loop_metrics.nearest",
-    "--carry_state": "--loop_metrics.carry_state",
+    f"--{name}": f"--loop_metrics.{name}" for name in (*SETTINGS, "save_samples", "reconstruction", "nearest")
 }
-PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
-    "--carry_state": "--model.sampler.init_args.carry_state"
+SAMPLER_FLAGS = {
+    **{f"--{name}": f"--model.sampler.init_args.{name}" for name in SETTINGS},
+    **{f"--{name}": f"--model.sampler.init_args.guidance.{setting}" for name, setting in OF_GUIDANCE.items()},
+    **{f"--{name}": f"--model.sampler.init_args.loop_schedule.{setting}" for name, setting in OF_LOOPS.items()},
 }
+PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | SAMPLER_FLAGS
 SHORT_FLAGS = {
     "fit": {"--weights": "--ema.weights"},
     "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
@@ -92,7 +93,7 @@ LIMITS = {
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
-LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carry_state")
+LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
 """Settings that may be given as 1,2,4."""
 
 
@@ -193,7 +194,7 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
 
 def bracketed(value: str) -> str:
     """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
-    return value if value.startswith("[") else f"[{value}]"
+    return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
 class EventLogger(TensorBoardLogger):
