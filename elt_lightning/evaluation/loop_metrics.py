@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from elt_lightning.data.base import VAL_LOSS, Batch, data_of
@@ -181,7 +180,8 @@ class LoopMetrics(Callback):
         if not self._has_model:
             return
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
-        rows = self._run_sweep(trainer, module, sweep, self._settings(module, swept=True, said=True), folder)
+        settings = self._settings(module, swept=True, said=trainer.is_global_zero)
+        rows = self._run_sweep(trainer, module, sweep, settings, folder)
         if data_of(trainer).primary_metric == VAL_LOSS:
             for row in rows:
                 row.metrics[VAL_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
@@ -246,7 +246,7 @@ class LoopMetrics(Callback):
         for _, sampler in settings:
             module.loop_count("auto" if self.loops == "auto" else None, sampler)
         for line in left_out if said else ():
-            rank_zero_info(line)
+            print(line)
         return settings
 
     def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive:

@@ -31,6 +31,6 @@ class LoopSchedule:
     def per_step(self, loops: int, num_steps: int) -> list[int]:
         """List L_k for every step."""
         slope = {"constant": 0, "falling": 1, "rising": -1}[self.shape]
-        last = max(1, num_steps - 1)
+        last = num_steps - 1
         # Python rounds halves of d and −d alike, so that the sum stays K·L.
-        return [loops + round(slope * (loops - 1) * (last - 2 * step) / last) for step in range(num_steps)]
+        return [loops + round(slope * (loops - 1) * (last - 2 * step) / max(1, last)) for step in range(num_steps)]
