@@ -34,6 +34,17 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write plain data as JSON, in the same way."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
 def check_regular(path: str | Path) -> None:
     """Refuse what only looks like a file: a FIFO would be waited for without end, and a device read without end.
 
@@ -57,11 +68,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is none; see :func:`check_regular`.
-    """
+    """Open a file to read its bytes (OSError: it cannot be opened, or is none; see :func:`check_regular`)."""
     check_regular(path)
     return open(path, "rb")
 
@@ -86,11 +93,7 @@ def counted_by_suffix(names: Iterable[str], most: int = 8) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parse JSON from outside.
-
-    Raises:
-        ValueError: it is not JSON, for whatever reason.
-    """
+    """Parse JSON from outside (ValueError: it is not JSON, for whatever reason)."""
     try:
         return json.loads(content)
     except RecursionError as error:

@@ -43,9 +43,10 @@ class Shape:
     num_classes: int = 1000  # classes
     codebook_size: int = 1024  # V of masked models
 
-    def build(self, num_layers: int, dtype: torch.dtype, device: torch.device) -> Network:
+    def build(self, num_layers: int, dtype: torch.dtype, device: torch.device, recall: bool = False) -> Network:
         """Build the network with any number of layers, and random weights: from zeros some hardware computes faster."""
         settings: dict[str, Any] = {"input_shape": self.input_shape, "num_classes": self.num_classes, **self.layer}
+        settings["recall"] = recall
         with device:
             if self.family == "masked":
                 network: Network = LoopedMaskedTransformer(self.codebook_size, num_layers=num_layers, **settings)

@@ -1,4 +1,4 @@
-"""A training step with ILSD, of vanilla looping, and of the unlooped model of equal depth: time and memory."""
+"""A training step with ILSD, without and with recall, of vanilla looping, and unlooped: time and memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 class Contender(NamedTuple):
     """One of those that take turns."""
 
-    way: Literal["ilsd", "vanilla", "unlooped"]  # how the step is made
+    way: Literal["ilsd", "recall", "vanilla", "unlooped"]  # how the step is made; "recall" is ILSD with recall
     compile: timing.Compiled  # mode of `torch.compile`, "no" without it
     activation_checkpointing: bool  # whether each loop is computed again in the backward pass
 
@@ -31,12 +31,13 @@ class Settings(timing.Settings):
     Attributes:
         num_layers: N.
         activation_checkpointing: without, with, or both. The unlooped model has one loop, where it saves nothing: it
-            goes
-            without.
+            goes without.
+        recall: whether ILSD with recall takes turns too.
     """
 
     num_layers: int
     activation_checkpointing: Sequence[bool]
+    recall: bool = False
 
 
 class Trained:
@@ -97,22 +98,30 @@ class Step:
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure one shape: a row for every loop count, batch size and contender; contenders of both take turns."""
-    looped = Trained(shape.build(settings.num_layers, settings.types.weights, settings.device))
+
+    def trained(num_layers: int, recall: bool = False) -> Trained:
+        return Trained(shape.build(num_layers, settings.types.weights, settings.device, recall))
+
+    looped = trained(settings.num_layers)
+    models = {"ilsd": looped, "vanilla": looped}
+    if settings.recall:
+        models["recall"] = trained(settings.num_layers, recall=True)
     for loops in settings.loops:
-        unlooped = Trained(shape.build(settings.num_layers * loops, settings.types.weights, settings.device))
+        models["unlooped"] = trained(settings.num_layers * loops)
         for batch_size in settings.batch_sizes:
-            yield from _measure_batch(name, shape, settings, looped, unlooped, loops, batch_size)
+            yield from _measure_batch(name, shape, settings, models, loops, batch_size)
 
 
 def _measure_batch(
-    name: str, shape: Shape, settings: Settings, looped: Trained, unlooped: Trained, loops: int, batch_size: int
+    name: str, shape: Shape, settings: Settings, models: dict[str, Trained], loops: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     torch.compiler.reset()
     steps: dict[Contender, Step] = {}
     for contender in _contenders(settings, loops):
-        trained = unlooped if contender.way == "unlooped" else looped
+        trained = models[contender.way]
         distillation = ILSD(
-            1 if contender.way == "unlooped" else loops, mode="ilsd" if contender.way == "ilsd" else "vanilla"
+            1 if contender.way == "unlooped" else loops,
+            mode="ilsd" if contender.way in ("ilsd", "recall") else "vanilla",
         )
         network = trained.network
         if contender.compile != "no" or contender.activation_checkpointing:
@@ -150,6 +159,8 @@ def _contenders(settings: Settings, loops: int) -> Iterator[Contender]:
         for activation_checkpointing in settings.activation_checkpointing:
             if loops > 1:
                 yield Contender("ilsd", compile_mode, activation_checkpointing)
+                if settings.recall:
+                    yield Contender("recall", compile_mode, activation_checkpointing)
             yield Contender("vanilla", compile_mode, activation_checkpointing)
             if not activation_checkpointing:
                 yield Contender("unlooped", compile_mode, activation_checkpointing)

@@ -34,7 +34,7 @@ from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
-from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.files import next_numbered, write_text
 from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
@@ -63,7 +63,8 @@ LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in ta
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
-    f"--{name}": f"--loop_metrics.{name}" for name in (*SETTINGS, "save_samples", "reconstruction", "nearest")
+    f"--{name}": f"--loop_metrics.{name}"
+    for name in (*SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
 }
 SAMPLER_FLAGS = {
     **{f"--{name}": f"--model.sampler.init_args.{name}" for name in SETTINGS},
@@ -79,7 +80,7 @@ SHORT_FLAGS = {
 }
 """Short names for the settings that a command is mostly called with."""
 
-SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
+SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_metrics.diversity")
 """Settings that a bare flag turns on."""
 
 LIMITS = {
@@ -98,11 +99,7 @@ LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run one of the trainer's commands.
-
-    Raises:
-        UserError: the command line, the config or a file is wrong.
-    """
+    """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
         print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
@@ -289,11 +286,7 @@ class RunCommandLine(LightningCLI):
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Build data module, model and trainer.
-
-        Raises:
-            UserError: a class refused its settings.
-        """
+        """Build data module, model and trainer (UserError: a class refused its settings)."""
         try:
             super().instantiate_classes()
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
@@ -355,8 +348,7 @@ class RunCommandLine(LightningCLI):
         path = self.run_dir / "config.yaml"
         if path.exists():
             path = next_numbered(self.run_dir, f"config_{self.subcommand}").with_suffix(".yaml")
-        with written_aside(path) as aside:
-            aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
         if self.subcommand == "fit":
             print(sizes(self.model), flush=True)

@@ -258,11 +258,7 @@ class BatchedDataModule(LightningDataModule):
         )
 
     def val_order(self, num_samples: int) -> HeldOutOrder:
-        """Return the order of a set that losses are measured on.
-
-        Raises:
-            UserError: there are fewer samples than devices.
-        """
+        """Return the order of a set that losses are measured on (UserError: there are fewer samples than devices)."""
         assert self.trainer is not None
         micro_batch_size = self.val_batch_size(num_samples, self.trainer.world_size)
         return HeldOutOrder(num_samples, micro_batch_size, self.trainer.global_rank, self.trainer.world_size)

@@ -53,11 +53,7 @@ class ClipShape:
         return starts
 
     def read(self, path: str | Path, start: int) -> Tensor:
-        """Read the clip (3, F, S, S) uint8 that begins at frame ``start``.
-
-        Raises:
-            BrokenClipError: it cannot be read.
-        """
+        """Read the clip (3, F, S, S) uint8 that begins at frame ``start`` (BrokenClipError: it cannot be read)."""
         return resize_and_crop(read_clip(path, start, self.num_frames, self.stride), self.size)
 
 

@@ -32,11 +32,7 @@ class _Reading(NamedTuple):
 
 
 def default_decoder() -> Decoder:
-    """Return decord where it is installed, and PyAV elsewhere.
-
-    Raises:
-        UserError: neither is installed.
-    """
+    """Return decord where it is installed, and PyAV elsewhere (UserError: neither is installed)."""
     if importlib.util.find_spec("decord"):
         return "decord"
     if importlib.util.find_spec("av"):

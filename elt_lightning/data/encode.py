@@ -27,7 +27,7 @@ from elt_lightning.data.crops import Crops, Picture, Request, chunks
 from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import Shard, ShardIndex, checksum
 from elt_lightning.errors import UserError
-from elt_lightning.files import parse_json, whole_number, written_aside
+from elt_lightning.files import parse_json, whole_number, write_json, written_aside
 
 SETTINGS = "encode.json"
 SETTINGS_VERSION = 1
@@ -75,8 +75,7 @@ class ShardFolder:
             if not (path / SETTINGS).exists():
                 if others:
                     raise UserError(f"{path} holds files that `elt encode` did not write: choose another --output")
-                with written_aside(path / SETTINGS) as aside:
-                    aside.write_text(json.dumps(settings, indent=1) + "\n")
+                write_json(path / SETTINGS, settings)
         except OSError as error:
             raise UserError(f"{path} cannot be written to: {error.strerror}") from error
         self.settings = self._begun_with(settings)
@@ -123,8 +122,7 @@ class ShardFolder:
             with written_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
                 writer = ShardWriter(tar)
                 yield writer
-            with written_aside(path.with_suffix(".json")) as aside:
-                aside.write_text(json.dumps(asdict(writer.finished)) + "\n")
+            write_json(path.with_suffix(".json"), asdict(writer.finished), indent=None)
         except FileNotFoundError as error:
             raise UserError(
                 f"what was written of {path} is gone: another process writes it too, give each its own --shard"

@@ -83,11 +83,7 @@ class ShardStream(IterableDataset[Batch]):
             first += shard.num_samples
 
     def collate(self, samples: list[Sample], copies: Tensor) -> Batch:
-        """Stack samples, taking the copy (B,) asked for of each.
-
-        Raises:
-            UserError: a token is not in the codebook.
-        """
+        """Stack samples, taking the copy (B,) asked for of each (UserError: a token is not in the codebook)."""
         chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
         if self.index.codebook_size is not None and not 0 <= chosen.min() <= chosen.max() < self.index.codebook_size:
             place, *_ = np.argwhere((chosen < 0) | (chosen >= self.index.codebook_size))[0]
@@ -254,11 +250,7 @@ def read_sample(members: dict[str, Any], index: ShardIndex) -> Sample:
 
 
 def read_member(members: dict[str, Any], ending: str, read: Callable[[bytes], T]) -> T:
-    """Decode one member of a sample.
-
-    Raises:
-        ValueError: it is missing, or cannot be decoded.
-    """
+    """Decode one member of a sample (ValueError: it is missing, or cannot be decoded)."""
     name = f"{members['__key__']}.{ending}"
     if ending not in members:
         raise ValueError(f"there is no {name}")

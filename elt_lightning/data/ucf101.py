@@ -75,11 +75,7 @@ class UCF101DataModule(BatchedDataModule):
         return read_classes(self.annotations)
 
     def videos(self, val: bool) -> list[Video]:
-        """List the videos that are trained on, or those held out.
-
-        Raises:
-            UserError: lists or videos are missing.
-        """
+        """List the videos that are trained on, or those held out (UserError: lists or videos are missing)."""
         return list_videos(self.root, self.annotations, self.split, val)
 
     def setup(self, stage: str) -> None:

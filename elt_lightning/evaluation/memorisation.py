@@ -1,6 +1,5 @@
 """Whether a model remembers what it was trained on: samples beside the training samples nearest to them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.evaluation.pictures import nearest_figure
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json, written_aside
 from elt_lightning.metrics.nearest import Nearest, nearest_items
 from elt_lightning.training.meter import counted
 
@@ -45,8 +44,7 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         "training_samples": found.indices[:, 0].tolist(),
         "distances_of_val_samples": of_val.distances[:, 0].tolist(),
     }
-    with written_aside(folder / "nearest.json") as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "nearest.json", content, indent=2)
     print(folder / "nearest.png")
 
 

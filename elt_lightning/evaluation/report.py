@@ -1,7 +1,6 @@
 """What a sweep leaves behind: a table, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from elt_lightning.evaluation.pictures import clip_strip, write_gif
 from elt_lightning.evaluation.spent import QUANTILES
 from elt_lightning.evaluation.sweep import Row
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json, written_aside
 
 matplotlib.use("Agg")
 
@@ -126,8 +125,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write the files, for clips an animation too; each appears whole or not at all."""
-        with written_aside(folder / "loops.json") as aside:
-            aside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        write_json(folder / "loops.json", self.as_dict(), indent=2)
         with written_aside(folder / "loops.csv") as aside:
             self._write_csv(aside)
         best = self.best_per_loop()
@@ -223,8 +221,7 @@ def _spent(row: Row) -> str:
 
 def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
     """Print the scores of pictures that were only encoded and decoded, and write them to ``reconstruction.json``."""
-    with written_aside(folder / "reconstruction.json") as aside:
-        aside.write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(folder / "reconstruction.json", scores, indent=2)
     print("reconstruction:", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     print(folder / "reconstruction.json")
 

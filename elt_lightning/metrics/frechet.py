@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.diversity import Diversity
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,7 @@ class MomentSums:
         self.count.add_(len(features))
 
     def moments(self) -> Moments:
-        """Return mean and covariance of what was taken in.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
+        """Return mean and covariance of what was taken in (ValueError: fewer than two samples)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {int(self.count)}")
         mean = self.total / self.count
@@ -111,16 +108,26 @@ class FrechetDistance(FixedPrecisionMetric):
         super().__init__()
         self.name, self.features, self.feature_network = name, features, feature_network
         self.reference: Moments | None = None
+        self.real = torch.empty(0, num_features)
         for state, zeros in vars(MomentSums.zeros(num_features)).items():
             self.add_state(state, zeros, dist_reduce_fx="sum")
 
     def set_reference(self, batches: Iterable[Tensor]) -> None:
-        """Take the reference moments from real pixels, batch by batch."""
-        self.reset()
-        for pixels in batches:
-            self.update(pixels, torch.empty(0))
-        self.reference = self.moments()
-        self.reset()
+        """Take the reference moments from real pixels, batch by batch; their features are kept."""
+        features = [self.features(pixels) for pixels in batches]
+        sums = MomentSums.zeros(len(self.total))
+        for part in features:
+            sums.add(part)
+        self.reference, self.real = sums.moments(), torch.cat(features)
+
+    def diversity(self) -> list[SampleMetric]:
+        """Judge the variety of samples by the same features, where real pictures were the reference."""
+        if not len(self.real):
+            return []
+        diversity = Diversity(self.features, self.real, self.feature_network)
+        if isinstance(network := getattr(self, "network", None), torch.nn.Module):
+            diversity.network = network  # moves to the samples' device with the metric
+        return [diversity]
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         features = self.features(pixels)

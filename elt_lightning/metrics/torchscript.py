@@ -63,11 +63,7 @@ class TorchScriptNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load the published file.
-
-        Raises:
-            UserError: it is missing, is no TorchScript file, or is that of another network.
-        """
+        """Load the published file (UserError: it is missing, is no TorchScript file, or is that of another network)."""
         if not is_file(path):
             raise UserError(f"{path} does not exist: {cls.where()}")
         try:

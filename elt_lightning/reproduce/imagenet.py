@@ -29,11 +29,7 @@ SMOKE = "configs/imagenet256/smoke.yaml"
 
 
 def family_of(name: str) -> str:
-    """Return "masked" or "diffusion".
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Return "masked" or "diffusion" (UserError: there is no such model)."""
     if name not in MODELS:
         raise UserError(f"there is no model {name}: choose from {', '.join(MODELS)}")
     return "masked" if MODELS[name].table == 1 else "diffusion"

@@ -184,11 +184,7 @@ def normalization(channels: int) -> nn.GroupNorm:
 
 
 def weights_file(path: str) -> Path:
-    """Find the weights: ``path`` itself, or a file of one of the usual names in it.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find the weights: ``path`` itself, or a file of one of the usual names in it (UserError: there is none)."""
     given = Path(path)
     files = [given / name for name in ("model.safetensors", "pytorch_model.bin")] if given.is_dir() else [given]
     found = next((file for file in files if is_file(file)), None)

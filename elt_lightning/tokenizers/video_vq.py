@@ -66,11 +66,7 @@ class TrainedVQ(Tokenizer):
         return self.network.decode(codes, self.grid_of(codes.shape[1])).clamp(0, 1)
 
     def grid_of(self, tokens: int) -> tuple[int, ...]:
-        """Return how T tokens lie.
-
-        Raises:
-            ValueError: they make no clip or picture.
-        """
+        """Return how T tokens lie (ValueError: they make no clip or picture)."""
         if tokens == math.prod(self.grid):
             return self.grid
         if self.dimensions == 3:

@@ -132,11 +132,7 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save; before training look whether what callbacks monitor is there.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Save; before training look whether what callbacks monitor is there (UserError: it is not)."""
         if trainer.sanity_checking:
             check_monitored(trainer)
         super().on_validation_end(trainer, pl_module)

@@ -81,11 +81,7 @@ class EMA(Callback):
         checkpoint["ema"] = {"updates": self.updates, "weights": self.average}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint.
-
-        Raises:
-            UserError: it is of other weights.
-        """
+        """Take the average from a checkpoint (UserError: it is of other weights)."""
         if "ema" in checkpoint:
             weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
             if faults := differences(here, weights):
