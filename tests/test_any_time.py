@@ -12,6 +12,7 @@ from test_recall import CLASSES, LATENTS, TOKENS, V, dit, masked
 from torch import Tensor
 
 from elt_lightning.cli import main
+from elt_lightning.evaluation.calibration import Tried, pareto_front, read_plan
 from elt_lightning.evaluation.spent import SpentLoops
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -19,7 +20,7 @@ from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.samplers.base import Sampler
+from elt_lightning.samplers.base import SETTINGS, Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.guided_steps import GuidedSteps
@@ -151,6 +152,19 @@ def test_samples_that_have_arrived_leave_the_batch() -> None:
     assert per_sample.quantiles["p50"] == pytest.approx([torch.stack(spent).mean(0).median().item()])
 
 
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_the_front_is_what_nothing_beats(higher_is_better: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    costs, scores = torch.randint(1, 9, (2, 60), generator=generator).tolist()
+    tried = [Tried(1, {}, 1.0, cost, float(score)) for cost, score in zip(costs, scores, strict=True)]
+    tried.append(Tried(1, {}, 1.0, 0, math.nan))
+    points = [(each.macs_per_sample, each.score if higher_is_better else -each.score) for each in tried[:-1]]
+    beaten = {p for p in points for q in points if q != p and q[0] <= p[0] and q[1] >= p[1]}
+    front = pareto_front(tried, higher_is_better)
+    found = [(each.macs_per_sample, each.score if higher_is_better else -each.score) for each in front]
+    assert found == sorted(set(points) - beaten)
+
+
 def test_a_tolerance_needs_recall() -> None:
     sampler = MaskGITSampler(TOKENS, CLASSES, 2, loop_schedule=LoopSchedule(tolerance=0.1))
     with pytest.raises(ValueError, match="tolerance needs a network with recall"):
@@ -184,16 +198,27 @@ def test_commands_sweep_and_use_every_setting(
     ratio = rows[0]["macs_per_sample"] / rows[1]["macs_per_sample"]
     assert ratio == pytest.approx(rows[0]["mean_loops"] / rows[1]["mean_loops"])
     assert Path("any_time/auto/loops_spent.png").stat().st_size > 1000
-    assert "mean loops" in capsys.readouterr().out
-    ending = ["--tolerance=0.01", "--loop_schedule=falling", "--exit_scale=0.5", "--steps=3", "--loops"]
-    assert main(["predict", *checkpoint, "--run_dir=any_time/predicted", "--num_samples=4", *ending, "auto"]) == 2
-    assert "which must come before the last" in capsys.readouterr().err
-    assert (
-        main(["predict", *checkpoint, "--run_dir=any_time/predicted", "--num_samples=4", ending[0], "--loops=auto"])
-        == 0
-    )
-    assert main(["sample", *checkpoint, "--output=any_time/s.png", "--tolerance=0.01", "--loops=auto", "--num=2"]) == 0
-    assert "at most 32 loops" in capsys.readouterr().out
+    assert "tolerance" in capsys.readouterr().out
+    ending = ["--tolerance=0.01", "--loop_schedule=falling", "--loops=auto"]
+    assert main(["predict", *checkpoint, "--run_dir=any_time/predicted", "--num_samples=4", *ending]) == 0
+    assert main(["sample", *checkpoint, "--output=any_time/s.png", "--num=2", *ending]) == 0
+    assert "at most 32 loops: " in capsys.readouterr().out
+    tried = ["--steps=1,2", "--loops=1,2", "--tolerance=0.01", "--exit_scale=0.5", "--num_samples=4"]
+    assert main(["calibrate", *checkpoint, "--budget=0.5", *tried, "--output=any_time/plan.json"]) == 0
+    plan = json.loads(Path("any_time/plan.json").read_text())
+    assert plan["first_sample"] > 100_000
+    assert plan["best"] in plan["front"]
+    assert plan["best"]["macs_per_sample"] <= 0.5 * plan["full_recipe"]["macs_per_sample"]
+    assert plan["best"]["score"] == max(each["score"] for each in plan["tried"] if each["compute"] <= 0.5)
+    assert {each["tolerance"] for each in plan["tried"]} == {None, 0.01}
+    assert Path("any_time/pareto.png").stat().st_size > 1000
+    planned = ["--plan", "any_time/plan.json"]
+    assert main(["test", *checkpoint, *planned, "--num_samples=4", "--run_dir=any_time/planned"]) == 0
+    (row,) = json.loads(Path("any_time/planned/loops.json").read_text())["rows"]
+    assert {name: row[name] for name in ("loops", *SETTINGS)} == read_plan("any_time/plan.json")
+    assert main(["sample", *checkpoint, *planned, "--num=2", "--output=any_time/planned.png"]) == 0
+    assert main(["predict", *checkpoint, "--plan=any_time/exits/loops.json"]) == 2
+    assert "was not written by `elt calibrate`" in capsys.readouterr().err
     for command in (["test"], ["predict"], ["sample", "--output=refused.png"]):
         folder = [] if command[0] == "sample" else ["--run_dir=refused"]
         for flags, message in (

@@ -13,6 +13,7 @@ from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
@@ -31,7 +32,13 @@ def run(name: str, arguments: list[str]) -> None:
     Raises:
         UserError: the command line, the checkpoint or its tokenizer is wrong.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.plan is not None:
+        best = read_plan(options.plan)
+        planned = {"loops": [best.pop("loops")], "carry_state": str(best.pop("carry_state")).lower(), **best}
+        parser.set_defaults(**planned)  # flags win
+        options = parser.parse_args(arguments)
     if (options.given is None) != (options.given_frames is None and options.hole is None):
         raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
     if options.output.is_dir() or (options.output.exists() and not options.overwrite):
@@ -125,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="1,2,4",
         help="a row each; by default the count of training; auto: until --tolerance is met",
     )
+    add("--plan", type=Path, metavar="PATH", help="sample at the best setting of a plan of elt calibrate; flags win")
     add("--guidance", type=FINITE_FROM_0, help="guidance scale; by default the model's")
     add("--exit_scale", type=FINITE_FROM_0, help="strength of guidance away from an early exit")
     add("--weak_loops", type=whole(1), help="loops of that exit")

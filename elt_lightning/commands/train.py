@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import json
 import logging
 import os
 import pkgutil
@@ -32,6 +33,7 @@ from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory
+from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
@@ -102,11 +104,12 @@ def run(name: str, arguments: list[str]) -> None:
     """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
-        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
+        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), sep="\n")
+        print("  --plan for the best setting of a plan of elt calibrate\n" if name in ("test", "predict") else "")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
-            arguments = with_bases(long_flags(name, arguments), Path(scratch))
+            arguments = with_bases(long_flags(name, with_plan(name, arguments)), Path(scratch))
             arguments = with_stored_config(arguments, Path(scratch))
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])
@@ -163,6 +166,26 @@ def quieten_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith(SAYS_NOTHING)
     )
+
+
+def with_plan(name: str, arguments: list[str]) -> list[str]:
+    """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
+
+    Raises:
+        UserError: the command takes none, there is no file, or it is no plan.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", type=Path)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if options.plan is None:
+        return arguments
+    if name not in ("test", "predict"):
+        raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
+    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
 
 
 def long_flags(name: str, arguments: list[str]) -> list[str]:

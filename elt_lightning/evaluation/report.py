@@ -274,7 +274,7 @@ def loops_spent_figure(rows: dict[str, Row]) -> Figure:
         top.set(ylabel="loops", ylim=(0, 1.05 * most))
         top.legend(fontsize=8)
         extent = (0.5, len(loops) + 0.5, len(mapped) + 0.5, 0.5)
-        shown = bottom.imshow(mapped, aspect="auto", extent=extent, vmin=0, vmax=most, interpolation="nearest")
+        shown = bottom.imshow(mapped.numpy(), aspect="auto", extent=extent, vmin=0, vmax=most, interpolation="nearest")
         bottom.set(xlabel="sampling step", ylabel="sample")
         figure.colorbar(shown, ax=bottom, label="loops")
     return figure
