@@ -229,7 +229,9 @@ def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
 def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return {label: pictures}: what was given, if anything was, then the samples of each loop count."""
     given = {"given": rows[0].given} if len(rows[0].given) else {}
-    return given | {f"L = {row.loops}{', carried' if row.settings["carry_state"] else ''}": row.pictures for row in rows}
+    return given | {
+        f"L = {row.loops}{', carried' if row.settings['carry_state'] else ''}": row.pictures for row in rows
+    }
 
 
 def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:

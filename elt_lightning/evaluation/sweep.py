@@ -1,6 +1,5 @@
 """The sweep over settings: the same labels and seeds at each, scored, timed, and kept as pictures."""
 
-import math
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -93,9 +92,10 @@ class Sweep:
                 every rank, so that it may communicate.
             archive: takes the pictures of the first repeat.
         """
-        most, seconds = sampler.loops_per_step(loops), 0.0
+        per_step, seconds = sampler.loops_per_step(loops), 0.0
         row = Row(loops, sampler.settings(), macs_per_sample=module.macs_per_sample(loops, sampler))
-        counted = SpentLoops(most).to(module.device)
+        counted = SpentLoops(per_step).to(module.device)
+        most = len(HeldOutOrder(self.num_samples, self.batch_size, 0, self.world_size))  # batches of the first rank
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
@@ -122,26 +122,21 @@ class Sweep:
                 if archive is not None and repeat == 0:
                     archive.add(picture_array(pixels), labels.cpu().numpy())
                 progress(len(labels) * self.world_size)
-            for _ in range(len(share), self._most_batches):
+            for _ in range(len(share), most):
                 progress(0)
             for metric in metrics:
                 for name, value in metric.compute().items():
                     row.metrics.setdefault(name, []).append(float(value))
-        row.mean_loops = mean(most)
+        row.mean_loops = mean(per_step)
         if sampler.loop_schedule.tolerance is not None:
             row.loops_per_step, row.loops_spread = counted.compute()
             row.mean_loops = row.loops_spread.mean[0]
             branches = [sampler.guidance.branches(step, sampler.steps) for step in range(sampler.steps)]
             passes = sum(map(operator.mul, branches, row.loops_per_step.mean))
             # Each is a pass of one loop, and all cost the same.
-            row.macs_per_sample = round(row.macs_per_sample * passes / sum(map(operator.mul, branches, most)))
+            row.macs_per_sample = round(row.macs_per_sample * passes / sum(map(operator.mul, branches, per_step)))
         row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
-
-    @property
-    def _most_batches(self) -> int:
-        """Count the batches of the rank that has most of them, the first."""
-        return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
 
 
 def swept_settings(
