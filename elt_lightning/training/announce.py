@@ -48,7 +48,7 @@ def announce(what: str, macs: int, module: ELTModule, sampler: Sampler, samples:
 @torch.no_grad()
 def macs_per_second(module: ELTModule, sampler: Sampler, samples: int) -> float:
     """Time the network's first call of a sampling, at a few loops; the second time, when everything is loaded."""
-    samples = min(samples, TIMED_SAMPLES)
+    samples, loops = min(samples, TIMED_SAMPLES), TIMED_LOOPS + (sampler.guidance.weak_loops or 0)
     labels = torch.zeros(samples, dtype=torch.int64, device=module.device)
     seeds = sample_seeds(0, torch.arange(samples, device=module.device))
     taken = done = 0.0
@@ -62,7 +62,7 @@ def macs_per_second(module: ELTModule, sampler: Sampler, samples: int) -> float:
 
     for _ in range(2):
         with suppress(_Timed):
-            sampler.sample(first_call, module.network.sample_shape, Condition(labels), TIMED_LOOPS, seeds)  # type: ignore[arg-type]
+            sampler.sample(first_call, module.network.sample_shape, Condition(labels), loops, seeds)  # type: ignore[arg-type]
     return done / taken
 
 
