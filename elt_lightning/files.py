@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePath
+from statistics import mean, stdev
 from typing import Any
 
 
@@ -139,3 +140,9 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) ->
     """Return a table as Markdown, without a newline at its end."""
     lines = [f"| {' | '.join(map(str, line))} |" for line in (headings, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+
+
+def with_deviation(values: Sequence[float], form: str = ".1f") -> str:
+    """Write mean and sample standard deviation, which a single value has not."""
+    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"

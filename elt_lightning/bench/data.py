@@ -54,12 +54,7 @@ class Subject:
         """Time epochs, and return what is known as plain data; speeds are named after the unit.
 
         One is read first, so that as many files as fit are in memory: this measures the program, not the disk.
-
-        Args:
-            num_samples: in an epoch.
-            num_workers: loader processes.
-            batch_size: samples per batch; None for this subject's own.
-            repeats: epochs that are timed.
+        The batch size is the subject's own unless another is given.
         """
         batch_size = batch_size or self.batch_size
         with self.made(num_samples, num_workers, batch_size, math.gcd(batch_size, self.at_once)) as epoch:

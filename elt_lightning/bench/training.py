@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from elt_lightning.bench import timing
 from elt_lightning.bench.data_need import flops_per_training_image
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
+from elt_lightning.bench.shapes import Compiled, Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
@@ -20,24 +20,18 @@ class Contender(NamedTuple):
     """One of those that take turns."""
 
     way: Literal["ilsd", "recall", "vanilla", "unlooped"]  # how the step is made; "recall" is ILSD with recall
-    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    compile: Compiled  # mode of `torch.compile`, "no" without it
     activation_checkpointing: bool  # whether each loop is computed again in the backward pass
 
 
 @dataclass(frozen=True)
 class Settings(timing.Settings):
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        num_layers: N.
-        activation_checkpointing: without, with, or both. The unlooped model has one loop, where it saves nothing: it
-            goes without.
-        recall: whether ILSD with recall takes turns too.
-    """
-
-    num_layers: int
+    num_layers: int  # N
+    # without, with, or both; the unlooped model has one loop, where it saves nothing, and goes without
     activation_checkpointing: Sequence[bool]
-    recall: bool = False
+    recall: bool = False  # whether ILSD with recall takes turns too
 
 
 class Trained:
@@ -57,15 +51,8 @@ class Step:
     """A training step, in the order of work that Lightning has.
 
     That order is forward, forget the gradients of the step before, backward, clip, step: during the forward pass
-    weights, gradients and the optimiser's state are all there.
-
-    Args:
-        shape: of the network.
-        trained: the weights, their optimiser.
-        network: the same network, or a compiled or checkpointed twin of it.
-        distillation: ILSD, or vanilla looping.
-        settings: precision and device.
-        batch_size: samples.
+    weights, gradients and the optimiser's state are all there. ``network`` is the one trained, or a compiled or
+    checkpointed twin of it.
     """
 
     def __init__(
@@ -123,12 +110,8 @@ def _measure_batch(
             1 if contender.way == "unlooped" else loops,
             mode="ilsd" if contender.way in ("ilsd", "recall") else "vanilla",
         )
-        network = trained.network
-        if contender.compile != "no" or contender.activation_checkpointing:
-            network = twin(network)
-            network.backbone.activation_checkpointing = contender.activation_checkpointing
-        if contender.compile != "no":
-            network.backbone.compile_loop(contender.compile, dynamic=False)
+        network = twin(trained.network, contender.compile)
+        network.backbone.activation_checkpointing = contender.activation_checkpointing
         steps[contender] = Step(shape, trained, network, distillation, settings, batch_size)
     times, peak = settings.time(steps)
     for contender, step in steps.items():

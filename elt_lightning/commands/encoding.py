@@ -14,7 +14,6 @@ import torch
 from elt_lightning.commands.arguments import SEEDS, add_machine_arguments, between, whole
 from elt_lightning.data.crops import Crops
 from elt_lightning.data.encode import Encoding, ShardFolder
-from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import INDEX
 from elt_lightning.errors import UserError, printable
 from elt_lightning.training.meter import Meter
@@ -57,8 +56,10 @@ def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: 
     parts = [part for part in mine if folder.finished(part) is None]
     print(f"{options.output}: {source.num_parts} shards, {len(mine)} of them this process's, {len(parts)} still to do")
     crops = encoding.run(folder, parts, options.batch_size, options.num_workers, device, options.max_unreadable)
+    counts = [source.count(part) for part in parts]
+    total = None if None in counts else sum(count or 0 for count in counts)  # None where it would mean reading them
     with closing(crops):
-        summary = watch(crops, count_pictures(source, parts), encoding)
+        summary = watch(crops, total, encoding)
     index = encoding.write_index(folder, options.max_unreadable)
     if index is None:
         missing = sum(folder.finished(part) is None for part in range(source.num_parts))
@@ -69,12 +70,6 @@ def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: 
             f"{summary}; {options.output / INDEX} lists {index.num_samples} {encoding.thing}s{skipped}, "
             f"{len(index.classes)} classes, {len(index.shards)} shards"
         )
-
-
-def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
-    """Count the work to do, None where that would mean reading it."""
-    counts = [source.count(part) for part in parts]
-    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> str:

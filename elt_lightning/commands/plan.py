@@ -131,11 +131,7 @@ def bytes_in_shard(index: ShardIndex, copies: int) -> int:
 
 
 def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str, Any], Data, ELTModule]:
-    """Read a config as `elt fit` would.
-
-    Args:
-        arguments: of `elt fit`.
-        num_samples: how many there are to train on, as the user says; None asks the data.
+    """Read a config as `elt fit` would, whose ``arguments`` these are.
 
     Returns:
         the resolved config, what is known of the data, and the module on the ``meta`` device.
@@ -173,9 +169,7 @@ def build(kind: type, section: dict[str, Any]) -> Any:
 def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
     """Ask the data module of a config, or assume the published set where its shards are not there yet.
 
-    Args:
-        config: resolved.
-        num_samples: how many there are to train on, as the user says; None asks the data.
+    ``num_samples`` to train on, where the user says so, wins over what the data say.
 
     Raises:
         UserError: other data are missing, or settings are wrong.
@@ -252,14 +246,10 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
 
 
 def num_steps(trainer: dict[str, Any], steps_per_epoch: int | None) -> int:
-    """Count the optimiser steps until ``max_steps`` or ``max_epochs``, whichever ends first.
-
-    Args:
-        trainer: the section of the config.
-        steps_per_epoch: whole batches of an epoch, None if not known.
+    """Count the optimiser steps until ``max_steps`` or ``max_epochs`` of the trainer, whichever ends first.
 
     Raises:
-        UserError: neither is set, or how many samples an epoch has is not known.
+        UserError: neither is set, or how many whole batches an epoch has is not known (None).
     """
     limits, epochs = [trainer["max_steps"]] if trainer["max_steps"] >= 0 else [], trainer["max_epochs"]
     if epochs not in (None, -1):

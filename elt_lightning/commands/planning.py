@@ -61,11 +61,7 @@ def rehearse_at(module: ELTModule, types: Types, loops: int, exits: Sequence[int
     than a GPU, it is brought to what a GPU does: fused attention keeps no attention matrix, with dropout neither;
     dropout keeps a mask of bytes; autocast computes layer norms in float32.
 
-    Args:
-        module: best on the ``meta`` device; it is not changed.
-        types: of the training's precision.
-        loops: of the teacher.
-        exits: of the students.
+    ``loops`` are the teacher's and ``exits`` the students'; the module, best on the ``meta`` device, is not changed.
     """
     module = copy.deepcopy(module)
     module.distillation.max_loops = loops
@@ -148,15 +144,11 @@ class Settings:
 
 
 def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
-    """Work out what a training needs, as plain data.
+    """Work out what a training needs, as plain data, of a module that is best built on the ``meta`` device.
 
     On top of ``memory``, bytes on one device at the end of a pass's forward half, where most is held, come temporary
     buffers of single operations, the CUDA context and gaps between allocations. Keys that end in ``recomputing`` are
     the same with ``activation_checkpointing``; MACs, hours and samples by loops are {loops: amount}.
-
-    Args:
-        module: best built on the ``meta`` device, where it takes no memory.
-        settings: how it is trained and measured.
 
     Raises:
         UserError: the precision is not known here.

@@ -128,7 +128,9 @@ class TrainingStream(ShardStream):
         stretch = Stretch(batches_before * self.batch_size, (batches_before + mine) * self.batch_size)
         samples = self._shuffled(epoch, stretch, mine_done * self.batch_size)
         for _ in range(mine - mine_done):
-            yield self._batch(epoch, list(islice(samples, self.batch_size)))
+            batch = list(islice(samples, self.batch_size))
+            seeds = sample_seeds(self.seed, torch.tensor([sample.number for sample in batch]))
+            yield self.collate(batch, random_bits(seeds, epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies)
 
     def _taken(self, batches: int, reader: int) -> int:
         """Count the batches of one reader among the first ``batches`` of an epoch."""
@@ -148,11 +150,6 @@ class TrainingStream(ShardStream):
             shuffle = random_bits(sample_seeds(self.seed, positions), epoch, Stream.DATA_ORDER, 1)[:, 0].argsort()
             for place in shuffle.tolist()[max(stretch.start + done - first, 0) :]:
                 yield read[place]
-
-    def _batch(self, epoch: int, samples: list[Sample]) -> Batch:
-        numbers = torch.tensor([sample.number for sample in samples])
-        copies = random_bits(sample_seeds(self.seed, numbers), epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies
-        return self.collate(samples, copies)
 
 
 @dataclass
@@ -177,12 +174,7 @@ class HeldOutStream(ShardStream):
 
 
 class ShardLoader(Loader[Batch]):
-    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at.
-
-    Args:
-        stream: what to load.
-        current_step: returns the optimiser steps done so far.
-    """
+    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at, ``current_step()``."""
 
     def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
         super().__init__(

@@ -19,14 +19,8 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
 
     Distances are mean squared differences of pixels in [0, 1], between decoded samples on both sides, so that a sample
     of memorised codes is at 0. For comparison, the JSON has the distances of as many held-out samples: those of a model
-    that draws new ones are about as large.
-
-    Args:
-        folder: where the files go.
-        loops: loop count that the samples were drawn with.
-        samples: (n, C, H, W) pictures or (n, C, F, H, W) clips, uint8, on the device that is to search.
-        data: gives the codes and their tokenizer.
-        batch_size: training samples decoded at once.
+    that draws new ones are about as large. Samples, drawn with ``loops``, are (n, C, H, W) pictures or (n, C, F, H, W)
+    clips, uint8, on the device that is to search; ``batch_size`` training samples are decoded at once.
     """
     real = decoded(data, val=False, batch_size=batch_size, device=samples.device)
     real = counted(real, "training sample", None)

@@ -60,11 +60,7 @@ class LatinSquareScores(SampleMetric):
 
 
 class DistinctSquares(SampleMetric):
-    """``distinct``: different squares among the valid ones, over the valid ones; nan where there is none.
-
-    Args:
-        scores: read the pictures.
-    """
+    """``distinct``: different squares among the valid ones that ``scores`` reads, over the valid ones; nan for none."""
 
     valid: list[Tensor] | Tensor
 
@@ -86,12 +82,7 @@ class DistinctSquares(SampleMetric):
 def valid_lines(digits: Tensor, boxes: tuple[int, int] | None = None) -> Tensor:
     """Return which of the n rows, n columns and n boxes, if there are any, hold each of 1…n once.
 
-    Args:
-        digits: (B, n, n) int64.
-        boxes: rows and columns of each box, n their product; None for none.
-
-    Returns:
-        (B, 2n) bool, with boxes (B, 3n).
+    Digits are (B, n, n) int64, boxes given by their rows and columns; the result is (B, 2n) bool, with boxes (B, 3n).
     """
     lines = torch.cat([digits, digits.transpose(1, 2)], dim=1)  # B 2n n
     if boxes:

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,7 +35,7 @@ from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, write_json, write_text, written_aside
+from elt_lightning.files import markdown_table, with_deviation, write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -344,26 +344,15 @@ def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> N
 def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
-    is_distance = metric.startswith("fd_")
-    write = with_spread if is_distance else percentage
-    lines = []
+    is_distance, lines = metric.startswith("fd_"), []
+    scale, form = (1, ".3g") if is_distance else (100, ".1f")  # shares are in percent
     for label, measured in (curve for arm in arms for curve in curves(summary, arm)):
         rows = {row["loops"]: row for row in measured}
-        cells = [write(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
+        values = [[scale * v for v in rows[loops]["metrics"][metric]] if loops in rows else [] for loops in columns]
+        cells = [with_deviation(seeds, form) if seeds else "" for seeds in values]
         lines.append((label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
     headings = [metric + ("" if is_distance else ", %"), "backbone parameters", *(f"L = {loops}" for loops in columns)]
     return markdown_table(headings, lines) + "\n"
-
-
-def percentage(values: list[float]) -> str:
-    """Write mean and sample standard deviation over seeds in percent."""
-    return with_spread([100 * value for value in values], ".1f")
-
-
-def with_spread(values: list[float], form: str = ".3g") -> str:
-    """Write mean and sample standard deviation over seeds."""
-    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}"
 
 
 if __name__ == "__main__":

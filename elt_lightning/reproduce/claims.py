@@ -21,7 +21,7 @@ from elt_lightning.bench.report import time_over, with_spread
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, write_text
+from elt_lightning.files import markdown_table, with_deviation, write_text
 
 EXPERIMENTS = {
     "ablation": "masked images, Latin squares",
@@ -127,7 +127,8 @@ class Arm:
 
     def write(self, values: pd.Series) -> str:
         """Write mean and standard deviation: shares in percent, other scores as they are."""
-        return spread(values * (100 if self.higher_is_better and values.max() <= 1 else 1))
+        scale = 100 if self.higher_is_better and values.max() <= 1 else 1
+        return with_deviation((scale * values).tolist())
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,6 @@ def claim(source: str, criterion: str, experiments: Sequence[str] = LONG) -> Cal
         return test
 
     return register
-
-
-def spread(values: pd.Series, digits: int = 1) -> str:
-    """Write mean and sample standard deviation."""
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
 def ahead(one: Arm, at: int, other: Arm, other_at: int) -> pd.Series:
@@ -352,7 +348,7 @@ def converges_sooner(experiment: Experiment) -> Finding:
         f"at step {losses.index[int(reached[s].argmax())] + 1:,}" if reached[s].any() else "never" for s in reached
     )
     text = f"the unlooped model's loss after {unlooped.index[-1] + 1:,} steps is reached, seed by seed: {when}"
-    text += f"; losses at the end: ILSD {spread(ours, 3)}, unlooped {spread(theirs, 3)}"
+    text += f"; losses at the end: ILSD {with_deviation(ours, '.3f')}, unlooped {with_deviation(theirs, '.3f')}"
     return Finding(text, reached.iloc[:-1].any(), theirs - ours)
 
 
@@ -365,10 +361,9 @@ def robust_on_little_data(experiment: Experiment) -> Finding:
     """The looped model is robust on little data."""
     ilsd, unlooped = experiment.arms["ilsd_little"], experiment.arms["unlooped_8_little"]
     ours, theirs = ilsd.val[ilsd.max_loops].iloc[-1], unlooped.val[unlooped.max_loops].iloc[-1]
-    text = (
-        f"held-out loss: {ilsd.label} {spread(ours, 3)}, {unlooped.label} {spread(theirs, 3)}; {experiment.metric}: "
-        f"{ilsd.show(ilsd.max_loops)} and {unlooped.show(1)}"
-    )
+    ends = [f"{arm.label} {with_deviation(losses, '.3f')}" for arm, losses in ((ilsd, ours), (unlooped, theirs))]
+    scores = f"{ilsd.show(ilsd.max_loops)} and {unlooped.show(1)}"
+    text = f"held-out loss: {', '.join(ends)}; {experiment.metric}: {scores}"
     return Finding(text, theirs > ours, theirs - ours)
 
 
@@ -442,7 +437,9 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
     zero, carried = ours.variety[False], ours.variety[True]
     judged = [name for name in ("recall", "coverage", "distinct") if name in zero]
     holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
-    cells = (f"{name} {spread(100 * carried[name])} (from zero {spread(100 * zero[name])})" for name in zero)
+    cells = (
+        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in zero
+    )
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
 

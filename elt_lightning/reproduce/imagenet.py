@@ -36,13 +36,7 @@ def family_of(name: str) -> str:
 
 
 def run(names: Sequence[str], options: Namespace, mode: str = "ilsd", train_only: bool = False) -> None:
-    """Run what is missing.
-
-    Args:
-        names: of the models.
-        options: of the command line.
-        mode: of training; runs of another one than "ilsd" have a folder of its name.
-        train_only: measure nothing.
+    """Run what is missing of some models; runs of another mode than "ilsd" have a folder of its name.
 
     Raises:
         UserError: a setting is missing or wrong.

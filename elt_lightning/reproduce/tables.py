@@ -247,14 +247,9 @@ def count_in(name: str, kind: str) -> float:
 def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
     """Find the best of what was measured of a row, over guidance scales as the paper does.
 
-    A run is the row's only where :func:`~elt_lightning.reproduce.sweeps.difference` finds none. For a table of small
-    models any will do, a metric of any kind, and the most loops there are.
-
-    Args:
-        row: of the paper.
-        kind: "fid" or "fvd".
-        runs: folder of the runs, each named after its config.
-        table: gets a note for each run that is left out.
+    A run, in the folder of its config's name, is the row's only where nothing sets it apart, see
+    :func:`~elt_lightning.reproduce.sweeps.difference`; the table gets a note of each that is left out. For a table of
+    small models any will do, a metric of any kind, and the most loops there are.
     """
     results = []
     for path in sorted((runs / str(row.name)).glob("test*/loops.json")):
@@ -276,14 +271,9 @@ def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
 
 
 def generation_table(number: int, rows: Sequence[Row], kind: str, runs: Path, small_scale: bool) -> Table:
-    """Fill Table 1, 2 or 4.
+    """Fill Table 1, 2 or 4, with a distance of a kind, "fid" or "fvd", from a folder of runs.
 
-    Args:
-        number: of the table.
-        rows: of the paper.
-        kind: of distance, "fid" or "fvd".
-        runs: folder of the runs.
-        small_scale: take runs of other networks; what is counted is then of them.
+    At small scale these may be of other networks; what is counted is then of them.
     """
     scores = [kind, *(["inception_score"] if rows[0].inception_score else [])]
     table = Table(number, small_scale)
@@ -413,16 +403,11 @@ def looped_steps(path: Path, table: Table) -> Iterator[tuple[dict[str, Any], Mea
 
 
 def row_of(table: Table, found: Measured, run: dict[str, Any], papers: str | None) -> Cells:
-    """Return the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
+    """Return the cells that a measured row of a run fills: those of a row of the paper, or new ones under its own name.
 
-    A row of the paper is filled by the first run on an accelerator that has it in bfloat16, which is what these compute
-    in; what comes after, or was measured in another precision or on a CPU, stands beside it.
-
-    Args:
-        table: gets the row, and a note that says how one of the paper's was measured.
-        found: what was measured.
-        run: that it is of.
-        papers: the paper's row that it may be; None for none.
+    A row of the paper that it may be (None for none) is filled by the first run on an accelerator that has it in
+    bfloat16, which is what these compute in, and a note says so; what comes after, or was measured in another precision
+    or on a CPU, stands beside it.
     """
     name = benchmark_name(found, run["device"])
     is_free = papers is not None and not any(column.kind == "measured" for column in table.rows[papers])
@@ -465,14 +450,10 @@ def with_provenance(table: Table) -> Table:
 
 
 def write(number: int, measured: Path, benchmarks: Path, output: Path, small_scale: bool) -> None:
-    """Write a table as Markdown, CSV and JSON.
+    """Write Table 1, 2, 3, 4 or 8 as Markdown, CSV and JSON.
 
-    Args:
-        number: of the table: 1, 2, 3, 4 or 8.
-        measured: folder of runs.
-        benchmarks: folder of Tables 3 and 8's JSON.
-        output: folder of the results.
-        small_scale: the runs are of small networks: the title is marked.
+    Tables 1, 2 and 4 are of the runs in ``measured``, the others of the JSON in ``benchmarks``. At small scale runs are
+    of small networks, and the title is marked.
     """
     if number in (1, 2, 4):
         rows = {1: TABLE_1, 2: TABLE_2, 4: TABLE_4}[number]
