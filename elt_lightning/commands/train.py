@@ -3,10 +3,12 @@
 import argparse
 import importlib
 import inspect
+import json
 import logging
 import os
 import pkgutil
 import pydoc
+import re
 import tempfile
 import warnings
 from contextlib import ExitStack, suppress
@@ -29,13 +31,16 @@ from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
-from elt_lightning.commands.refusals import explain
+from elt_lightning.commands.refusals import abstract_class, explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
-from elt_lightning.errors import UserError, check_memory
+from elt_lightning.errors import UserError, check_memory, check_most
+from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
+from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
+from elt_lightning.training.announce import announce
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import ELTModule
@@ -62,15 +67,15 @@ LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in ta
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
-    "--save_samples": "--loop_metrics.save_samples",
-    "--reconstruction": "--loop_metrics.reconstruction",
-    "--nearest": "--loop_metrics.nearest",
-    "--diversity": "--loop_metrics.diversity",
-    "--carry_state": "--loop_metrics.carry_state",
+    f"--{name}": f"--loop_metrics.{name}"
+    for name in (*SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
 }
-PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
-    "--carry_state": "--model.sampler.init_args.carry_state"
+SAMPLER_FLAGS = {
+    **{f"--{name}": f"--model.sampler.init_args.{name}" for name in SETTINGS},
+    **{f"--{name}": f"--model.sampler.init_args.guidance.{setting}" for name, setting in OF_GUIDANCE.items()},
+    **{f"--{name}": f"--model.sampler.init_args.loop_schedule.{setting}" for name, setting in OF_LOOPS.items()},
 }
+PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | SAMPLER_FLAGS
 SHORT_FLAGS = {
     "fit": {"--weights": "--ema.weights"},
     "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
@@ -93,7 +98,7 @@ LIMITS = {
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
-LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carry_state")
+LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
 """Settings that may be given as 1,2,4."""
 
 
@@ -101,11 +106,12 @@ def run(name: str, arguments: list[str]) -> None:
     """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
-        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
+        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), sep="\n")
+        print("  --plan for the best setting of a plan of elt calibrate\n" if name in ("test", "predict") else "")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
-            arguments = with_bases(long_flags(name, arguments), Path(scratch))
+            arguments = with_bases(long_flags(name, with_plan(name, arguments)), Path(scratch))
             arguments = with_stored_config(arguments, Path(scratch))
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])
@@ -164,6 +170,26 @@ def quieten_libraries() -> None:
     )
 
 
+def with_plan(name: str, arguments: list[str]) -> list[str]:
+    """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
+
+    Raises:
+        UserError: the command takes none, there is no file, or it is no plan.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", type=Path)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if options.plan is None:
+        return arguments
+    if name not in ("test", "predict"):
+        raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
+    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
+
+
 def long_flags(name: str, arguments: list[str]) -> list[str]:
     """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2].
 
@@ -190,7 +216,7 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
 
 def bracketed(value: str) -> str:
     """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
-    return value if value.startswith("[") else f"[{value}]"
+    return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
 class EventLogger(TensorBoardLogger):
@@ -279,6 +305,8 @@ class RunCommandLine(LightningCLI):
         limit = LIMITS[str(self.subcommand)]
         if config.trainer[limit] == 0:
             raise UserError(f"{limit} is 0: elt {self.subcommand} would have nothing to do")
+        if str(config.trainer.devices).isdecimal():
+            check_most(devices=int(config.trainer.devices))
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         self.held.enter_context(locked(self.run_dir))
@@ -302,6 +330,8 @@ class RunCommandLine(LightningCLI):
             # A class refused its settings, or broke on them: which of the two, its author alone knows.
             if isinstance(error, ValueError | MisconfigurationException):
                 raise UserError(explain(str(error))) from error
+            if abstract := re.match(r"Can't instantiate abstract class (\w+)", str(error)):
+                raise UserError(abstract_class(abstract.group(1))) from error
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"a class broke on its settings ({reason}); --debug shows where") from error
 
@@ -407,19 +437,19 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
-        """Refuse loops whose activations the device cannot hold, before it fills up."""
+        """Refuse loops whose activations the device cannot hold, before it fills up; say what many of them take."""
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
-            kept, backbone = rehearse(self.model, types), self.model.network.backbone
-            of_each = kept.recomputing if backbone.activation_checkpointing else kept.per_sample
+            kept, network = rehearse(self.model, types), self.model.network
+            of_each = kept.recomputing if network.backbone.activation_checkpointing else kept.per_sample
             samples = self.datamodule.share_batch(self.trainer.world_size)[0]
             device = self.trainer.strategy.root_device
             is_gpu = device.type == "cuda"
-            check_memory(
-                f"a pass of {samples} samples at max_loops {self.model.max_loops}",
-                samples * of_each,
-                torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
-            )
+            what, memory = f"a pass of {samples} samples at max_loops {self.model.max_loops}", samples * of_each
+            check_memory(what, memory, torch.cuda.get_device_properties(device).total_memory if is_gpu else None)
+            exits = self.model.distillation.student_exits(self.model.seed, 0)
+            macs = 3 * samples * network.macs(self.model.max_loops, exits)  # forward, and twice as much backward
+            announce(f"{what}, {memory / 2**30:,.1f} GiB", macs, self.model, self.model.sampler, samples)
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return both sections, with what is linked from the data filled in."""

@@ -8,8 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from elt_lightning.data.base import Request, data_of
+from elt_lightning.errors import check_most
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
+from elt_lightning.training.announce import announce
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import run_folder
@@ -20,7 +22,7 @@ class SampleWriter(Callback):
 
     Args:
         num_samples: how many.
-        loops: loop count; by default the one of training.
+        loops: loop count; by default the one of training; "auto" leaves it to the sampler's tolerance.
         batch_size: samples drawn at once on one device.
         format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.evaluation.archives.SampleArchive`; "png" for
             ``samples/<number>_class_<label>.png``.
@@ -29,28 +31,38 @@ class SampleWriter(Callback):
     def __init__(
         self,
         num_samples: int = 1000,
-        loops: int | None = None,
+        loops: int | Literal["auto"] | None = None,
         batch_size: int = 250,
         format: Literal["npz", "png"] = "npz",  # noqa: A002
     ) -> None:
-        if num_samples < 1 or batch_size < 1 or (loops is not None and loops < 1):
+        if num_samples < 1 or batch_size < 1 or (isinstance(loops, int) and loops < 1):
             raise ValueError(f"need num_samples, batch_size and loops >= 1, not {num_samples}, {batch_size}, {loops}")
+        check_most(num_samples=num_samples, loops=loops if isinstance(loops, int) else None)
         self.num_samples, self.loops, self.batch_size, self.format = num_samples, loops, batch_size, format
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the data module for the samples."""
+        """Ask the data module for the samples.
+
+        Raises:
+            UserError: a loop is to end by itself, and nothing says when.
+        """
         if stage == "predict":
-            data_of(trainer).request_samples(self.num_samples, self.batch_size, self.loops)
+            loops = cast(ELTModule, pl_module).loop_count(self.loops)
+            data_of(trainer).request_samples(self.num_samples, self.batch_size, loops)
             self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count: the trainer may be told to draw fewer samples than were asked for."""
-        devices = trainer.world_size
+        """Say what long work takes, and begin to count: the trainer may draw fewer samples than were asked for."""
+        devices, module = trainer.world_size, cast(ELTModule, pl_module)
         limit = trainer.num_predict_batches[0] * self.batch_size * devices
+        samples = int(min(self.num_samples, limit))
+        macs = samples * module.macs_per_sample(module.loop_count(self.loops)) // devices
+        with trainer.precision_plugin.forward_context():
+            announce("predict", macs, module, module.sampler, min(self.batch_size, samples))
         self._written = 0
-        self._meter = meter(trainer, int(min(self.num_samples, limit)), "sample").__enter__()
+        self._meter = meter(trainer, samples, "sample").__enter__()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: Request, *_: Any
