@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 from elt_lightning import __version__
 from elt_lightning.cli import status_of
-from elt_lightning.commands.train import config_and_bases
+from elt_lightning.commands.settings import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.files import markdown_table, with_deviation, write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
