@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import os
 import pydoc
 import tempfile
@@ -14,6 +15,8 @@ import yaml
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.calibration import read_plan
+from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 
 FROM_DATA = {
     "num_classes": ("model.num_classes", "model.network.init_args.num_classes"),
@@ -28,13 +31,18 @@ LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in ta
 """{setting: what decides it}: given otherwise it would have no effect."""
 
 
-def _short(section: str, *names: str) -> dict[str, str]:
-    return {f"--{name}": f"--{section}.{name}" for name in names}
+def _short(section: str, *names: str, **others: str) -> dict[str, str]:
+    """Return flags for settings of a section, under their own names and under others."""
+    return {
+        f"--{flag}": f"--{section}.{name}" for flag, name in (dict(zip(names, names, strict=True)) | others).items()
+    }
 
 
+_SAMPLER = "model.sampler.init_args"
 _EVALUATION = _short("loop_metrics", "loops", "guidance", "num_samples", "repeats")
-_TEST = _short("loop_metrics", "save_samples", "reconstruction", "nearest", "diversity", "carry_state")
-_PREDICTION = _short("samples", "loops", "num_samples") | _short("model.sampler.init_args", "carry_state")
+_TEST = _short("loop_metrics", *SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
+_PREDICTION = _short("samples", "loops", "num_samples") | _short(_SAMPLER, *SETTINGS)
+_PREDICTION |= _short(f"{_SAMPLER}.guidance", **OF_GUIDANCE) | _short(f"{_SAMPLER}.loop_schedule", **OF_LOOPS)
 SHORT_FLAGS = {
     "fit": _short("ema", "weights"),
     "validate": _EVALUATION | _short("ema", "weights"),
@@ -49,7 +57,7 @@ SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_m
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
-LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carry_state")
+LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
 """Settings that may be given as 1,2,4."""
 
 
@@ -59,7 +67,27 @@ def prepared(name: str, arguments: list[str], scratch: Path) -> list[str]:
     Raises:
         UserError: a config or checkpoint cannot be read, or a flag would have no effect.
     """
-    return with_stored_config(with_bases(long_flags(name, arguments), scratch), scratch)
+    return with_stored_config(with_bases(long_flags(name, with_plan(name, arguments)), scratch), scratch)
+
+
+def with_plan(name: str, arguments: list[str]) -> list[str]:
+    """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
+
+    Raises:
+        UserError: the command takes none, there is no file, or it is no plan.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", type=Path)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if options.plan is None:
+        return arguments
+    if name not in ("test", "predict"):
+        raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
+    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
 
 
 def long_flags(name: str, arguments: list[str]) -> list[str]:
@@ -88,7 +116,7 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
 
 def bracketed(value: str) -> str:
     """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
-    return value if value.startswith("[") else f"[{value}]"
+    return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
 def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:

@@ -59,7 +59,8 @@ def run(name: str, arguments: list[str]) -> None:
     """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
-        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
+        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), sep="\n")
+        print("  --plan for the best setting of a plan of elt calibrate\n" if name in ("test", "predict") else "")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
