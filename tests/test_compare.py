@@ -1,4 +1,4 @@
-"""`elt compare`: seeds of one config are one curve, settings of the sampler curves of their own; errors are one line."""
+"""`elt compare`: seeds of one config are one curve, settings of the sampler have their own; errors are one line."""
 
 import json
 from pathlib import Path
