@@ -140,13 +140,15 @@ class GuidedSteps:
         sampler: its steps, guidance and ``carry_state``.
         predict: the network.
         loops: a number, or one per sampling step.
+        channels: of x̂, in predictions that may hold a variance too.
 
     Raises:
         ValueError: loops that do not fit the steps.
     """
 
-    def __init__(self, sampler: Sampler, predict: Predict, loops: Loops) -> None:
+    def __init__(self, sampler: Sampler, predict: Predict, loops: Loops, channels: int | None = None) -> None:
         self.sampler, self.predict, self.loops = sampler, predict, sampler.loops_per_step(loops)
+        self.channels = channels
         self.state: Tensor | None = None
 
     def __call__(self, step: int, x: Tensor, condition: Condition) -> Tensor:
@@ -166,4 +168,4 @@ class GuidedSteps:
         if branches == 1:
             return predictions[loops]
         of_class, of_null = predictions[loops].chunk(2)
-        return sampler.guidance.combine(of_class, of_null, step, sampler.steps)
+        return sampler.guidance.combine(of_class, of_null, step, sampler.steps, self.channels)
