@@ -1,7 +1,8 @@
 """How dit_sit_reference.json was made: the code of DiT and SiT, run on weights and noise that every machine can make.
 
-python tests/dit_sit_reference.py DIT SIT writes it anew, given clones of facebookresearch/DiT (ed81ce2) and willisma/SiT
-(91a2f91), and the package torchdiffeq. Of timm, which needs torchvision, the three classes that both import are below.
+python tests/dit_sit_reference.py DIT SIT writes it anew, given clones of facebookresearch/DiT and willisma/SiT, of
+which the file names the commits, and the package torchdiffeq. Of timm, which needs torchvision, the three classes that
+both import are below.
 """
 
 import json

@@ -140,7 +140,9 @@ def _network_settings(weights: Mapping[str, Tensor], num_heads: int | None) -> d
     if num_heads is None:
         heads = {scale.width: scale.num_heads for name, scale in SCALES.items() if name in ("S", "B", "L", "XL")}
         if width not in heads:
-            raise ValueError(f"the published models are {', '.join(map(str, heads))} wide, not {width}: say --num_heads")
+            raise ValueError(
+                f"the published models are {', '.join(map(str, heads))} wide, not {width}: say --num_heads"
+            )
         num_heads = heads[width]
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {

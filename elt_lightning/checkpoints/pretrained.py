@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import lightning
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from elt_lightning.checkpoints.recipe import check_recipe
 from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json
-from elt_lightning.training.ema import averaged_weights
+from elt_lightning.training.ema import averaged_weights, check_exported
 from elt_lightning.training.module import ELTModule
 
 set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
@@ -62,15 +63,38 @@ def read_exported(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged, or comes from a newer version.
     """
+    recipe = read_description(folder)
     try:
-        recipe = parse_json((folder / CONFIG).read_bytes())
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
+    return {"elt": recipe, "state_dict": weights, "exported": recipe["weights"], "global_step": recipe.get("step")}
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read what an exported model's ``config.json`` says of it.
+
+    Raises:
+        UserError: the file is missing or damaged, or comes from a newer version.
+    """
+    try:
+        recipe: dict[str, Any] = parse_json((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
     check_recipe(folder / CONFIG, recipe)
     if recipe.get("weights") not in get_args(Weights):
         raise UserError(f"{folder / CONFIG} does not say which weights lie beside it, ema or raw: export it again")
-    return {"elt": recipe, "state_dict": weights, "exported": recipe["weights"]}
+    return recipe
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether there is the folder of an exported model."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / META).is_file()
+
+
+def read_as_checkpoint(path: str | Path, **_: Any) -> dict[str, Any]:
+    """Read an exported model, with what Lightning asks of a checkpoint that it tests or predicts from."""
+    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__}
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -122,8 +146,8 @@ def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Te
         UserError: it does not hold these.
     """
     exported = checkpoint.get("exported")
-    if exported not in (None, weights):
-        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
+    if exported:
+        check_exported(exported, weights)
     if weights == "raw" or exported:
         return checkpoint["state_dict"]
     return averaged_weights(checkpoint)

@@ -23,8 +23,8 @@ def run(name: str, arguments: list[str]) -> None:
         "init_args": {"path": options.vae, "scale": 0.18215},
     }
     data = {"class_path": "elt_lightning.data.imagenet.ImageNetDataModule"}
-    checkpoint = {"state_dict": state, "exported": "ema", "global_step": None}
-    checkpoint["elt"] = {"data": data, "model": model, "tokenizer": tokenizer}
+    recipe = {"data": data, "model": model, "tokenizer": tokenizer}
+    checkpoint = {"elt": recipe, "state_dict": state, "exported": "ema", "global_step": None}
     module = build_module(checkpoint)
     network = model["network"]["init_args"]
     parameters = sum(value.numel() for value in state.values())

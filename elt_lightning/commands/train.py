@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from elt_lightning import data, networks, objectives, processes, samplers
+from elt_lightning.checkpoints.pretrained import is_exported, read_as_checkpoint, read_description
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
@@ -109,7 +110,7 @@ def run(name: str, arguments: list[str]) -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
             arguments = with_bases(long_flags(name, arguments), Path(scratch))
-            arguments = with_stored_config(arguments, Path(scratch))
+            arguments = with_stored_config(arguments, Path(scratch), goes_on=name == "fit")
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])
     except ArgumentError as error:
@@ -330,6 +331,9 @@ class RunCommandLine(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None and is_exported(checkpoint):
+            trainer.strategy.load_checkpoint = read_as_checkpoint  # type: ignore[method-assign]
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
@@ -476,8 +480,13 @@ def sizes(model: LightningModule) -> str:
     return f"parameters: {', '.join(parts)}"
 
 
-def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
+def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True) -> list[str]:
     """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
+
+    Args:
+        arguments: of the command line.
+        scratch: folder of what is written for the parser.
+        goes_on: whether a training goes on, for which an exported model, whose data are a class alone, lacks too much.
 
     Raises:
         UserError: the checkpoint cannot be read.
@@ -487,7 +496,11 @@ def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
     checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
     if checkpoint in (None, "null"):
         return arguments
-    recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
+    if is_exported(checkpoint) and not goes_on:
+        recipe = read_description(Path(checkpoint))
+        recipe["data"] = {"class_path": recipe["data"]["class_path"]}
+    else:
+        recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
     stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
     stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": found(recipe, "data")})))
     return ["--config", str(stored), *arguments]

@@ -22,8 +22,8 @@ BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": Ad
 class LoopedDiT(LoopedNetwork):
     """Predict from a noisy image or video what the process asks for, after any number of loops, with one head.
 
-    Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep, whose
-    weights `elt import` reads. At the start of training every exit predicts zero.
+    Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep,
+    whose weights `elt import` reads. At the start of training every exit predicts zero.
 
     Letters: B batch, C channels, H W height and width, F frames, T tokens, D width.
 

@@ -16,11 +16,11 @@ from elt_lightning.processes.noise import Stream, normal, uniform
 class DDPMObjective(Objective):
     """Squared error of ε̂ at uniform steps; where the network predicts a variance, plus the bound that teaches it.
 
-    Letters: C channels of latents, T = 1,000 steps, t a step. A network with C channels more than the latents predicts v
-    with them, for the log-variance γ·log β_t + (1 − γ)·log β̃_t of a step from t to t − 1, γ = (v + 1)/2. The bound is the
-    divergence of the true step from the predicted one in bits, at t = 0 the data's negative log-likelihood in bytes of
-    [−1, 1]; it moves v alone. Source: Nichol and Dhariwal 2021 (arXiv 2102.09672); facebookresearch/DiT, whose ``loss``
-    is this one.
+    Letters: C channels of latents, T = 1,000 steps, t a step. A network with C channels more than the latents predicts
+    v with them, for the log-variance γ·log β_t + (1 − γ)·log β̃_t of a step from t to t − 1, γ = (v + 1)/2. The bound is
+    the divergence of the true step from the predicted one in bits, at t = 0 the data's negative log-likelihood in bytes
+    of [−1, 1]; it moves v alone. Source: Nichol and Dhariwal 2021 (arXiv 2102.09672); facebookresearch/DiT, whose
+    ``loss`` is this one.
 
     Args:
         process: ε on :class:`LinearBetas`.
