@@ -27,22 +27,12 @@ def printable(text: str, longest: int = 300) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def machine_memory() -> int:
-    """Return the bytes of memory that this machine has, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def check_memory(what: str, needed: int, available: int | None = None) -> None:
-    """Refuse what is larger than the whole memory, before any of it is allocated.
-
-    Args:
-        what: begins the message: which setting asks for that much.
-        needed: bytes.
-        available: bytes of a device; by default the machine's.
+    """Refuse what needs more bytes than there are, by default of this machine's memory, before any is allocated.
 
     Raises:
-        UserError: it does not fit.
+        UserError: it does not fit; ``what``, the setting that asks for that much, begins the message.
     """
-    available = machine_memory() if available is None else available
+    available = available or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise UserError(f"{what} needs {needed / 2**30:,.0f} GiB of memory: there are {available / 2**30:,.0f}")

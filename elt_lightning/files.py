@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePath
+from statistics import mean, stdev
 from typing import Any
 
 
@@ -32,6 +33,17 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write plain data as JSON, in the same way."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def check_regular(path: str | Path) -> None:
@@ -57,11 +69,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is none; see :func:`check_regular`.
-    """
+    """Open a file to read its bytes (OSError: it cannot be opened, or is none; see :func:`check_regular`)."""
     check_regular(path)
     return open(path, "rb")
 
@@ -86,11 +94,7 @@ def counted_by_suffix(names: Iterable[str], most: int = 8) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Parse JSON from outside.
-
-    Raises:
-        ValueError: it is not JSON, for whatever reason.
-    """
+    """Parse JSON from outside (ValueError: it is not JSON, for whatever reason)."""
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -136,3 +140,9 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) ->
     """Return a table as Markdown, without a newline at its end."""
     lines = [f"| {' | '.join(map(str, line))} |" for line in (headings, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+
+
+def with_deviation(values: Sequence[float], form: str = ".1f") -> str:
+    """Write mean and sample standard deviation, which a single value has not."""
+    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}"

@@ -87,8 +87,8 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     assert Path("results/ablation.png").stat().st_size > 10_000
     found = read_experiment(Path("results"))
     assert found is not None
-    assert list(found.arm("ilsd").at(2)) == arm["rows"][1]["metrics"]["recognised"]
-    assert found.arm("ilsd").higher_is_better
+    assert list(found.arms["ilsd"].scores[2]) == arm["rows"][1]["metrics"]["recognised"]
+    assert found.arms["ilsd"].higher_is_better
     commands.clear()
     run_ablation(monkeypatch, prepare="elt_lightning no_command")  # there is nothing to make data for
     assert commands == []

@@ -154,7 +154,7 @@ def test_sampling_is_measured_beside_the_unlooped_model(tmp_path: Path, capsys: 
 def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     flags = [*QUICK, "--scale=tiny", "--loops=1,3", "--batch-sizes=2", "--rounds=2"]
-    flags.append("--activation-checkpointing=no,yes")
+    flags += ["--activation-checkpointing=no,yes", "--recall"]
     for precision in ("32-true", "bf16-mixed"):
         assert main(["bench", "train", *flags, f"--precision={precision}", f"--output={path}"]) == 0
     runs = json.loads(path.read_text())["runs"]
@@ -163,7 +163,7 @@ def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
     assert rows.keys() == {
         *((1, way, False) for way in ("vanilla", "unlooped")),
         (1, "vanilla", True),
-        *((3, way, again) for way in ("ilsd", "vanilla") for again in (False, True)),
+        *((3, way, again) for way in ("ilsd", "recall", "vanilla") for again in (False, True)),
         (3, "unlooped", False),
     }
     for row in rows.values():
@@ -171,6 +171,7 @@ def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
         assert row["images_per_second"] == pytest.approx(2 / median(row["step_seconds"]))
         assert 0 < row["share_of_peak"] < 1
     looped, unlooped = rows[3, "vanilla", False], rows[3, "unlooped", False]
+    assert rows[3, "recall", False]["parameters"] - looped["parameters"] == 1  # β of a post-norm stack
     # Weights, gradients and AdamW's two moments; its counters of steps are a few bytes for each tensor.
     saving = 16 * (unlooped["parameters"] - looped["parameters"])
     assert unlooped["peak_memory_bytes"] - looped["peak_memory_bytes"] == pytest.approx(saving, rel=0.02)

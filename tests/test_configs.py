@@ -74,6 +74,9 @@ PUBLISHED = {
     "elt_4n8l": (4, 8),
     "elt_8n4l": (8, 4),
     "elt_16n2l": (16, 2),
+    "elt_l_8n3l_recall": (8, 3),
+    "elt_xl_7n4l_recall": (7, 4),
+    "elt_8n4l_recall": (8, 4),
 }
 
 
@@ -84,6 +87,7 @@ def test_rows_of_the_tables_are_what_they_are_called(path: Path) -> None:
     assert config["data"]["init_args"]["batch_size"] == 512
     assert module.distillation.mode == ("vanilla" if module.max_loops == 1 else "ilsd")
     assert module.class_dropout_prob == 0.1
+    assert module.network.has_recall == path.stem.endswith("_recall")
     if "dit" in path.stem or config["trainer"]["max_steps"] == 500_000:
         assert (module.sampler.steps, module.sampler.guidance.scale) == (512, 3.0)
     else:
@@ -97,6 +101,10 @@ def test_every_row_has_a_config() -> None:
 def test_table_4s_model_is_of_the_published_size() -> None:
     config, data, module = read(["--config", str(ROOT / "configs" / "ucf101" / "elt_6n4l.yaml")])
     backbone, total = module.num_parameters()
+    _, _, recalling = read(["--config", str(ROOT / "configs" / "ucf101" / "elt_6n4l_recall.yaml")])
+    assert recalling.num_parameters() == (backbone + 1, total + 1)  # β
+    assert recalling.network.has_recall
+    assert not module.network.has_recall
     assert backbone == pytest.approx(76e6, rel=0.01)
     assert total == pytest.approx(78.8e6, rel=0.01)
     assert (data.num_samples, module.max_loops, module.sampler.steps, module.class_dropout_prob) == (9537, 4, 12, 0.0)

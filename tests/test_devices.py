@@ -36,6 +36,7 @@ ADAM = ["--trainer.gradient_clip_val=0.5"]
 """Small enough that every step is clipped."""
 SGD = ["--trainer.gradient_clip_val=0", "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.1"]
 """Unlike Adam's, its steps are as long as gradients are, so that a mean over devices is not mistaken for a sum."""
+SGD.append("--model.network.init_args.recall=true")
 DDP, SHARDED = "--trainer.strategy=ddp", "--trainer.strategy=model_parallel"
 FOLDERS = [
     "--trainer.strategy.class_path=lightning.pytorch.strategies.ModelParallelStrategy",

@@ -25,7 +25,7 @@ from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.module import ELTModule
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart_recall.yaml"
 
 
 class TiedTransformer(LoopedMaskedTransformer):

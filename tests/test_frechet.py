@@ -125,7 +125,7 @@ def test_ranks_merge_by_summing_their_states() -> None:
     first.update(fake[:37], torch.empty(0))
     second.update(fake[37:], torch.empty(0))
     first.merge_state(second)
-    assert int(first.count) == 200
+    assert int(first.features_count) == 200
     assert first.compute()["fd_flat"].item() == pytest.approx(whole, rel=1e-10)
 
 
@@ -152,10 +152,10 @@ def test_sums_stay_float64_whatever_is_asked(
     metric = metric_for(5, real)
     metric.update(fake[:100], torch.empty(0))
     metric = convert(metric)
-    assert metric.total.dtype == metric.total_outer.dtype == torch.float64
+    assert metric.features_total.dtype == metric.features_total_outer.dtype == torch.float64
     assert score(metric, fake[100:]) == pytest.approx(expected, rel=1e-10)
     metric.reset()
-    assert metric.total.dtype == torch.float64
+    assert metric.features_total.dtype == torch.float64
     assert score(metric, fake) == pytest.approx(expected, rel=1e-10)
 
 
@@ -174,7 +174,7 @@ def test_reset_forgets_the_samples_and_keeps_the_reference() -> None:
     metric = metric_for(5, real)
     first = score(metric, fake)
     metric.reset()
-    assert int(metric.count) == 0
+    assert int(metric.features_count) == 0
     assert score(metric, fake) == pytest.approx(first, rel=1e-12)
 
 

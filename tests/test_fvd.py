@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from video_networks import SmallC3D, SmallI3D, write_network
 
 from elt_lightning.errors import UserError
-from elt_lightning.metrics import fvd
+from elt_lightning.metrics import fid
 from elt_lightning.metrics.base import scored_as
 from elt_lightning.metrics.c3d import C3D
 from elt_lightning.metrics.fvd import RealClips, VideoScores, build_video_scores, load_or_compute_real
@@ -302,7 +302,7 @@ def test_scores_depend_neither_on_batches_nor_on_ranks(
         assert score(VideoScores(SMALL, i3d, real, c3d), fakes.split(size)) == pytest.approx(expected, rel=1e-6)
     ranks = []
     for rank in range(3):
-        monkeypatch.setattr(fvd, "rank_and_world_size", lambda place=(rank, 3): place)
+        monkeypatch.setattr(fid, "rank_and_world_size", lambda place=(rank, 3): place)
         ranks.append(VideoScores(SMALL, i3d, real, c3d))
         for batch in fakes[rank::3].split(4):
             ranks[-1].update(batch, torch.empty(0))

@@ -300,7 +300,7 @@ def test_a_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:
     write_class_folders(root)
     first = fingerprint(str(root))
     root = root.rename(tmp_path / "there")
-    assert fingerprint(f"{root}/") == first == open_source([str(root)]).description()["pictures"]
+    assert fingerprint(f"{root}/") == first == open_source([str(root)]).description["pictures"]
     path = root / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
     content = path.read_bytes()
     path.write_bytes(content + b"\0")

@@ -60,7 +60,7 @@ def test_both_notebooks_run(home: Path) -> None:
     first, second = (nbformat.read(home / "notebooks" / path.name, as_version=4) for path in NOTEBOOKS)
     printed = execute(first, home)
     assert "trained 2 steps" in printed
-    assert "66,944 parameters in the looped layers" in printed
+    assert "66,945 parameters in the looped layers" in printed  # β of recall beside the layers
     assert "4 loops late" in printed
     assert number_of_pictures(first) >= 1
     written = (home / "runs" / "notebooks" / "checkpoints" / "last.ckpt").resolve().stat().st_mtime_ns

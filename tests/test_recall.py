@@ -236,13 +236,24 @@ def test_commands_sweep_carried_states_and_refuse_them_without_recall(
     config = Path(__file__).parent.parent / "configs" / "quickstart_recall.yaml"
     steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--loop_metrics.num_validation_samples=0"]
     assert main(["fit", "--config", str(config), *SMALL_SQUARES, *steps, "--run_dir=recall"]) == 0
-    swept = ["--loops", "1,2", "--carry_state", "true,false", "--num_samples", "4", "--save_samples", "s.npz"]
+    swept = [
+        "--loops",
+        "1,2",
+        "--carry_state",
+        "true,false",
+        "--num_samples",
+        "8",
+        "--save_samples",
+        "s.npz",
+        "--diversity",
+    ]
     assert main(["test", "--ckpt_path", "recall/checkpoints/last.ckpt", "--run_dir=recall/swept", *swept]) == 0
     report = json.loads(Path("recall/swept/loops.json").read_text())
     assert report["recall"] is True
     assert [(row["loops"], row["carry_state"]) for row in report["rows"]] == [
         (loops, carried) for loops in (1, 2) for carried in (True, False)
     ]
+    assert {"precision", "recall", "coverage", "distinct"} < report["rows"][0]["metrics"].keys()
     assert {path.name for path in Path("recall/swept").glob("*.npz")} == {
         f"s_L{loops}_{start}.npz" for loops in (1, 2) for start in ("carried", "from_zero")
     }

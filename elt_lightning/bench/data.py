@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -37,49 +37,6 @@ Epoch = Callable[[], Iterable[Sized]]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One measurement."""
-
-    codes: str  # what is read
-    unit: Literal["images", "clips"]  # what a sample of it is
-    num_workers: int  # loader processes
-    batch_size: int  # samples per batch
-    per_second: tuple[float, ...]  # samples, of each repeat
-    # samples that one GPU takes in, at `FLOPS_PER_SECOND`; None where no training waits
-    needed_per_second: float | None
-    published: int  # samples of the published set
-
-    @property
-    def ratio(self) -> float | None:
-        """How many such GPUs this machine can feed."""
-        return None if self.needed_per_second is None else median(self.per_second) / self.needed_per_second
-
-    @property
-    def hours(self) -> float:
-        """Hours that the published set would take to be read once."""
-        return self.published / median(self.per_second) / 3600
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data; speeds are named after the unit."""
-        content = asdict(self)
-        speeds = {f"{self.unit}_per_second": content.pop("per_second")}
-        middle = median(self.per_second)
-        derived = {"median": middle, "batches_per_second": middle / self.batch_size, "ratio": self.ratio}
-        return content | speeds | derived | {"hours": self.hours}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line decides."""
-
-    # {what is counted: how many there are in an epoch}, by `Subject.counted`; 0 leaves out what is made of them
-    num_samples: dict[str, int]
-    num_workers: int  # loader processes
-    batch_size: int | None  # samples per batch; None for each subject's own
-    repeats: int  # epochs that are timed
-
-
-@dataclass(frozen=True)
 class Subject:
     """Something whose reading is measured."""
 
@@ -89,28 +46,33 @@ class Subject:
     batch_size: int  # samples of an optimiser step in its config, or of a batch of `elt encode`
     at_once: int  # of these, how many a loader process reads together: those of a forward pass on one device
     published: int  # samples of the published set
-    # returns the samples per second that one GPU takes in, None where no training waits
-    needed: Callable[[], float | None]
+    needed: Callable[[], float | None]  # samples per second that one GPU takes in; None where no training waits
     # makes the samples; arguments are their number, loader processes, ``batch_size`` and ``at_once``
     made: Callable[[int, int, int, int], AbstractContextManager[Epoch]]
 
-    def measure(self, settings: Settings) -> Reading:
-        """Time epochs.
+    def measure(self, num_samples: int, num_workers: int, batch_size: int | None, repeats: int) -> dict[str, Any]:
+        """Time epochs, and return what is known as plain data; speeds are named after the unit.
 
         One is read first, so that as many files as fit are in memory: this measures the program, not the disk.
+        The batch size is the subject's own unless another is given.
         """
-        batch_size = settings.batch_size or self.batch_size
-        at_once = math.gcd(batch_size, self.at_once)
-        with self.made(settings.num_samples[self.counted], settings.num_workers, batch_size, at_once) as epoch:
-            speeds = [samples_per_second(epoch) for _ in range(1 + settings.repeats)][1:]
-        return Reading(
-            self.codes, self.unit, settings.num_workers, batch_size, tuple(speeds), self.needed(), self.published
-        )
-
-
-def measure(settings: Settings) -> Iterator[Reading]:
-    """Measure how fast everything that is not left out is read."""
-    return (subject.measure(settings) for subject in SUBJECTS if settings.num_samples[subject.counted])
+        batch_size = batch_size or self.batch_size
+        with self.made(num_samples, num_workers, batch_size, math.gcd(batch_size, self.at_once)) as epoch:
+            speeds = [samples_per_second(epoch) for _ in range(1 + repeats)][1:]
+        middle, needed = median(speeds), self.needed()
+        return {
+            "codes": self.codes,
+            "unit": self.unit,
+            "num_workers": num_workers,
+            "batch_size": batch_size,
+            "needed_per_second": needed,
+            "published": self.published,
+            f"{self.unit}_per_second": speeds,
+            "median": middle,
+            "batches_per_second": middle / batch_size,
+            "ratio": None if needed is None else middle / needed,  # such GPUs that this machine can feed
+            "hours": self.published / middle / 3600,  # that the published set takes to be read once
+        }
 
 
 def samples_per_second(epoch: Epoch) -> float:
@@ -129,16 +91,7 @@ def shards(
     batch_size: int,
     at_once: int,
 ) -> Iterator[Epoch]:
-    """Make shards, and read them as the data module of a training does.
-
-    Args:
-        index_of: returns the index of a number of samples.
-        kind: of the data module.
-        count: samples.
-        num_workers: loader processes.
-        batch_size: samples of an optimiser step.
-        at_once: samples of a forward pass.
-    """
+    """Make shards of the index of ``count`` samples, and read them by a data module as a training does."""
     with random_shards(index_of(count)) as location:
         yield training(kind(location, None, batch_size=batch_size, micro_batch_size=at_once, num_workers=num_workers))
 
@@ -197,56 +150,15 @@ def _trainer() -> Trainer:
         return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
 
 
+_tokens = partial(shards, imagenet_tokens, ImageNetDataModule)
+_moments = partial(shards, imagenet_moments, ImageNetDataModule)
+_clip_tokens = partial(shards, ucf101_tokens, UCF101TokensDataModule)
+_clips = UCF101 * CLIPS_PER_VIDEO
 SUBJECTS = (
-    Subject(
-        codes="tokens",
-        unit="images",
-        counted="images",
-        batch_size=512,
-        at_once=512,
-        published=IMAGENET,
-        needed=masked_need,
-        made=partial(shards, imagenet_tokens, ImageNetDataModule),
-    ),
-    Subject(
-        codes="moments of latents",
-        unit="images",
-        counted="images",
-        batch_size=512,
-        at_once=512,
-        published=IMAGENET,
-        needed=diffusion_need,
-        made=partial(shards, imagenet_moments, ImageNetDataModule),
-    ),
-    Subject(
-        codes="tokens of clips",
-        unit="clips",
-        counted="images",
-        batch_size=256,
-        at_once=32,
-        published=UCF101 * CLIPS_PER_VIDEO,
-        needed=video_need,
-        made=partial(shards, ucf101_tokens, UCF101TokensDataModule),
-    ),
-    Subject(
-        codes="clips of AVI files",
-        unit="clips",
-        counted="videos",
-        batch_size=128,
-        at_once=4,
-        published=UCF101,
-        needed=tokenizer_need,
-        made=videos,
-    ),
-    Subject(
-        codes="JPEG files, to be encoded",
-        unit="images",
-        counted="jpegs",
-        batch_size=64,
-        at_once=64,
-        published=IMAGENET,
-        needed=lambda: None,
-        made=pictures,
-    ),
+    Subject("tokens", "images", "images", 512, 512, IMAGENET, masked_need, _tokens),
+    Subject("moments of latents", "images", "images", 512, 512, IMAGENET, diffusion_need, _moments),
+    Subject("tokens of clips", "clips", "images", 256, 32, _clips, video_need, _clip_tokens),
+    Subject("clips of AVI files", "clips", "videos", 128, 4, UCF101, tokenizer_need, videos),
+    Subject("JPEG files, to be encoded", "images", "jpegs", 64, 64, IMAGENET, lambda: None, pictures),
 )
 """What is measured, in this order."""

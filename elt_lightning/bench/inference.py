@@ -8,8 +8,7 @@ import torch
 
 from elt_lightning.bench import timing
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
-from elt_lightning.networks.looped import CompileMode
+from elt_lightning.bench.shapes import Compiled, Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
@@ -22,7 +21,7 @@ class Contender(NamedTuple):
 
     model: Model  # the shared layers looped, or as many layers as they pass through, once
     loops: int  # L of the looped model
-    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    compile: Compiled  # mode of `torch.compile`, "no" without it
     what: Literal["sample", "pass"]  # a whole sample, or one pass of the network
 
 
@@ -60,8 +59,9 @@ def _measure_batch(
     compiled: dict[tuple[int, str], Network] = {}  # a network is compiled once, whatever its loops
     for (model, loops), network in networks.items():
         for mode in settings.compile:
-            chosen = network if mode == "no" else compiled.setdefault((id(network), mode), _compiled(network, mode))
-            calls = Calls(shape, chosen, settings, batch_size, loops if model == "looped" else 1)
+            if (id(network), mode) not in compiled:
+                compiled[id(network), mode] = twin(network, mode)
+            calls = Calls(shape, compiled[id(network), mode], settings, batch_size, loops if model == "looped" else 1)
             work[Contender(model, loops, mode, "sample")] = calls.sample
             work[Contender(model, loops, mode, "pass")] = calls.one_pass
     times, peak = settings.time(work)
@@ -92,12 +92,6 @@ def _measure_batch(
             "matmul_peak": peak,
             "peak_memory_bytes": num_bytes(network) + peak_above_start(work[contender], settings.device),
         }
-
-
-def _compiled(network: Network, mode: CompileMode) -> Network:
-    other = twin(network)
-    other.backbone.compile_loop(mode, dynamic=False)
-    return other
 
 
 class Calls:

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
+from operator import itemgetter
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -25,16 +27,8 @@ def peak_above_start(work: Callable[[], object], device: torch.device) -> int:
     with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
-    changes = sorted(((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=_time)
-    live = top = 0
-    for _, change in changes:
-        live += change
-        top = max(top, live)
-    return top
-
-
-def _time(change: tuple[int, int]) -> int:
-    return change[0]
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate((change for _, change in sorted(changes, key=itemgetter(0))), initial=0))
 
 
 @contextmanager

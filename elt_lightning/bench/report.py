@@ -9,7 +9,7 @@ from typing import Any
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.bench.timing import half_spread
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, write_text
 
 MIB = 2**20
 Row = dict[str, Any]
@@ -116,7 +116,7 @@ def training_lines(rows: Sequence[Row]) -> Lines:
         "a training step",
         (
             *("size", "N×L", "way", "batch", "compile", "each loop recomputed", "precision", "images/s", "s a step"),
-            *("time / vanilla", "time / unlooped", "share of peak", "peak MiB", "unlooped − this, MiB"),
+            *("time / vanilla", "time / ILSD", "time / unlooped", "share of peak", "peak MiB", "unlooped − this, MiB"),
         ),
     )
     for row in rows:
@@ -134,7 +134,8 @@ def training_lines(rows: Sequence[Row]) -> Lines:
                 row["precision"],
                 f"{row['images_per_second']:,.3g}",
                 f"{median(row['step_seconds']):.3g}",
-                with_spread(time_over(row, rows, way="vanilla")) if row["way"] == "ilsd" else "",
+                with_spread(time_over(row, rows, way="vanilla")) if row["way"] in ("ilsd", "recall") else "",
+                with_spread(time_over(row, rows, way="ilsd")) if row["way"] == "recall" else "",
                 with_spread(time_over(row, rows, way="unlooped", activation_checkpointing=False)) if looped else "",
                 f"{100 * row['share_of_peak']:.0f} %",
                 mebibytes(row["peak_memory_bytes"]),
@@ -180,14 +181,9 @@ def figures(folder: Path) -> str:
 
 
 def write_figures(folder: Path) -> Path:
-    """Write ``figures.md`` beside the JSON.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Write ``figures.md`` beside the JSON (UserError: there is none)."""
     if not any((folder / name).is_file() for name in MEASURED):
         raise UserError(f"{folder} holds none of {', '.join(MEASURED)}: elt bench inference --output makes one")
     path = folder / "figures.md"
-    with written_aside(path) as aside:
-        aside.write_text(figures(folder))
+    write_text(path, figures(folder))
     return path

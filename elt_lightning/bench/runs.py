@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Read what was measured, the newest last; none where there is no file.
-
-    Raises:
-        UserError: the file is something else.
-    """
+    """Read what was measured, the newest last; none where there is no file (UserError: the file is something else)."""
     if not path.is_file():
         return []
     try:
@@ -33,5 +29,4 @@ def add_run(path: Path, run: dict[str, Any]) -> None:
         return of["device"], re.sub(r" --output[ =]\S+", "", of["command"])
 
     others = [old for old in read_runs(path) if asked(old) != asked(run)]
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n")
+    write_json(path, {"runs": [*others, run]})

@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from elt_lightning.data.base import Batch
 from elt_lightning.networks.diffusion import LoopedDiT
+from elt_lightning.networks.looped import CompileMode
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.base import Objective
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -28,7 +29,8 @@ from elt_lightning.training.module import ELTModule
 
 Family = Literal["masked", "diffusion"]
 Network = LoopedMaskedTransformer | LoopedDiT
-AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+Compiled = CompileMode | Literal["no"]
+"""Whether and how a network is compiled."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Shape:
     num_classes: int = 1000  # classes
     codebook_size: int = 1024  # V of masked models
 
-    def build(self, num_layers: int, dtype: torch.dtype, device: torch.device) -> Network:
+    def build(self, num_layers: int, dtype: torch.dtype, device: torch.device, recall: bool = False) -> Network:
         """Build the network with any number of layers, and random weights: from zeros some hardware computes faster."""
         settings: dict[str, Any] = {"input_shape": self.input_shape, "num_classes": self.num_classes, **self.layer}
+        settings["recall"] = recall
         with device:
             if self.family == "masked":
                 network: Network = LoopedMaskedTransformer(self.codebook_size, num_layers=num_layers, **settings)
@@ -99,9 +102,12 @@ layers and 2.1B parameters; ``small`` ones keep a CPU busy with matrix products;
 runs."""
 
 
-def twin(network: AnyNetwork) -> AnyNetwork:
-    """Return a network of the same weights, not copies of them, that can be compiled or checkpointed by itself."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+def twin(network: Network, compile_mode: Compiled = "no") -> Network:
+    """Return a network of the same weights, not copies of them, that is compiled or checkpointed by itself."""
+    other = copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
+    if compile_mode != "no":
+        other.backbone.compile_loop(compile_mode, dynamic=False)
+    return other
 
 
 def num_bytes(network: nn.Module) -> int:

@@ -6,16 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elt_lightning.networks.looped import CompileMode
+from elt_lightning.bench.shapes import Compiled
 from elt_lightning.training.precision import PRECISIONS, Types
-
-Compiled = CompileMode | Literal["no"]
-"""Whether and how a network is compiled."""
 
 Work = Callable[[], object]
 
@@ -72,12 +69,9 @@ def half_spread(values: list[float]) -> float:
 
 
 class SideBySide:
-    """Times contenders in turns.
+    """Times contenders in turns: each has ``rounds`` of at least ``shortest`` seconds; fast ones have several calls.
 
-    Args:
-        device: where they work; it is waited for before a clock is read.
-        rounds: how often each has its turn.
-        shortest: least seconds of a turn; faster contenders are called several times in it.
+    The device is waited for before a clock is read.
     """
 
     def __init__(self, device: torch.device, rounds: int, shortest: float) -> None:

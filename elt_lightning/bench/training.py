@@ -1,4 +1,4 @@
-"""A training step with ILSD, of vanilla looping, and of the unlooped model of equal depth: time and memory."""
+"""A training step with ILSD, without and with recall, of vanilla looping, and unlooped: time and memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from elt_lightning.bench import timing
 from elt_lightning.bench.data_need import flops_per_training_image
 from elt_lightning.bench.memory import peak_above_start
-from elt_lightning.bench.shapes import Network, Shape, num_bytes, num_parameters, twin
+from elt_lightning.bench.shapes import Compiled, Network, Shape, num_bytes, num_parameters, twin
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 
@@ -19,24 +19,19 @@ from elt_lightning.training.optimiser import parameter_groups, prefer_fused
 class Contender(NamedTuple):
     """One of those that take turns."""
 
-    way: Literal["ilsd", "vanilla", "unlooped"]  # how the step is made
-    compile: timing.Compiled  # mode of `torch.compile`, "no" without it
+    way: Literal["ilsd", "recall", "vanilla", "unlooped"]  # how the step is made; "recall" is ILSD with recall
+    compile: Compiled  # mode of `torch.compile`, "no" without it
     activation_checkpointing: bool  # whether each loop is computed again in the backward pass
 
 
 @dataclass(frozen=True)
 class Settings(timing.Settings):
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        num_layers: N.
-        activation_checkpointing: without, with, or both. The unlooped model has one loop, where it saves nothing: it
-            goes
-            without.
-    """
-
-    num_layers: int
+    num_layers: int  # N
+    # without, with, or both; the unlooped model has one loop, where it saves nothing, and goes without
     activation_checkpointing: Sequence[bool]
+    recall: bool = False  # whether ILSD with recall takes turns too
 
 
 class Trained:
@@ -56,15 +51,8 @@ class Step:
     """A training step, in the order of work that Lightning has.
 
     That order is forward, forget the gradients of the step before, backward, clip, step: during the forward pass
-    weights, gradients and the optimiser's state are all there.
-
-    Args:
-        shape: of the network.
-        trained: the weights, their optimiser.
-        network: the same network, or a compiled or checkpointed twin of it.
-        distillation: ILSD, or vanilla looping.
-        settings: precision and device.
-        batch_size: samples.
+    weights, gradients and the optimiser's state are all there. ``network`` is the one trained, or a compiled or
+    checkpointed twin of it.
     """
 
     def __init__(
@@ -97,29 +85,33 @@ class Step:
 
 def measure(name: str, shape: Shape, settings: Settings) -> Iterator[dict[str, Any]]:
     """Measure one shape: a row for every loop count, batch size and contender; contenders of both take turns."""
-    looped = Trained(shape.build(settings.num_layers, settings.types.weights, settings.device))
+
+    def trained(num_layers: int, recall: bool = False) -> Trained:
+        return Trained(shape.build(num_layers, settings.types.weights, settings.device, recall))
+
+    looped = trained(settings.num_layers)
+    models = {"ilsd": looped, "vanilla": looped}
+    if settings.recall:
+        models["recall"] = trained(settings.num_layers, recall=True)
     for loops in settings.loops:
-        unlooped = Trained(shape.build(settings.num_layers * loops, settings.types.weights, settings.device))
+        models["unlooped"] = trained(settings.num_layers * loops)
         for batch_size in settings.batch_sizes:
-            yield from _measure_batch(name, shape, settings, looped, unlooped, loops, batch_size)
+            yield from _measure_batch(name, shape, settings, models, loops, batch_size)
 
 
 def _measure_batch(
-    name: str, shape: Shape, settings: Settings, looped: Trained, unlooped: Trained, loops: int, batch_size: int
+    name: str, shape: Shape, settings: Settings, models: dict[str, Trained], loops: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     torch.compiler.reset()
     steps: dict[Contender, Step] = {}
     for contender in _contenders(settings, loops):
-        trained = unlooped if contender.way == "unlooped" else looped
+        trained = models[contender.way]
         distillation = ILSD(
-            1 if contender.way == "unlooped" else loops, mode="ilsd" if contender.way == "ilsd" else "vanilla"
+            1 if contender.way == "unlooped" else loops,
+            mode="ilsd" if contender.way in ("ilsd", "recall") else "vanilla",
         )
-        network = trained.network
-        if contender.compile != "no" or contender.activation_checkpointing:
-            network = twin(network)
-            network.backbone.activation_checkpointing = contender.activation_checkpointing
-        if contender.compile != "no":
-            network.backbone.compile_loop(contender.compile, dynamic=False)
+        network = twin(trained.network, contender.compile)
+        network.backbone.activation_checkpointing = contender.activation_checkpointing
         steps[contender] = Step(shape, trained, network, distillation, settings, batch_size)
     times, peak = settings.time(steps)
     for contender, step in steps.items():
@@ -150,6 +142,8 @@ def _contenders(settings: Settings, loops: int) -> Iterator[Contender]:
         for activation_checkpointing in settings.activation_checkpointing:
             if loops > 1:
                 yield Contender("ilsd", compile_mode, activation_checkpointing)
+                if settings.recall:
+                    yield Contender("recall", compile_mode, activation_checkpointing)
             yield Contender("vanilla", compile_mode, activation_checkpointing)
             if not activation_checkpointing:
                 yield Contender("unlooped", compile_mode, activation_checkpointing)

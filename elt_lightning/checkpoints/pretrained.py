@@ -140,11 +140,7 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
 
 
 def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
-    """Return the averaged or the raw weights of a checkpoint.
-
-    Raises:
-        UserError: it does not hold these.
-    """
+    """Return the averaged or the raw weights of a checkpoint (UserError: it does not hold these)."""
     exported = checkpoint.get("exported")
     if exported:
         check_exported(exported, weights)

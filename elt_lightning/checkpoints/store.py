@@ -48,11 +48,9 @@ LAYOUT: dict[str, Any] = {
 
 
 def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/", "ema/")) -> dict[str, Any]:
-    """Read a checkpoint of this project onto the CPU.
+    """Read a checkpoint of this project, a file or a sharded one's folder, onto the CPU.
 
-    Args:
-        path: of a file, whose tensors are read when they are used; or of a sharded checkpoint, a folder.
-        prefixes: of a sharded one, which tensors are read.
+    A file's tensors are read when they are used; of a folder those are read whose place begins with ``prefixes``.
 
     Raises:
         UserError: the file is missing, is no checkpoint, is not one of ours, or comes from a newer version.

@@ -23,7 +23,7 @@ SEEDS = 2**31 - 1
 """The largest seed: noise hashes seeds as 32-bit integers."""
 
 
-def number_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
+def whole(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
     """Make a type of arguments that are whole numbers from ``smallest`` to ``largest``."""
 
     def parse(text: str) -> int:
@@ -36,31 +36,28 @@ def number_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]
     return parse
 
 
-def finite_from_0(text: str) -> float:
-    """Parse a number from 0 up that is finite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number from 0 up")
-    return value
-
-
-def number_above_0(largest: float = math.inf) -> Callable[[str], float]:
-    """Make a type of arguments that are finite numbers above 0, up to ``largest``."""
-    limit = "" if math.isinf(largest) else f" up to {largest:g}"
+def number(what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """Make a type of arguments that are finite numbers, ``what`` they are called, and which of them ``fits``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            value = 0.0
-        if not 0 < value <= largest or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{limit}")
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
         return value
 
     return parse
+
+
+FINITE_FROM_0 = number("finite number from 0 up", lambda value: value >= 0)
+ABOVE_0 = number("number above 0", lambda value: value > 0)
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Make a type of arguments that are numbers from ``low`` to ``high``."""
+    return number(f"number from {low:g} to {high:g}", lambda value: low <= value <= high)
 
 
 def file_path(text: str) -> Path:
@@ -70,27 +67,39 @@ def file_path(text: str) -> Path:
     return Path(text)
 
 
-def numbers_from(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], list[int]]:
+def wholes(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], list[int]]:
     """Make a type of arguments that are lists such as 1,2,4."""
-    parse = number_from(smallest, largest)
+    parse = whole(smallest, largest)
     return lambda text: [parse(part) for part in text.split(",")]
+
+
+def choices_from(*choices: str) -> Callable[[str], list[str]]:
+    """Make a type of arguments that are lists of some of ``choices``."""
+
+    def parse(text: str) -> list[str]:
+        parts = text.split(",")
+        for part in parts:
+            if part not in choices:
+                raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(choices)}")
+        return parts
+
+    return parse
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Describe where a command computes, see :func:`device_of`."""
+    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe what a command that decodes pictures or clips for a network takes of the machine."""
-    workers = default_workers()
-    parser.add_argument(
-        "--num_workers", type=number_from(0), default=workers, help="decoding processes (default: one per core)"
-    )
-    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
+    workers, text = default_workers(), "decoding processes (default: one per core)"
+    parser.add_argument("--num_workers", type=whole(0), default=workers, help=text)
+    add_device_argument(parser)
 
 
 def device_of(name: str | None) -> torch.device:
-    """Return the device of that name, or a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Return the device of that name, or a GPU where there is one (UserError: there is no such device)."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

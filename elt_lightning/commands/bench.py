@@ -1,13 +1,10 @@
 """`elt bench`: how fast this machine is with this program, as ratios measured in one run."""
 
 import argparse
-import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any, get_args
 
 import torch
@@ -15,25 +12,30 @@ from rich.console import Console
 from rich.table import Table
 
 from elt_lightning.bench import inference, training
-from elt_lightning.bench.data import Reading, Settings, measure
+from elt_lightning.bench.data import SUBJECTS
 from elt_lightning.bench.machine import describe_machine, device_name
 from elt_lightning.bench.report import Lines, inference_lines, training_lines, write_figures
 from elt_lightning.bench.runs import add_run, read_runs
 from elt_lightning.bench.shapes import SHAPES, Shape
-from elt_lightning.commands.arguments import Parser, device_of, file_path, number_from, numbers_from
+from elt_lightning.commands.arguments import (
+    Parser,
+    add_device_argument,
+    between,
+    choices_from,
+    device_of,
+    file_path,
+    whole,
+    wholes,
+)
 from elt_lightning.commands.train import quieten_libraries
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.training.precision import PRECISIONS
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Measure what the command line asks for.
-
-    Raises:
-        UserError: the command line is wrong.
-    """
+    """Measure what the command line asks for (UserError: the command line is wrong)."""
     options = build_parser().parse_args(arguments)
     options.command = shlex.join(["elt", name, *arguments])
     options.run(options)
@@ -49,10 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("videos", 128, "videos that clips are cut out of (default 128, 60 MB; 0 for none, which needs no PyAV)"),
         ("jpegs", 512, "pictures that are decoded (default 512, 60 MB; 0 for none)"),
     ):
-        data.add_argument(f"--num_{counted}", type=number_from(0), default=default, help=of_what)
-    data.add_argument("--num_workers", type=number_from(0), default=os.cpu_count() or 1, help="loader processes")
-    data.add_argument("--batch_size", type=number_from(1), help="samples per batch (default: those of the configs)")
-    data.add_argument("--repeats", type=number_from(1), default=5, help="epochs that are timed (default 5)")
+        data.add_argument(f"--num_{counted}", type=whole(0), default=default, help=of_what)
+    data.add_argument("--num_workers", type=whole(0), default=os.cpu_count() or 1, help="loader processes")
+    data.add_argument("--batch_size", type=whole(1), help="samples per batch (default: those of the configs)")
+    data.add_argument("--repeats", type=whole(1), default=5, help="epochs that are timed (default 5)")
     data.add_argument("--output", type=file_path, metavar="PATH", help="write the figures as JSON")
     data.set_defaults(run=bench_data)
 
@@ -61,11 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_common(sampling, "B, L, XL, H on a GPU, small on a CPU", "1,8,64 on a GPU, 1,8 on a CPU", "bf16-true")
     sampling.add_argument(
-        "--loops", type=numbers_from(1), metavar="1,2,4", help="by default powers of two up to the size's loop count"
+        "--loops", type=wholes(1), metavar="1,2,4", help="by default powers of two up to the size's loop count"
     )
-    sampling.add_argument("--steps", type=number_from(1), help="sampling steps (the paper's on a GPU, 2 on a CPU)")
+    sampling.add_argument("--steps", type=whole(1), help="sampling steps (the paper's on a GPU, 2 on a CPU)")
     sampling.add_argument(
-        "--guidance", type=number_between(0, 100), default=1.0, help="scale; other than 1 takes two branches"
+        "--guidance", type=between(0, 100), default=1.0, help="scale; other than 1 takes two branches"
     )
     sampling.set_defaults(run=bench_inference)
 
@@ -73,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         "train", help="training steps: ILSD, vanilla looping, unlooped models of equal depth", allow_abbrev=False
     )
     add_common(train, "wide on a GPU, small on a CPU", "8,32 on a GPU, 2,8 on a CPU", "bf16-mixed")
-    train.add_argument("--loops", type=numbers_from(1), metavar="1,4", help="L_max (default: the size's)")
-    train.add_argument("--num_layers", type=number_from(1), help="N (default: the size's)")
+    train.add_argument("--loops", type=wholes(1), metavar="1,4", help="L_max (default: the size's)")
+    train.add_argument("--num_layers", type=whole(1), help="N (default: the size's)")
     train.add_argument(
         "--activation_checkpointing",
         type=choices_from("no", "yes"),
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="no,yes",
         help="compute each loop again in the backward pass (default no)",
     )
+    train.add_argument("--recall", action="store_true", help="measure ILSD with recall, too")
     train.set_defaults(run=bench_train)
 
     report = kinds.add_parser("report", help="lay out the JSON files of a folder as figures.md", allow_abbrev=False)
@@ -92,56 +95,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_common(parser: argparse.ArgumentParser, scales: str, batch_sizes: str, precision: str) -> None:
     """Add what measuring networks has in common; the texts say what is left to the device."""
-    parser.add_argument(
-        "--scale", type=choices_from(*SHAPES), metavar="NAME,…", help=f"of {', '.join(SHAPES)} (default: {scales})"
-    )
-    parser.add_argument(
-        "--batch_sizes", type=numbers_from(1), metavar="1,8", help=f"samples at once (default {batch_sizes})"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--scale", type=choices_from(*SHAPES), metavar="NAME,…", help=f"of {', '.join(SHAPES)} (default: {scales})")
+    add("--batch_sizes", type=wholes(1), metavar="1,8", help=f"samples at once (default {batch_sizes})")
+    add(
         "--compile",
         type=choices_from("no", *get_args(CompileMode)),
         default=["no"],
         metavar="no,default",
         help="without and with torch.compile, by its modes (default no)",
     )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, metavar="NAME", help=f"({precision} on a GPU, 32-true on a CPU)"
-    )
-    parser.add_argument("--rounds", type=number_from(1), default=5, help="turns of every contender (default 5)")
-    parser.add_argument(
-        "--turn_seconds", type=number_between(1e-4, 60), default=0.2, help="of a turn at least (default 0.2)"
-    )
-    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
-    parser.add_argument("--output", type=file_path, metavar="PATH", help="add the figures to a JSON file")
-
-
-def number_between(low: float, high: float) -> Callable[[str], float]:
-    """Make a type of arguments that are numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return number
-
-    return parse
-
-
-def choices_from(*choices: str) -> Callable[[str], list[str]]:
-    """Make a type of arguments that are lists of some of ``choices``."""
-
-    def parse(text: str) -> list[str]:
-        parts = text.split(",")
-        for part in parts:
-            if part not in choices:
-                raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(choices)}")
-        return parts
-
-    return parse
+    add("--precision", choices=PRECISIONS, metavar="NAME", help=f"({precision} on a GPU, 32-true on a CPU)")
+    add("--rounds", type=whole(1), default=5, help="turns of every contender (default 5)")
+    add("--turn_seconds", type=between(1e-4, 60), default=0.2, help="of a turn at least (default 0.2)")
+    add_device_argument(parser)
+    add("--output", type=file_path, metavar="PATH", help="add the figures to a JSON file")
 
 
 def bench_inference(options: argparse.Namespace) -> None:
@@ -178,6 +146,7 @@ def bench_train(options: argparse.Namespace) -> None:
             batch_sizes=options.batch_sizes or ([8, 32] if on_gpu else [2, 8]),
             compile=options.compile,
             activation_checkpointing=[choice == "yes" for choice in options.activation_checkpointing],
+            recall=options.recall,
             precision=options.precision or ("bf16-mixed" if on_gpu else "32-true"),
             rounds=options.rounds,
             turn_seconds=options.turn_seconds,
@@ -223,29 +192,29 @@ def bench_data(options: argparse.Namespace) -> None:
     headings = ("what is read", "unit", "batch", "per second", "slowest to fastest", "batches/s")
     for heading in (*headings, "one GPU takes", "GPUs fed", "hours for all"):
         table.add_column(heading, justify="right")
-    counts = {"images": options.num_images, "videos": options.num_videos, "jpegs": options.num_jpegs}
-    readings: list[Reading] = []
-    for reading in measure(Settings(counts, options.num_workers, options.batch_size, options.repeats)):
-        readings.append(reading)
-        speeds, middle, needed = reading.per_second, median(reading.per_second), reading.needed_per_second
+    readings = []
+    for subject in SUBJECTS:
+        num_samples = getattr(options, f"num_{subject.counted}")
+        if not num_samples:
+            continue
+        row = subject.measure(num_samples, options.num_workers, options.batch_size, options.repeats)
+        readings.append(row)
+        speeds, needed = row[f"{subject.unit}_per_second"], row["needed_per_second"]
         table.add_row(
-            reading.codes,
-            reading.unit,
-            str(reading.batch_size),
-            f"{middle:,.0f}",
+            subject.codes,
+            subject.unit,
+            str(row["batch_size"]),
+            f"{row['median']:,.0f}",
             f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-            f"{middle / reading.batch_size:,.2f}",
-            "" if needed is None else f"{needed:,.0f}, {needed / reading.batch_size:,.2f} batches",
-            "" if reading.ratio is None else f"{reading.ratio:.1f}",
-            f"{reading.hours:.2g}",
+            f"{row['batches_per_second']:,.2f}",
+            "" if needed is None else f"{needed:,.0f}, {needed / row['batch_size']:,.2f} batches",
+            "" if needed is None else f"{row['ratio']:.1f}",
+            f"{row['hours']:.2g}",
         )
     Console(width=None if Console().is_terminal else 150).print(table)
     print("one GPU: an H100 or H200 at half its published 989 TFLOP/s in bf16, training scale L or 8N×4L on pictures,")
     print("6N×4L on clips or, at the most, the 3D-VQ tokenizer; hours for all: the published training set, once")
     if options.output is not None:
-        figures = {"readings": [reading.as_dict() for reading in readings]}
-        with written_aside(options.output) as aside:
-            aside.write_text(
-                json.dumps(describe_machine(torch.device("cpu"), options.command) | figures, indent=2) + "\n"
-            )
+        described = describe_machine(torch.device("cpu"), options.command)
+        write_json(options.output, described | {"readings": readings}, indent=2)
         print(options.output)

@@ -23,21 +23,18 @@ TOKENIZERS = {
 def add_arguments(parser: argparse.ArgumentParser, orientation: str) -> None:
     """Describe the command line of `elt encode images` and `imagenet`, which differ in the default orientation."""
     parser.set_defaults(run=encode_images)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--root",
         required=True,
         nargs="+",
         metavar="PATH",
         help="folder of pictures or of tars; or tars, 'x-{00..99}.tar', each of which stays one shard",
     )
-    parser.add_argument(
-        "--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of an ImageTokenizer"
-    )
-    parser.add_argument("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
-    parser.add_argument(
-        "--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)"
-    )
-    parser.add_argument(
+    add("--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of an ImageTokenizer")
+    add("--labels", metavar="FILE", help="the classes of a folder's pictures, where folders do not say")
+    add("--classes_from", metavar="DIR", help="take classes and their order from another encoded set (train, for val)")
+    add(
         "--orientation",
         choices=CROPS,
         default=orientation,
@@ -76,10 +73,6 @@ def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
 
 
 def read_classes(location: str) -> tuple[str, ...]:
-    """Read the classes of an encoded set, from its folder or its ``index.json``.
-
-    Raises:
-        UserError: there is no index.
-    """
+    """Read the classes of an encoded set, from its folder or its ``index.json`` (UserError: there is no index)."""
     folder = os.path.dirname(location) or "." if location.endswith(INDEX) else location
     return ShardIndex.read(folder).classes

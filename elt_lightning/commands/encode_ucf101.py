@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from elt_lightning.commands.arguments import device_of, number_from
+from elt_lightning.commands.arguments import device_of, whole
 from elt_lightning.commands.encoding import add_shared_arguments, build, encode_into_shards, find_class
 from elt_lightning.data.encode_clips import ClipEncoding, ClipSource, ClipTokenizer
 from elt_lightning.data.ucf101 import Split, list_videos, read_classes
@@ -21,20 +21,15 @@ TOKENIZERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line of `elt encode ucf101`."""
     parser.set_defaults(run=encode_ucf101)
-    parser.add_argument("--root", required=True, metavar="DIR", help="folder of <Class>/v_<Class>_gXX_cYY.avi")
-    parser.add_argument(
-        "--annotations", required=True, metavar="DIR", help="ucfTrainTestlist: classInd.txt, trainlist01.txt, …"
-    )
-    parser.add_argument(
-        "--split", default="1", choices=("1", "2", "3", "all"), help="which lists; all takes every video (default 1)"
-    )
-    parser.add_argument("--val", action="store_true", help="encode the videos of the split's testlist")
-    parser.add_argument("--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of another")
-    parser.add_argument("--num_frames", type=number_from(1), default=16, help="frames of a clip (default 16)")
-    parser.add_argument("--stride", type=number_from(1), default=1, help="frames from one to the next (default 1)")
-    parser.add_argument(
-        "--clips_per_video", type=number_from(1), default=1, help="at evenly spaced moments (default 1, the middle)"
-    )
+    add = parser.add_argument
+    add("--root", required=True, metavar="DIR", help="folder of <Class>/v_<Class>_gXX_cYY.avi")
+    add("--annotations", required=True, metavar="DIR", help="ucfTrainTestlist: classInd.txt, trainlist01.txt, …")
+    add("--split", default="1", choices=("1", "2", "3", "all"), help="which lists; all takes every video (default 1)")
+    add("--val", action="store_true", help="encode the videos of the split's testlist")
+    add("--tokenizer", required=True, help=f"{', '.join(TOKENIZERS)}, or the class path of another")
+    add("--num_frames", type=whole(1), default=16, help="frames of a clip (default 16)")
+    add("--stride", type=whole(1), default=1, help="frames from one to the next (default 1)")
+    add("--clips_per_video", type=whole(1), default=1, help="at evenly spaced moments (default 1, the middle)")
     add_shared_arguments(parser, "clip", size=128, samples_per_shard=2000, batch_size=16)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from elt_lightning.commands.arguments import SEEDS, add_machine_arguments, number_from
+from elt_lightning.commands.arguments import SEEDS, add_machine_arguments, between, whole
 from elt_lightning.data.crops import Crops
 from elt_lightning.data.encode import Encoding, ShardFolder
-from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import INDEX
 from elt_lightning.errors import UserError, printable
 from elt_lightning.training.meter import Meter
@@ -24,33 +23,24 @@ def add_shared_arguments(
     parser: argparse.ArgumentParser, thing: str, size: int, samples_per_shard: int, batch_size: int
 ) -> None:
     """Describe what every kind's command line has; ``thing`` is what one sample is called, the rest are defaults."""
-    parser.add_argument("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
-    parser.add_argument("--size", type=number_from(1), default=size, help=f"side of the centre crop (default {size})")
-    parser.add_argument("--mirrored", action="store_true", help=f"keep the codes of each {thing}'s mirror image too")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--tokenizer_path", metavar="PATH", help="the tokenizer's file or folder")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of the shards; goes on in it")
+    add("--size", type=whole(1), default=size, help=f"side of the centre crop (default {size})")
+    add("--mirrored", action="store_true", help=f"keep the codes of each {thing}'s mirror image too")
+    add(
         "--shard",
         type=share,
         default=(0, 1),
         metavar="I/N",
         help="do the I-th of N equal shares, I from 0 (default 0/1)",
     )
-    parser.add_argument(
-        "--samples_per_shard",
-        type=number_from(1),
-        default=samples_per_shard,
-        help=f"default {samples_per_shard}",
-    )
-    parser.add_argument(
-        "--batch_size", type=number_from(1), default=batch_size, help=f"{thing}s encoded at once (default {batch_size})"
-    )
+    add("--samples_per_shard", type=whole(1), default=samples_per_shard, help=f"default {samples_per_shard}")
+    add("--batch_size", type=whole(1), default=batch_size, help=f"{thing}s encoded at once (default {batch_size})")
     add_machine_arguments(parser)
-    parser.add_argument(
-        "--max_unreadable", type=fraction, default=0.01, help=f"share of {thing}s that may be unreadable (default 0.01)"
-    )
-    parser.add_argument(
-        "--seed", type=number_from(0, SEEDS), default=0, help="of the order of a folder's files (default 0)"
-    )
+    text = f"share of {thing}s that may be unreadable (default 0.01)"
+    add("--max_unreadable", type=between(0, 1), default=0.01, help=text)
+    add("--seed", type=whole(0, SEEDS), default=0, help="of the order of a folder's files (default 0)")
 
 
 def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: torch.device) -> None:
@@ -66,8 +56,10 @@ def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: 
     parts = [part for part in mine if folder.finished(part) is None]
     print(f"{options.output}: {source.num_parts} shards, {len(mine)} of them this process's, {len(parts)} still to do")
     crops = encoding.run(folder, parts, options.batch_size, options.num_workers, device, options.max_unreadable)
+    counts = [source.count(part) for part in parts]
+    total = None if None in counts else sum(count or 0 for count in counts)  # None where it would mean reading them
     with closing(crops):
-        summary = watch(crops, count_pictures(source, parts), encoding)
+        summary = watch(crops, total, encoding)
     index = encoding.write_index(folder, options.max_unreadable)
     if index is None:
         missing = sum(folder.finished(part) is None for part in range(source.num_parts))
@@ -78,12 +70,6 @@ def encode_into_shards(encoding: Encoding, options: argparse.Namespace, device: 
             f"{summary}; {options.output / INDEX} lists {index.num_samples} {encoding.thing}s{skipped}, "
             f"{len(index.classes)} classes, {len(index.shards)} shards"
         )
-
-
-def count_pictures(source: ImageSource, parts: list[int]) -> int | None:
-    """Count the work to do, None where that would mean reading it."""
-    counts = [source.count(part) for part in parts]
-    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> str:
@@ -113,11 +99,7 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
 
 
 def find_class(name: str, short_names: dict[str, str]) -> Any:
-    """Import what a short name or a class path means.
-
-    Raises:
-        UserError: there is no such thing.
-    """
+    """Import what a short name or a class path means (UserError: there is no such thing)."""
     module_name, _, class_name = short_names.get(name, name).rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), class_name)
@@ -146,14 +128,3 @@ def share(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N − 1, such as 0/4")
     return int(number), int(shares)
-
-
-def fraction(text: str) -> float:
-    """Parse a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value

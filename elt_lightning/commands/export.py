@@ -34,12 +34,11 @@ def run(name: str, arguments: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that was exported there")
+    add = parser.add_argument
+    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add("--overwrite", action="store_true", help="replace a model that was exported there")
     return parser
 
 

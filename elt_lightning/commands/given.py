@@ -34,15 +34,10 @@ class Given(NamedTuple):
 def read_given(
     path: Path, module: ELTModule, tokenizer: Tokenizer, frames: int | None, hole: Hole | None, stride: int = 1
 ) -> Given:
-    """Read a clip or a picture, and encode what is given of it.
+    """Read a clip or a picture, as the model's samples are, and encode what is given of it.
 
-    Args:
-        path: of a clip for a model of clips, of a picture for one of pictures.
-        module: on its device.
-        tokenizer: of its codes, on the same device.
-        frames: of the grid of tokens, which are given; or None.
-        hole: what is not given, in every frame; or None.
-        stride: frames of the file from one frame of the clip to the next.
+    Given are the first ``frames`` of the grid of tokens, and all but a ``hole`` in every frame; None for no such limit.
+    A clip takes every ``stride``-th frame of the file.
 
     Raises:
         UserError: the file cannot be read, or the given part does not lie in the grid.

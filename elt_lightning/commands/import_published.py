@@ -5,7 +5,7 @@ from pathlib import Path
 
 from elt_lightning.checkpoints.dit import read_dit
 from elt_lightning.checkpoints.pretrained import build_module
-from elt_lightning.commands.arguments import Parser, number_from
+from elt_lightning.commands.arguments import Parser, whole
 from elt_lightning.commands.export import check_free, describe, write_model
 
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("kind", choices=("dit", "sit"), help="facebookresearch/DiT or willisma/SiT")
     add("--file", required=True, type=Path, metavar="F", help="DiT-XL-2-256x256.pt, a checkpoint of their training, …")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
-    add("--num_heads", type=number_from(1), metavar="N", help="attention heads, for widths that were not published")
+    add("--num_heads", type=whole(1), metavar="N", help="attention heads, for widths that were not published")
     vae = "stabilityai/sd-vae-ft-ema"
     add("--vae", default=vae, metavar="PATH", help=f"autoencoder of the latents: a folder or name (default {vae})")
     add("--overwrite", action="store_true", help="replace a model that is there")

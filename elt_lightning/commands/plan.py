@@ -2,15 +2,16 @@
 
 import argparse
 import io
-import json
 import math
 import pydoc
 import tarfile
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from elt_lightning.commands.arguments import Parser, file_path, number_above_0, number_from
-from elt_lightning.commands.planning import Plan, Settings, make_plan
+from elt_lightning.commands.arguments import ABOVE_0, Parser, file_path, number, whole
+from elt_lightning.commands.planning import Settings, make_plan
 from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.train import (
     ELTCommandLine,
@@ -41,7 +42,7 @@ from elt_lightning.data.tensors import TensorDataModule
 from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import loops_to_measure
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json
 from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
@@ -49,11 +50,7 @@ WIDTH = 120
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Print the plan that the command line asks for.
-
-    Raises:
-        UserError: the command line, a config or a setting is wrong.
-    """
+    """Print the plan that the command line asks for (UserError: the command line, a config or a setting is wrong)."""
     quieten_libraries()
     options, settings = build_parser().parse_known_args(arguments)
     if options.json is not None and options.json.exists() and not options.overwrite:
@@ -64,12 +61,11 @@ def run(name: str, arguments: list[str]) -> None:
     except ValueError as error:
         raise UserError(explain(str(error))) from error
     if options.json is not None:
-        with written_aside(options.json) as aside:
-            aside.write_text(json.dumps(data.as_dict() | plan.as_dict(), indent=1) + "\n")
+        write_json(options.json, data.as_dict() | {"disk": data.disk()} | plan)
     table = Table.grid(padding=(0, 3))
-    for title, lines in report(plan, data, module).items():
-        for number, line in enumerate(lines):
-            table.add_row(Text("" if number else title, style="bold"), Text(line))  # a path may look like markup
+    for title, lines in groupby(report(plan, data, module), key=itemgetter(0)):
+        # a path may look like markup
+        table.add_row(Text(title, style="bold"), Text("\n".join(line for _, line in lines)))
     Console(width=None if Console().is_terminal else WIDTH).print(table, highlight=False)
 
 
@@ -77,13 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the flags that `elt fit` does not have; all others are those of `elt fit`."""
     epilog = "All further flags are those of elt fit, --config PATH first of all."
     parser = Parser(prog="elt plan", description=__doc__, epilog=epilog, allow_abbrev=False)
-    add, count = parser.add_argument, number_from(1)
+    add, count = parser.add_argument, whole(1)
     add("--devices", type=count, metavar="N", help="over all nodes; by default the config's, 1 for auto")
-    add("--device_memory", type=number_above_0(), default=79.0, help="GiB of a device (default 79: an H100 of 80 GB)")
+    add("--device_memory", type=ABOVE_0, default=79.0, help="GiB of a device (default 79: an H100 of 80 GB)")
     tera = "assumed peak of a device in 10^12 operations per second (default 989: H100 or H200, dense bfloat16)"
-    add("--tflops", type=number_above_0(), default=989.0, help=tera)
+    add("--tflops", type=ABOVE_0, default=989.0, help=tera)
     share = "assumed share of the peak, up to 1 (default 0.4)"
-    add("--utilisation", type=number_above_0(1.0), default=0.4, help=share)
+    add("--utilisation", type=number("number above 0 up to 1", lambda value: 0 < value <= 1), default=0.4, help=share)
     add("--num_samples", type=count, metavar="N", help="training samples; by default what the data say")
     add("--json", type=file_path, metavar="PATH", help="write all numbers to this file too")
     add("--overwrite", action="store_true", help="replace the file if it exists")
@@ -100,8 +96,7 @@ class PlanCommandLine(ELTCommandLine):
     _set_seed = _run_subcommand = _do_nothing
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """What is known of the data."""
 
     module: GenerativeDataModule  # says the shape of a sample and the number of classes
@@ -124,8 +119,7 @@ class Data:
     def as_dict(self) -> dict[str, Any]:
         """Return this as plain data."""
         said = {name: getattr(self.module, name) for name in ("num_classes", "input_shape", "codebook_size")}
-        counts = {name: getattr(self, name) for name in ("num_samples", "num_val", "assumed")}
-        return {"data": said | counts, "disk": self.disk()}
+        return {"data": said | {name: value for name, value in self._asdict().items() if name != "module"}}
 
 
 def bytes_in_shard(index: ShardIndex, copies: int) -> int:
@@ -137,11 +131,7 @@ def bytes_in_shard(index: ShardIndex, copies: int) -> int:
 
 
 def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str, Any], Data, ELTModule]:
-    """Read a config as `elt fit` would.
-
-    Args:
-        arguments: of `elt fit`.
-        num_samples: how many there are to train on, as the user says; None asks the data.
+    """Read a config as `elt fit` would, whose ``arguments`` these are.
 
     Returns:
         the resolved config, what is known of the data, and the module on the ``meta`` device.
@@ -179,9 +169,7 @@ def build(kind: type, section: dict[str, Any]) -> Any:
 def look_at_data(config: dict[str, Any], num_samples: int | None) -> Data:
     """Ask the data module of a config, or assume the published set where its shards are not there yet.
 
-    Args:
-        config: resolved.
-        num_samples: how many there are to train on, as the user says; None asks the data.
+    ``num_samples`` to train on, where the user says so, wins over what the data say.
 
     Raises:
         UserError: other data are missing, or settings are wrong.
@@ -222,8 +210,10 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
     Raises:
         UserError: the length of training is not set, or the batch does not split.
     """
-    trainer, measured = config["trainer"], config["loop_metrics"]
-    devices = options.devices or num_devices(trainer)
+    trainer, measured, checkpoint = config["trainer"], config["loop_metrics"], config["checkpoint"]
+    listed = trainer["devices"]
+    named = len(listed) if isinstance(listed, list) else int(listed) if str(listed).isdecimal() else 1
+    devices = options.devices or max(1, named) * trainer["num_nodes"]
     batch_size, per_epoch = data.module.batch_size, None
     if data.num_samples is not None:
         per_epoch = data.num_samples // batch_size
@@ -231,6 +221,11 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
             raise UserError(f"{data.num_samples} training samples are fewer than batch_size {batch_size}")
     steps = num_steps(trainer, per_epoch)
     num_validations = count_validations(trainer, steps, per_epoch)
+    if checkpoint["save_top_k"] >= 0:
+        num_checkpoints = checkpoint["save_top_k"] + (checkpoint["monitor"] is not None)
+    else:
+        every = checkpoint["every_n_train_steps"]
+        num_checkpoints = max(1, steps // every if every else num_validations)
     return Settings(
         precision=trainer["precision"],
         devices=devices,
@@ -243,31 +238,18 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
         loops=loops_to_measure(measured["loops"], module.max_loops),
         guidance=measured["guidance"],
-        num_checkpoints=num_checkpoints(config["checkpoint"], steps, num_validations),
+        num_checkpoints=num_checkpoints,
         tflops=options.tflops,
         utilisation=options.utilisation,
         device_memory=options.device_memory,
     )
 
 
-def num_devices(trainer: dict[str, Any]) -> int:
-    """Count the devices that the config names, over all nodes; those it leaves open count as one."""
-    devices = trainer["devices"]
-    if isinstance(devices, list):
-        devices = len(devices)
-    named = int(devices) if str(devices).isdecimal() else 1
-    return max(1, named) * trainer["num_nodes"]
-
-
 def num_steps(trainer: dict[str, Any], steps_per_epoch: int | None) -> int:
-    """Count the optimiser steps until ``max_steps`` or ``max_epochs``, whichever ends first.
-
-    Args:
-        trainer: the section of the config.
-        steps_per_epoch: whole batches of an epoch, None if not known.
+    """Count the optimiser steps until ``max_steps`` or ``max_epochs`` of the trainer, whichever ends first.
 
     Raises:
-        UserError: neither is set, or how many samples an epoch has is not known.
+        UserError: neither is set, or how many whole batches an epoch has is not known (None).
     """
     limits, epochs = [trainer["max_steps"]] if trainer["max_steps"] >= 0 else [], trainer["max_epochs"]
     if epochs not in (None, -1):
@@ -282,10 +264,7 @@ def num_steps(trainer: dict[str, Any], steps_per_epoch: int | None) -> int:
 def count_validations(trainer: dict[str, Any], steps: int, steps_per_epoch: int | None) -> int:
     """Count how often training validates; intervals in hours, and epochs of unknown length, count as never.
 
-    Args:
-        trainer: the section of the config; its ``val_check_interval`` is in optimiser steps, or a share of an epoch.
-        steps: optimiser steps.
-        steps_per_epoch: whole batches of an epoch, None if not known.
+    ``val_check_interval`` of the ``trainer`` section is in optimiser steps, or a share of an epoch.
     """
     interval, every = trainer["val_check_interval"], trainer["check_val_every_n_epoch"]
     interval = 1.0 if interval is None else interval
@@ -299,90 +278,62 @@ def count_validations(trainer: dict[str, Any], steps: int, steps_per_epoch: int 
     return steps // steps_per_epoch // every * (steps_per_epoch // step)
 
 
-def num_checkpoints(checkpoint: dict[str, Any], steps: int, num_validations: int) -> int:
-    """Count the checkpoints that are kept at the end."""
-    if checkpoint["save_top_k"] >= 0:
-        return checkpoint["save_top_k"] + (checkpoint["monitor"] is not None)
-    every = checkpoint["every_n_train_steps"]
-    return max(1, steps // every if every else num_validations)
-
-
-def report(plan: Plan, data: Data, module: ELTModule) -> dict[str, list[str]]:
-    """Write what a plan says as lines, by title, each figure with the arithmetic that leads to it."""
-    settings, sampler, datamodule = plan.settings, module.sampler, data.module
+def report(plan: dict[str, Any], data: Data, module: ELTModule) -> Iterator[tuple[str, str]]:
+    """Write what a plan says as lines below titles, each figure with the arithmetic that leads to it."""
+    settings, sampler, datamodule = SimpleNamespace(**plan["settings"]), module.sampler, data.module
     shape, codes = "×".join(map(str, datamodule.input_shape)), datamodule.codebook_size
     what = f"latents {shape}" if codes is None else f"{shape} tokens of {codes:,} codes"
     count = "an unknown number of" if data.num_samples is None else f"{data.num_samples:,}"
     val = f", {data.num_val:,} held out" if data.num_val else ""
-    passes = settings.batch_size // settings.devices // settings.micro_batch_size
+    if data.assumed:
+        yield "data", f"assumed, as {data.assumed}"
+    yield "data", f"{count} training samples{val}; {datamodule.num_classes:,} classes; {what}"
+    backbone, whole = in_units(plan["parameters_backbone"]), in_units(plan["parameters"])
+    yield "parameters", f"{backbone} in the shared backbone, {whole} in all"
+    for loops, macs in plan["forward_macs"].items():
+        drawing = in_units(plan["sample_macs"][loops])
+        yield "MACs", f"L = {loops}: a pass {in_units(macs)}, drawing a sample {drawing}"
+    calls = len(sampler.network_calls(module.max_loops))
+    yield "MACs", f"a sample takes {calls:,} passes: {sampler.steps:,} steps, guidance {sampler.guidance.scale:g}"
+    each, samples = settings.micro_batch_size, settings.devices * settings.micro_batch_size
+    split = f"{settings.devices:,} × {settings.batch_size // samples:,} × {each:,} samples"
+    split += " (devices × passes of each × samples of a pass)"
+    yield "steps", f"{settings.steps:,} optimiser steps of {settings.batch_size:,} = {split}"
+
     recomputes = module.network.backbone.activation_checkpointing
-
-    def memory(name: str, is_config: bool, total: int, per_sample: int, largest: int) -> str:
-        return (
-            f"{name}{' (this config)' * is_config}: {in_gib(total)}, of which {settings.micro_batch_size:,} samples × "
-            f"{per_sample / 2**20:,.2f} MiB; {settings.device_memory:g} GiB hold {largest:,} samples of a pass"
-        )
-
-    disk = {name: in_units(amount, "B") for name, amount in data.disk().items()}
-    encoded = (
-        "{training_codes} of codes; {training_shards} in shards, {training_shards_mirrored} with --mirrored; held-out "
-        "shards {val_shards}"
+    for name, is_config, key, kept in (
+        ("all kept", not recomputes, "", plan["kept"]["per_sample"]),
+        ("activation_checkpointing", recomputes, "_recomputing", plan["kept"]["recomputing"]),
+    ):
+        total, largest = in_gib(plan[f"memory{key}"]), plan[f"largest_batch{key}"]
+        of_which = f"of which {each:,} samples × {kept / 2**20:,.2f} MiB"
+        holds = f"{settings.device_memory:g} GiB hold {largest:,} samples of a pass"
+        yield "memory", f"{name}{' (this config)' * is_config}: {total}, {of_which}; {holds}"
+    resident = ", ".join(f"{name} {in_gib(size)}" for name, size in plan["resident"].items() if size)
+    yield "memory", f"whatever the batch: {resident}"
+    yield (
+        "memory",
+        "on top come what an operation needs for a moment, the CUDA context, gaps: see train/peak_memory_gib",
     )
-    kept, images, test = settings.num_checkpoints, settings.steps * settings.batch_size, plan.test_hours
-    scales = f" at each guidance of {settings.guidance}" if settings.guidance else ""
-    return {
-        "data": [
-            *([f"assumed, as {data.assumed}"] if data.assumed else []),
-            f"{count} training samples{val}; {datamodule.num_classes:,} classes; {what}",
-        ],
-        "parameters": [
-            f"{in_units(plan.parameters_backbone)} in the shared backbone, {in_units(plan.parameters)} in all"
-        ],
-        "MACs": [
-            *(
-                f"L = {loops}: a pass {in_units(macs)}, drawing a sample {in_units(plan.sample_macs[loops])}"
-                for loops, macs in plan.forward_macs.items()
-            ),
-            f"a sample takes {len(sampler.network_calls(module.max_loops)):,} passes: {sampler.steps:,} steps, "
-            f"guidance {sampler.guidance.scale:g}",
-        ],
-        "steps": [
-            f"{settings.steps:,} optimiser steps of {settings.batch_size:,} = {settings.devices:,} × {passes:,} × "
-            f"{settings.micro_batch_size:,} samples (devices × passes of each × samples of a pass)"
-        ],
-        "memory": [
-            memory("all kept", not recomputes, plan.memory, plan.kept.per_sample, plan.largest_batch),
-            memory(
-                "activation_checkpointing",
-                recomputes,
-                plan.memory_recomputing,
-                plan.kept.recomputing,
-                plan.largest_batch_recomputing,
-            ),
-            "whatever the batch: "
-            + ", ".join(f"{name} {in_gib(size)}" for name, size in plan.resident.items() if size),
-            "on top come what an operation needs for a moment, the CUDA context, gaps: see train/peak_memory_gib",
-        ],
-        "disk": [
-            *([encoded.format(**disk)] if disk else []),
-            f"a checkpoint {in_units(plan.checkpoint_bytes, 'B')}; {kept:,} kept, and room to write the next: "
-            f"{in_units((kept + 1) * plan.checkpoint_bytes, 'B')}",
-        ],
-        "training": [
-            f"an image {in_units(plan.image_macs, 'MAC')}: forward at L = {module.max_loops} with the students' heads, "
-            f"backward twice that{', and every loop computed again' * recomputes}",
-            f"× 2 operations × {images:,} images = {in_units(2 * plan.image_macs * images, 'FLOP')}",
-            f"/ ({settings.tflops:g} TFLOP/s × {settings.utilisation:g}) = {in_hours(plan.training_hours)}: peak and "
-            f"utilisation are assumptions; on {settings.devices:,} devices "
-            f"{in_hours(plan.training_hours / settings.devices, 'hours')}",
-            f"beside it {settings.num_validations:,} validations: {in_hours(plan.validation_hours)}",
-        ],
-        "elt test": [
-            f"{settings.num_test_samples:,} samples{scales} at L = {', '.join(map(str, test))}: "
-            f"{' + '.join(f'{hours:.3g}' for hours in test.values())} = {in_hours(sum(test.values()))}, without the "
-            "tokenizer and the metrics' networks"
-        ],
-    }
+    if disk := {name: in_units(amount, "B") for name, amount in data.disk().items()}:
+        shards = f"{disk['training_shards']} in shards, {disk['training_shards_mirrored']} with --mirrored"
+        yield "disk", f"{disk['training_codes']} of codes; {shards}; held-out shards {disk['val_shards']}"
+    one, kept = plan["checkpoint_bytes"], settings.num_checkpoints
+    room = in_units((kept + 1) * one, "B")
+    yield "disk", f"a checkpoint {in_units(one, 'B')}; {kept:,} kept, and room to write the next: {room}"
+
+    macs, images, hours = plan["image_macs"], settings.steps * settings.batch_size, plan["training_hours"]
+    passes = f"forward at L = {module.max_loops} with the students' heads, backward twice that"
+    yield "training", f"an image {in_units(macs, 'MAC')}: {passes}{', and every loop computed again' * recomputes}"
+    yield "training", f"× 2 operations × {images:,} images = {in_units(2 * macs * images, 'FLOP')}"
+    speed = f"({settings.tflops:g} TFLOP/s × {settings.utilisation:g})"
+    on_all = f"on {settings.devices:,} devices {in_hours(hours / settings.devices, 'hours')}"
+    yield "training", f"/ {speed} = {in_hours(hours)}: peak and utilisation are assumptions; {on_all}"
+    yield "training", f"beside it {settings.num_validations:,} validations: {in_hours(plan['validation_hours'])}"
+    test, scales = plan["test_hours"], f" at each guidance of {settings.guidance}" if settings.guidance else ""
+    swept = f"{settings.num_test_samples:,} samples{scales} at L = {', '.join(map(str, test))}"
+    sums = f"{' + '.join(f'{each:.3g}' for each in test.values())} = {in_hours(sum(test.values()))}"
+    yield "elt test", f"{swept}: {sums}, without the tokenizer and the metrics' networks"
 
 
 def in_units(amount: float, unit: str = "") -> str:

@@ -5,7 +5,6 @@ Nothing here needs data, weights or a GPU. Bytes are exact for what they name; h
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import Any
@@ -62,11 +61,7 @@ def rehearse_at(module: ELTModule, types: Types, loops: int, exits: Sequence[int
     than a GPU, it is brought to what a GPU does: fused attention keeps no attention matrix, with dropout neither;
     dropout keeps a mask of bytes; autocast computes layer norms in float32.
 
-    Args:
-        module: best on the ``meta`` device; it is not changed.
-        types: of the training's precision.
-        loops: of the teacher.
-        exits: of the students.
+    ``loops`` are the teacher's and ``exits`` the students'; the module, best on the ``meta`` device, is not changed.
     """
     module = copy.deepcopy(module)
     module.distillation.max_loops = loops
@@ -93,23 +88,19 @@ def rehearse_at(module: ELTModule, types: Types, loops: int, exits: Sequence[int
 
     network.backbone.layers.register_forward_pre_hook(keep_beginning)
 
+    def keep(tensor: Tensor) -> Tensor:
+        if _address(tensor) not in weights:
+            kept[_address(tensor)] = tensor.untyped_storage()
+        return tensor
+
     def kept_bytes(num_samples: int, recompute: bool) -> int:
-
-        def keep(tensor: Tensor) -> Tensor:
-            if _address(tensor) not in weights:
-                kept[_address(tensor)] = tensor.untyped_storage()
-            return tensor
-
         kept.clear()
         states.clear()
         network.backbone.activation_checkpointing = recompute
         dtype = torch.float32 if module.codebook_size is None else torch.int64
-        with ExitStack() as stack:
-            stack.enter_context(without_contents)
+        with without_contents, types.context("cpu"), saved_tensors_hooks(keep, lambda tensor: tensor):
             index = torch.arange(num_samples)
             batch = Batch(torch.zeros(num_samples, *network.sample_shape, dtype=dtype), torch.zeros_like(index), index)
-            stack.enter_context(types.context("cpu"))
-            stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
             module.loss(batch, step=0, progress=0.5)
             for state in states if recompute else ():  # which the function that recomputes a loop keeps, unseen
                 keep(state)
@@ -152,41 +143,12 @@ class Settings:
     device_memory: float  # GiB of a device
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a training needs.
+def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
+    """Work out what a training needs, as plain data, of a module that is best built on the ``meta`` device.
 
-    On top of ``memory`` come temporary buffers of single operations, the CUDA context and gaps between allocations.
-    """
-
-    settings: Settings  # it was worked out for
-    parameters_backbone: int  # of the shared backbone, which the paper's tables report
-    parameters: int  # of the whole network
-    forward_macs: dict[int, int]  # {loops: of one pass of one sample}
-    sample_macs: dict[int, int]  # {loops: of drawing one sample}
-    image_macs: int  # of one training image: forward, backward (twice as much), loops that are computed again
-    resident: dict[str, int]  # {what: bytes on a device whatever the batch}
-    kept: Kept  # what a step keeps of a sample
-    memory: int  # bytes on one device at the end of a pass's forward half, where most is held
-    memory_recomputing: int  # the same with ``activation_checkpointing``
-    largest_batch: int  # samples of a pass that ``device_memory`` holds, 0 for none
-    largest_batch_recomputing: int  # the same with ``activation_checkpointing``
-    checkpoint_bytes: int  # of one checkpoint: raw weights, the optimiser's state, averaged weights
-    training_hours: float  # GPU-hours of all steps
-    validation_hours: float  # GPU-hours of all validations
-    test_hours: dict[int, float]  # {loops: GPU-hours of `elt test`}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return asdict(self)
-
-
-def make_plan(module: ELTModule, settings: Settings) -> Plan:
-    """Work out what a training needs.
-
-    Args:
-        module: best built on the ``meta`` device, where it takes no memory.
-        settings: how it is trained and measured.
+    On top of ``memory``, bytes on one device at the end of a pass's forward half, where most is held, come temporary
+    buffers of single operations, the CUDA context and gaps between allocations. Keys that end in ``recomputing`` are
+    the same with ``activation_checkpointing``; MACs, hours and samples by loops are {loops: amount}.
 
     Raises:
         UserError: the precision is not known here.
@@ -195,13 +157,12 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     if types is None:
         known = ", ".join(name for name in PRECISIONS if "-" in name)
         raise UserError(f"elt plan knows the precisions {known}, not {settings.precision}")
-    network = module.network
+    network, kept = module.network, rehearse(module, types)
     backbone, parameters = module.num_parameters()
     weights = parameters * types.weights.itemsize
     average = parameters * torch.promote_types(types.weights, torch.float32).itemsize
     state = round(weights * optimizer_bytes_per_byte(module, types.weights))
-    kept = rehearse(module, types)
-    resident = {
+    resident = {  # bytes on a device whatever the batch
         "weights": weights,
         "gradients": weights,
         "gradients again, to exchange them (DDP)": weights if settings.devices > 1 else 0,
@@ -209,11 +170,12 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
         "averaged weights": average,
         f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
     }
-    fixed, available = sum(resident.values()), round(settings.device_memory * 2**30)
+    fixed = sum(resident.values())
+    room = max(0, round(settings.device_memory * 2**30) - fixed)
 
     loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
     again = (network.macs(2) - network.macs(1)) * loops if network.backbone.activation_checkpointing else 0
-    image = 3 * network.macs(loops, exits) + again
+    image = 3 * network.macs(loops, exits) + again  # forward, backward (twice as much), loops computed again
     sample = {count: module.macs_per_sample(count) for count in settings.loops}
     val = settings.num_val * network.macs(max(settings.loops), settings.loops)
     validation = settings.num_validation_samples * sum(sample.values()) + val
@@ -222,27 +184,27 @@ def make_plan(module: ELTModule, settings: Settings) -> Plan:
     def hours(macs: int) -> float:
         return 2 * macs / (settings.tflops * 1e12 * settings.utilisation) / 3600
 
-    return Plan(
-        settings=settings,
-        parameters_backbone=backbone,
-        parameters=parameters,
-        forward_macs={count: network.macs(count) for count in settings.loops},
-        sample_macs=sample,
-        image_macs=image,
-        resident=resident,
-        kept=kept,
-        memory=fixed + settings.micro_batch_size * kept.per_sample,
-        memory_recomputing=fixed + settings.micro_batch_size * kept.recomputing,
-        largest_batch=max(0, available - fixed) // kept.per_sample,
-        largest_batch_recomputing=max(0, available - fixed) // kept.recomputing,
-        checkpoint_bytes=weights + average + state,
-        training_hours=hours(image * settings.steps * settings.batch_size),
-        validation_hours=hours(validation * settings.num_validations),
-        test_hours={
+    return {
+        "settings": asdict(settings),
+        "parameters_backbone": backbone,  # which the paper's tables report
+        "parameters": parameters,
+        "forward_macs": {count: network.macs(count) for count in settings.loops},  # of one pass of one sample
+        "sample_macs": sample,
+        "image_macs": image,  # of a training image
+        "resident": resident,
+        "kept": asdict(kept),
+        "memory": fixed + settings.micro_batch_size * kept.per_sample,
+        "memory_recomputing": fixed + settings.micro_batch_size * kept.recomputing,
+        "largest_batch": room // kept.per_sample,  # samples of a pass that ``device_memory`` holds
+        "largest_batch_recomputing": room // kept.recomputing,
+        "checkpoint_bytes": weights + average + state,
+        "training_hours": hours(image * settings.steps * settings.batch_size),  # GPU-hours, as the next two
+        "validation_hours": hours(validation * settings.num_validations),
+        "test_hours": {
             count: hours(settings.num_test_samples * sum(module.macs_per_sample(count, each) for each in samplers))
             for count in settings.loops
         },
-    )
+    }
 
 
 def optimizer_bytes_per_byte(module: ELTModule, dtype: torch.dtype) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import found
-from elt_lightning.commands.arguments import SEEDS, Parser, device_of, finite_from_0, number_from, numbers_from
+from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
@@ -95,7 +95,7 @@ def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
 
 def hole(text: str) -> Hole:
     """Parse top, left, bottom and right."""
-    numbers = numbers_from(0)(text)
+    numbers = wholes(0)(text)
     if len(numbers) != 4:
         raise argparse.ArgumentTypeError(f"{text!r} is not top, left, bottom and right, such as 2,2,6,6")
     top, left, bottom, right = numbers
@@ -105,38 +105,31 @@ def hole(text: str) -> Hole:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
-    parser.add_argument("--classes", type=numbers_from(0), metavar="3,7", help="classes, taken in turn; all by default")
-    parser.add_argument("--num", type=number_from(1, 10**5), default=8, help="samples in a row (default 8)")
-    parser.add_argument(
-        "--loops", type=numbers_from(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training"
-    )
-    parser.add_argument("--guidance", type=finite_from_0, help="guidance scale; by default the model's")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
+    add("--classes", type=wholes(0), metavar="3,7", help="classes, taken in turn; all by default")
+    add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
+    add("--loops", type=wholes(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training")
+    add("--guidance", type=FINITE_FROM_0, help="guidance scale; by default the model's")
+    add(
         "--carry_state",
         choices=("true", "false"),
         help="begin each step's loop where the last one stopped; by default where the model has recall",
     )
-    parser.add_argument("--steps", type=number_from(1, 10**6), help="sampling steps; by default the model's")
-    parser.add_argument("--seed", type=number_from(0, SEEDS), default=0, help="decides every sample (default 0)")
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones"
-    )
-    parser.add_argument("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")
-    parser.add_argument(
-        "--given_frames", type=number_from(1), metavar="K", help="given are its first K frames of the token grid"
-    )
-    parser.add_argument("--given_stride", type=number_from(1), default=1, help="frames of FILE from one to the next")
-    parser.add_argument(
-        "--hole", type=hole, metavar="2,2,6,6", help="not given are these top, left, bottom, right cells of the grid"
-    )
-    parser.add_argument("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
-    parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")
-    parser.add_argument(
+    add("--steps", type=whole(1, 10**6), help="sampling steps; by default the model's")
+    add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")
+    add("--given_frames", type=whole(1), metavar="K", help="given are its first K frames of the token grid")
+    add("--given_stride", type=whole(1), default=1, help="frames of FILE from one to the next")
+    add("--hole", type=hole, metavar="2,2,6,6", help="not given are these top, left, bottom, right cells of the grid")
+    add("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
+    add_device_argument(parser)
+    add(
         "--output",
         type=Path,
         default=Path("grid.png"),
         help="picture to write (default grid.png); of clips .gif and .mp4 too",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
+    add("--overwrite", action="store_true", help="replace the picture if it exists")
     return parser

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from elt_lightning.commands.arguments import Parser, add_machine_arguments, device_of, number_from
+from elt_lightning.commands.arguments import Parser, add_machine_arguments, device_of, whole
 from elt_lightning.data.crops import CROPS
 from elt_lightning.data.images import batches
 from elt_lightning.data.shards import ShardIndex
@@ -40,20 +40,19 @@ def run(name: str, arguments: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt stats", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--images", required=True, metavar="PATH", help="folder of images or of tars, or one tar")
-    parser.add_argument(
-        "--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}, or download"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="the .npz file to write")
+    add = parser.add_argument
+    add("--images", required=True, metavar="PATH", help="folder of images or of tars, or one tar")
+    add("--inception_path", required=True, metavar="PATH", help=f"weights, published at {WEIGHTS_URL}, or download")
+    add("--output", required=True, type=Path, metavar="PATH", help="the .npz file to write")
     prepared = parser.add_mutually_exclusive_group(required=True)
     prepared.add_argument("--like", metavar="DIR", help="shards that a model is trained on: prepare images like them")
-    prepared.add_argument("--size", type=number_from(1), help="side of the centre crop, that of the samples")
-    parser.add_argument(
+    prepared.add_argument("--size", type=whole(1), help="side of the centre crop, that of the samples")
+    add(
         "--orientation",
         choices=CROPS,
         help="with --size: upright, as cameras' tags say, or as pixels are stored (default stored)",
     )
-    parser.add_argument("--batch_size", type=number_from(1), default=64, help="images read at once (default 64)")
+    add("--batch_size", type=whole(1), default=64, help="images read at once (default 64)")
     add_machine_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
     return parser

@@ -35,7 +35,7 @@ from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
-from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.files import next_numbered, write_text
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
@@ -66,6 +66,7 @@ TEST_FLAGS = EVALUATION_FLAGS | {
     "--save_samples": "--loop_metrics.save_samples",
     "--reconstruction": "--loop_metrics.reconstruction",
     "--nearest": "--loop_metrics.nearest",
+    "--diversity": "--loop_metrics.diversity",
     "--carry_state": "--loop_metrics.carry_state",
 }
 PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
@@ -79,7 +80,7 @@ SHORT_FLAGS = {
 }
 """Short names for the settings that a command is mostly called with."""
 
-SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest")
+SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_metrics.diversity")
 """Settings that a bare flag turns on."""
 
 LIMITS = {
@@ -98,11 +99,7 @@ LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carr
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run one of the trainer's commands.
-
-    Raises:
-        UserError: the command line, the config or a file is wrong.
-    """
+    """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
         print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
@@ -289,11 +286,7 @@ class RunCommandLine(LightningCLI):
         config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Build data module, model and trainer.
-
-        Raises:
-            UserError: a class refused its settings.
-        """
+        """Build data module, model and trainer (UserError: a class refused its settings)."""
         try:
             super().instantiate_classes()
             check_strategy(self.trainer.strategy, self.model, self.config[self.subcommand].ckpt_path)
@@ -333,7 +326,7 @@ class RunCommandLine(LightningCLI):
         cache_weight_casts(trainer)
         checkpoint = self.config[self.subcommand].ckpt_path
         if checkpoint is not None and is_exported(checkpoint):
-            trainer.strategy.load_checkpoint = read_as_checkpoint  # type: ignore[method-assign]
+            trainer.strategy.load_checkpoint = read_as_checkpoint  # type: ignore[method-assign, assignment]
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
@@ -358,8 +351,7 @@ class RunCommandLine(LightningCLI):
         path = self.run_dir / "config.yaml"
         if path.exists():
             path = next_numbered(self.run_dir, f"config_{self.subcommand}").with_suffix(".yaml")
-        with written_aside(path) as aside:
-            aside.write_text(yaml.safe_dump(self.resolved_config(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.resolved_config(), sort_keys=False))
         print(f"{self.subcommand}: {self.run_dir}", flush=True)
         if self.subcommand == "fit":
             print(sizes(self.model), flush=True)

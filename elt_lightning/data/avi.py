@@ -20,10 +20,9 @@ class BrokenClipError(Exception):
 
 
 def indexed_frames(path: str | Path) -> int | None:
-    """Count the frames that an AVI's index lists. Empty chunks, which stand for frames left out, are not counted.
+    """Count the frames that an AVI's index lists; None where the file is no AVI, or has no index.
 
-    Returns:
-        the count; None where the file is no AVI, or has no index.
+    Empty chunks, which stand for frames left out, are not counted.
 
     Raises:
         BrokenClipError: the file ends before the chunks that it announces, or is missing.

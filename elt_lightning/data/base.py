@@ -37,12 +37,9 @@ class Request(NamedTuple):
 
 
 class Requests(Dataset[Request]):
-    """Samples 0 … n − 1, indexed by a whole batch of numbers at once.
+    """Samples 0 … n − 1, indexed by a whole batch of numbers at once, as a data module's ``request`` asks for them.
 
-    Args:
-        num_samples: n.
-        request: of a data module: the labels of the samples with these numbers (B,), and what is given of them.
-        loops: at which they are drawn; None for the model's L_max.
+    They are drawn at ``loops``, None for the model's L_max.
     """
 
     def __init__(self, num_samples: int, request: Callable[[Tensor], Request], loops: int | None = None) -> None:
@@ -129,14 +126,7 @@ class TrainingOrder(Sampler[Tensor]):
 
 
 class HeldOutOrder(Sampler[Tensor]):
-    """This rank's share of samples 0 … n − 1 in order, every one once over all ranks.
-
-    Args:
-        num_samples: n.
-        batch_size: samples at once on this rank; the last batch may be smaller.
-        rank: this process.
-        world_size: number of processes.
-    """
+    """A rank's share of samples 0 … n − 1 in order, every one once over all ranks; the last batch may be smaller."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.mine, self.batch_size = range(rank, num_samples, world_size), batch_size
@@ -258,11 +248,7 @@ class BatchedDataModule(LightningDataModule):
         )
 
     def val_order(self, num_samples: int) -> HeldOutOrder:
-        """Return the order of a set that losses are measured on.
-
-        Raises:
-            UserError: there are fewer samples than devices.
-        """
+        """Return the order of a set that losses are measured on (UserError: there are fewer samples than devices)."""
         assert self.trainer is not None
         micro_batch_size = self.val_batch_size(num_samples, self.trainer.world_size)
         return HeldOutOrder(num_samples, micro_batch_size, self.trainer.global_rank, self.trainer.world_size)

@@ -73,12 +73,7 @@ class Reading(NamedTuple):
 
 
 class ClipDataset(Dataset[Reading], ABC):
-    """Clips 0 … n − 1 of videos, indexed by a whole request at once.
-
-    Args:
-        videos: what clips are cut out of.
-        shape: of the clips.
-    """
+    """Clips 0 … n − 1, of a shape, cut out of videos; indexed by a whole request at once."""
 
     def __init__(self, videos: Sequence[Video], shape: ClipShape) -> None:
         self.videos, self.shape = videos, shape
@@ -114,13 +109,7 @@ class TrainingClips(ClipDataset):
     """A clip of each video, of another moment in every epoch: a function of (seed, epoch, place).
 
     A video that cannot be read, or is too short, is replaced by another, drawn in the same way; label and index are
-    then that other video's.
-
-    Args:
-        videos: what clips are cut out of.
-        shape: of the clips.
-        mirrored: whether every second clip, on average, is mirrored.
-        seed: of what is drawn.
+    then that other video's. ``mirrored`` mirrors every second clip, on average.
     """
 
     def __init__(self, videos: Sequence[Video], shape: ClipShape, mirrored: bool = False, seed: int = 0) -> None:
@@ -152,11 +141,6 @@ class FixedClips(ClipDataset):
     """The same clips of each video in every run, see :func:`fixed_start`; what cannot be read is left out.
 
     Clip i is of video i // ``clips_per_video``.
-
-    Args:
-        videos: what clips are cut out of.
-        shape: of the clips.
-        clips_per_video: how many of each.
     """
 
     def __init__(self, videos: Sequence[Video], shape: ClipShape, clips_per_video: int = 1) -> None:
@@ -178,13 +162,9 @@ class FixedClips(ClipDataset):
 
 
 class ClipLoader(Loader[Any]):
-    """Gives batches of clips; names each broken video once in the log, and stops when there are too many.
+    """Gives batches of clips, read by ``num_workers`` processes, 0 for this one.
 
-    Args:
-        dataset: what to read.
-        order: of its clips.
-        num_workers: processes that read; 0 reads in this one.
-        max_broken: share of the videos that may be broken.
+    Names each broken video once in the log, and stops when they are more than a share of ``max_broken``.
     """
 
     def __init__(

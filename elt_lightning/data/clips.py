@@ -53,11 +53,7 @@ class ClipShape:
         return starts
 
     def read(self, path: str | Path, start: int) -> Tensor:
-        """Read the clip (3, F, S, S) uint8 that begins at frame ``start``.
-
-        Raises:
-            BrokenClipError: it cannot be read.
-        """
+        """Read the clip (3, F, S, S) uint8 that begins at frame ``start`` (BrokenClipError: it cannot be read)."""
         return resize_and_crop(read_clip(path, start, self.num_frames, self.stride), self.size)
 
 
@@ -65,13 +61,7 @@ def resize_and_crop(frames: Tensor, size: int) -> Tensor:
     """Resize frames until their short side is ``size``, and keep the middle of the long side.
 
     Bilinear with antialiasing (torch's ``interpolate``), on bytes: on floats it gives the same to within one level.
-
-    Args:
-        frames: (F, H, W, 3) uint8.
-        size: S.
-
-    Returns:
-        (3, F, S, S) uint8.
+    (F, H, W, 3) uint8 become (3, F, S, S) uint8.
     """
     pixels = frames.permute(0, 3, 1, 2)
     height, width = pixels.shape[2:]

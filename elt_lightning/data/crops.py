@@ -78,14 +78,10 @@ def begins_as_picture(file: IO[bytes]) -> bool:
 
 
 def decode_picture(content: bytes, upright: bool = False) -> Image.Image:
-    """Decode a picture to RGB, as ADM does (guided-diffusion/image_datasets.py).
+    """Decode a picture's file to RGB, as ADM does (guided-diffusion/image_datasets.py).
 
     Grey, palette and CMYK pictures are converted, transparency becomes white, 16 bits are cut to the upper 8, an
-    animation to its first frame.
-
-    Args:
-        content: of the file.
-        upright: turn it as the camera's orientation tag says; otherwise pixels stay as they are stored.
+    animation to its first frame. Pixels stay as they are stored, or are turned upright by the camera's orientation tag.
 
     Raises:
         Exception: whatever Pillow raises for a picture that is damaged, cut short, of another format or huge; or its
@@ -115,14 +111,7 @@ def adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """Scale and cut a picture as the ImageNet reference batches were made (ADM; DiT, SiT and MaskGIT's heirs follow).
 
     It is halved with a box filter while its short side is at least twice ``size``, then resized bicubically until the
-    short side is ``size``, and the middle of the long side is kept.
-
-    Args:
-        image: RGB, any size.
-        size: of the result, in pixels.
-
-    Returns:
-        (size, size, 3) uint8.
+    short side is ``size``, and the middle of the long side is kept: (size, size, 3) uint8.
 
     Raises:
         ValueError: the picture is so elongated that resizing it would fill the memory.
@@ -160,13 +149,9 @@ class Crops(NamedTuple):
 
 
 def crop_all(requests: Iterable[Request], size: int, num_workers: int, crop: str = CROP) -> Iterator[Crops]:
-    """Decode and crop, in the order of the requests; they are taken as they are needed.
+    """Decode and crop to ``size`` pixels a side, in the order of the requests; they are taken as they are needed.
 
-    Args:
-        requests: what to decode.
-        size: height and width of the crops, in pixels.
-        num_workers: processes that decode; 0 decodes in this one.
-        crop: :data:`CROP` or :data:`UPRIGHT_CROP`.
+    ``num_workers`` processes decode, 0 for this one; ``crop`` is :data:`CROP` or :data:`UPRIGHT_CROP`.
     """
     yield from Loader(
         _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged

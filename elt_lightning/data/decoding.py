@@ -32,11 +32,7 @@ class _Reading(NamedTuple):
 
 
 def default_decoder() -> Decoder:
-    """Return decord where it is installed, and PyAV elsewhere.
-
-    Raises:
-        UserError: neither is installed.
-    """
+    """Return decord where it is installed, and PyAV elsewhere (UserError: neither is installed)."""
     if importlib.util.find_spec("decord"):
         return "decord"
     if importlib.util.find_spec("av"):
@@ -45,11 +41,7 @@ def default_decoder() -> Decoder:
 
 
 def num_frames(path: str | Path, decoder: Decoder | None = None) -> int:
-    """Count the frames of a clip, without decoding it.
-
-    Args:
-        path: of the file.
-        decoder: which one reads; None for :func:`default_decoder`.
+    """Count the frames of a clip, without decoding it; None for the decoder is :func:`default_decoder`.
 
     Raises:
         BrokenClipError: the file cannot be read, or has fewer frames than its index lists.
@@ -64,19 +56,9 @@ def num_frames(path: str | Path, decoder: Decoder | None = None) -> int:
 
 
 def read_clip(path: str | Path, first: int, count: int, stride: int = 1, decoder: Decoder | None = None) -> Tensor:
-    """Read frames ``first``, ``first + stride``, …, ``count`` of them, and none beyond.
+    """Read frames ``first``, ``first + stride``, …, ``count`` of them, and none beyond: (F, H, W, 3) uint8, RGB.
 
-    Of a frame with damaged data, decoders return what they can make out.
-
-    Args:
-        path: of the file.
-        first: number of the first frame, from 0.
-        count: F, at least 1.
-        stride: frames from one to the next, at least 1.
-        decoder: which one reads; None for :func:`default_decoder`.
-
-    Returns:
-        (F, H, W, 3) uint8, red, green and blue.
+    Of a frame with damaged data, decoders return what they can make out. Without a decoder :func:`default_decoder`.
 
     Raises:
         BrokenClipError: the file cannot be read, or has not all these frames.

@@ -27,7 +27,7 @@ from elt_lightning.data.crops import Crops, Picture, Request, chunks
 from elt_lightning.data.images import ImageSource
 from elt_lightning.data.shards import Shard, ShardIndex, checksum
 from elt_lightning.errors import UserError
-from elt_lightning.files import parse_json, whole_number, written_aside
+from elt_lightning.files import parse_json, whole_number, write_json, written_aside
 
 SETTINGS = "encode.json"
 SETTINGS_VERSION = 1
@@ -56,14 +56,10 @@ class FinishedShard:
 
 
 class ShardFolder:
-    """The folder that shards are written to, by several processes at once, each its own shards.
-
-    Args:
-        path: the folder; it is made.
-        settings: plain data that decide what the shards hold.
+    """The folder that shards are written to, by several processes at once, each its own shards; it is made.
 
     Raises:
-        UserError: the folder holds something else, or shards of other settings.
+        UserError: the folder holds something else, or shards of other settings than these plain data.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -75,8 +71,7 @@ class ShardFolder:
             if not (path / SETTINGS).exists():
                 if others:
                     raise UserError(f"{path} holds files that `elt encode` did not write: choose another --output")
-                with written_aside(path / SETTINGS) as aside:
-                    aside.write_text(json.dumps(settings, indent=1) + "\n")
+                write_json(path / SETTINGS, settings)
         except OSError as error:
             raise UserError(f"{path} cannot be written to: {error.strerror}") from error
         self.settings = self._begun_with(settings)
@@ -123,8 +118,7 @@ class ShardFolder:
             with written_aside(path) as aside, tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
                 writer = ShardWriter(tar)
                 yield writer
-            with written_aside(path.with_suffix(".json")) as aside:
-                aside.write_text(json.dumps(asdict(writer.finished)) + "\n")
+            write_json(path.with_suffix(".json"), asdict(writer.finished), indent=None)
         except FileNotFoundError as error:
             raise UserError(
                 f"what was written of {path} is gone: another process writes it too, give each its own --shard"
@@ -240,7 +234,7 @@ class Encoding(ABC):
             "mirrored": self.mirrored,
             "crop": self.crop,
             "classes": self.source.classes,
-        } | self.source.description()
+        } | self.source.description
 
     def run(
         self,
@@ -251,21 +245,14 @@ class Encoding(ABC):
         device: torch.device,
         max_unreadable: float,
     ) -> Generator[Crops, None, None]:
-        """Encode parts of the source, each into the shard of its number.
+        """Encode parts of the source, each into the shard of its number, and yield each batch once it is encoded.
 
-        Args:
-            folder: where to.
-            parts: which ones; what was there of them is replaced.
-            batch_size: pictures encoded at once; codes depend on it by rounding at most.
-            num_workers: processes that decode pictures; 0 decodes in this one.
-            device: the tokenizer's.
-            max_unreadable: share of the pictures tried here that may be unreadable.
-
-        Yields:
-            each batch once it is encoded.
+        What was there of these parts is replaced. Codes depend on ``batch_size`` by rounding at most. ``num_workers``
+        processes decode, 0 for this one; the device is the tokenizer's.
 
         Raises:
-            UserError: more are unreadable, the source is damaged, or memory or disk are full. Finished shards stay.
+            UserError: more than a share of ``max_unreadable`` of the pictures tried here cannot be read, the source is
+                damaged, or memory or disk are full. Finished shards stay.
         """
         failures: list[UserError] = []
         crops_of_parts = self.read(self._requests(parts, batch_size, failures), num_workers)
@@ -309,12 +296,8 @@ class Encoding(ABC):
 
         Several processes may do this at once: all write the same. Empty shards are left out.
 
-        Args:
-            folder: of the shards.
-            max_unreadable: share of all pictures that may be unreadable.
-
         Raises:
-            UserError: more are unreadable, or all.
+            UserError: more than a share of ``max_unreadable`` of all pictures cannot be read, or none can.
         """
         finished = [(number, folder.finished(number)) for number in range(self.source.num_parts)]
         shards = {number: shard for number, shard in finished if shard is not None}

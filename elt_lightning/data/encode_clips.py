@@ -30,12 +30,7 @@ class ClipTokenizer(Storing, Protocol):
 class ClipSource(ImageSource):
     """Clips of videos, in random order of the videos; clip i is of video i // ``clips_per_video``.
 
-    Args:
-        videos: what clips are cut out of.
-        classes: names of the classes.
-        clips_per_video: how many of each, see :func:`~elt_lightning.data.clips.fixed_start`.
-        samples_per_shard: clips of a part.
-        seed: of the order.
+    A part has ``samples_per_shard`` of them; see also :func:`~elt_lightning.data.clips.fixed_start`.
     """
 
     classes: tuple[str, ...]
@@ -52,7 +47,7 @@ class ClipSource(ImageSource):
         self.videos = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(f"{seed}\0{video.name}")).digest())
         self.num_parts = -(-len(videos) * clips_per_video // samples_per_shard)
         listing = "".join(sorted(f"{video.name}\0{video.label}\0{_size(video.path)}\n" for video in videos))
-        self._description = {
+        self.description = {
             "videos": hashlib.sha256(os.fsencode(listing)).hexdigest(),
             "clips_per_video": clips_per_video,
             "samples_per_shard": samples_per_shard,
@@ -73,9 +68,6 @@ class ClipSource(ImageSource):
     def count(self, number: int) -> int:  # noqa: D102
         total = len(self.videos) * self.clips_per_video
         return min(self.samples_per_shard, total - number * self.samples_per_shard)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 def _size(path: str) -> int:

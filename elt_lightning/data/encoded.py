@@ -137,11 +137,7 @@ class EncodedDataModule(GenerativeDataModule):
 
 
 def check_same_codes(first: str, one: ShardIndex, second: str, other: ShardIndex) -> None:
-    """Check that two sets hold the same classes, in codes of the same tokenizer.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Check that two sets hold the same classes, in codes of the same tokenizer (UserError: they do not)."""
     for name in ("classes", "image_size", "crop", "input_shape", "stored_shape", "codebook_size", "latent_scale"):
         here, there = getattr(one, name), getattr(other, name)
         if here != there:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_labels(path: str, names: Sequence[str]) -> list[str]:
-    """Read the class of each picture from a text file.
+    """Read the class of each picture, given by sorted paths below the root, from a text file.
 
     Three kinds are told apart by themselves; what stands in double quotes is taken without them:
 
@@ -21,13 +21,6 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
       by its name, with or without ending. Lines about pictures that are not there, such as a header, are passed over;
     - Kaggle's ``LOC_val_solution.csv``, where the class is the first word of the second column;
     - one class per line, in the order of the sorted pictures (``imagenet_2012_validation_synset_labels.txt``).
-
-    Args:
-        path: the file.
-        names: the pictures, sorted, as paths below the root.
-
-    Returns:
-        a class name for each picture.
 
     Raises:
         UserError: the file is missing or of another kind, or leaves a picture without a class or with two.

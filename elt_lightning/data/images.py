@@ -50,10 +50,12 @@ class ImageSource(ABC):
         classes: names of the classes in the order of their numbers; None where only the labels will tell how many
             there are, and a class has no other name than its number.
         num_parts: how many parts there are.
+        description: in plain data what decides the parts: two sources that say the same have the same ones.
     """
 
     classes: tuple[str, ...] | None
     num_parts: int
+    description: dict[str, Any]
 
     @abstractmethod
     def part(self, number: int) -> list[Picture]:
@@ -66,10 +68,6 @@ class ImageSource(ABC):
     @abstractmethod
     def count(self, number: int) -> int | None:
         """Count the pictures of a part, or None where that would mean reading it."""
-
-    @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """Describe in plain data what decides the parts: two sources that say the same have the same ones."""
 
 
 def open_source(
@@ -132,7 +130,7 @@ class FolderSource(ImageSource):
         self.root, self.samples_per_shard = root, samples_per_shard
         self._pictures = [(names[place], numbers[class_names[place]]) for place in places]
         self.num_parts = -(-len(names) // samples_per_shard)
-        self._description = {
+        self.description = {
             "pictures": _hash(listing),
             "labels": None if labels is None else sha256(labels),
             "samples_per_shard": samples_per_shard,
@@ -150,9 +148,6 @@ class FolderSource(ImageSource):
 
     def count(self, number: int) -> int:  # noqa: D102
         return min(self.samples_per_shard, len(self._pictures) - number * self.samples_per_shard)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 class TarSource(ImageSource):
@@ -186,7 +181,7 @@ class TarSource(ImageSource):
         self.tars, self.num_parts = list(tars), len(tars)
         self.classes = None if classes is None else tuple(classes)
         self._numbers = {name: number for number, name in enumerate(self.classes or ())}
-        self._description = {"pictures": _hash(listing)}
+        self.description = {"pictures": _hash(listing)}
 
     def part(self, number: int) -> list[Picture]:
         """Read the headers and labels of one tar; a picture's number tells where it begins, in KiB over all tars."""
@@ -212,9 +207,6 @@ class TarSource(ImageSource):
 
     def count(self, number: int) -> None:  # noqa: D102
         return None
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return self._description
 
 
 def _in_order(classes: set[str]) -> tuple[str, ...]:
@@ -311,12 +303,8 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 def find_tars(roots: Sequence[str], report_others: bool = False) -> list[str]:
     """Find the tars meant by a folder that has nothing else, or by names, in the order given.
 
-    Args:
-        roots: one folder, or tars.
-        report_others: count in the log which files of a folder of tars are left out.
-
-    Returns:
-        their paths; nothing where ``roots`` is one folder of another kind.
+    Nothing is returned where ``roots`` is one folder of another kind. With ``report_others`` the log counts which files
+    of a folder of tars are left out.
 
     Raises:
         UserError: a tar does not exist, or folders and tars are mixed.
@@ -442,17 +430,9 @@ def _parsed_label(content: bytes, ending: str, source: str) -> int | str | None:
 def batches(root: str, size: int, batch_size: int, workers: int | None = None, crop: str = CROP) -> Iterator[Tensor]:
     """Read all pictures of a folder of any layout, or of tars, in the order of their names; no labels are needed.
 
-    What cannot be read is left out, named in the log, and counted there at the end.
-
-    Args:
-        root: as for :func:`open_source`.
-        size: height and width of the crops, in pixels.
-        batch_size: pictures at once; fewer come where some cannot be read, and at the end.
-        workers: processes that decode; None for one per core.
-        crop: as for :func:`~elt_lightning.data.crops.crop_all`.
-
-    Yields:
-        (B, 3, size, size) uint8, B from 1 to ``batch_size``.
+    They come as (B, 3, size, size) uint8, B from 1 to ``batch_size``. What cannot be read is left out, named in the
+    log, and counted there at the end. ``workers`` processes decode, None for one per core; ``root`` is as for
+    :func:`open_source`, ``crop`` as for :func:`~elt_lightning.data.crops.crop_all`.
 
     Raises:
         UserError: there is no such folder, tar or crop, or not one picture can be read.

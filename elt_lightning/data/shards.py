@@ -10,7 +10,6 @@ encoded it, but with gaps. Beside them lie ``encode.json`` and a small file per 
 after an interruption (:mod:`elt_lightning.data.encode`); readers need neither.
 """
 
-import json
 import math
 import zlib
 from collections import Counter
@@ -23,7 +22,7 @@ from urllib.parse import urlparse
 import webdataset
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import check_regular, parse_json, whole_number, written_aside
+from elt_lightning.files import check_regular, parse_json, whole_number, write_json
 
 INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -72,16 +71,11 @@ class ShardIndex:
 
     def write(self, folder: str | Path) -> None:
         """Write ``index.json``; it appears whole or not at all."""
-        with written_aside(Path(folder) / INDEX) as aside:
-            aside.write_text(json.dumps({"num_samples": self.num_samples} | asdict(self), indent=1) + "\n")
+        write_json(Path(folder) / INDEX, {"num_samples": self.num_samples} | asdict(self))
 
     @staticmethod
     def read(location: str) -> "ShardIndex":
-        """Read the index of a folder or URL.
-
-        Raises:
-            UserError: there is none, or it is not one of ours.
-        """
+        """Read the index of a folder or URL (UserError: there is none, or it is not one of ours)."""
         where = join(location, INDEX)
         try:
             check_local(where)
@@ -103,11 +97,7 @@ def join(location: str, name: str) -> str:
 
 
 def check_local(url: str) -> None:
-    """Refuse a path that is no file, as a FIFO is; URLs are left alone.
-
-    Raises:
-        OSError: it is missing, or no file.
-    """
+    """Refuse a path that is no file, as a FIFO is; URLs are left alone (OSError: it is missing, or no file)."""
     if urlparse(url).scheme in ("", "file"):
         check_regular(urlparse(url).path)
 

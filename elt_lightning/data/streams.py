@@ -83,11 +83,7 @@ class ShardStream(IterableDataset[Batch]):
             first += shard.num_samples
 
     def collate(self, samples: list[Sample], copies: Tensor) -> Batch:
-        """Stack samples, taking the copy (B,) asked for of each.
-
-        Raises:
-            UserError: a token is not in the codebook.
-        """
+        """Stack samples, taking the copy (B,) asked for of each (UserError: a token is not in the codebook)."""
         chosen = np.stack([sample.copies[copy] for sample, copy in zip(samples, copies.tolist(), strict=True)])
         if self.index.codebook_size is not None and not 0 <= chosen.min() <= chosen.max() < self.index.codebook_size:
             place, *_ = np.argwhere((chosen < 0) | (chosen >= self.index.codebook_size))[0]
@@ -132,7 +128,9 @@ class TrainingStream(ShardStream):
         stretch = Stretch(batches_before * self.batch_size, (batches_before + mine) * self.batch_size)
         samples = self._shuffled(epoch, stretch, mine_done * self.batch_size)
         for _ in range(mine - mine_done):
-            yield self._batch(epoch, list(islice(samples, self.batch_size)))
+            batch = list(islice(samples, self.batch_size))
+            seeds = sample_seeds(self.seed, torch.tensor([sample.number for sample in batch]))
+            yield self.collate(batch, random_bits(seeds, epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies)
 
     def _taken(self, batches: int, reader: int) -> int:
         """Count the batches of one reader among the first ``batches`` of an epoch."""
@@ -152,11 +150,6 @@ class TrainingStream(ShardStream):
             shuffle = random_bits(sample_seeds(self.seed, positions), epoch, Stream.DATA_ORDER, 1)[:, 0].argsort()
             for place in shuffle.tolist()[max(stretch.start + done - first, 0) :]:
                 yield read[place]
-
-    def _batch(self, epoch: int, samples: list[Sample]) -> Batch:
-        numbers = torch.tensor([sample.number for sample in samples])
-        copies = random_bits(sample_seeds(self.seed, numbers), epoch, Stream.MIRRORED, 1)[:, 0] % self.index.copies
-        return self.collate(samples, copies)
 
 
 @dataclass
@@ -181,12 +174,7 @@ class HeldOutStream(ShardStream):
 
 
 class ShardLoader(Loader[Batch]):
-    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at.
-
-    Args:
-        stream: what to load.
-        current_step: returns the optimiser steps done so far.
-    """
+    """Loads a stream; an epoch of training begins at the optimiser step that the trainer is at, ``current_step()``."""
 
     def __init__(self, stream: ShardStream, current_step: Callable[[], int] = lambda: 0) -> None:
         super().__init__(
@@ -254,11 +242,7 @@ def read_sample(members: dict[str, Any], index: ShardIndex) -> Sample:
 
 
 def read_member(members: dict[str, Any], ending: str, read: Callable[[bytes], T]) -> T:
-    """Decode one member of a sample.
-
-    Raises:
-        ValueError: it is missing, or cannot be decoded.
-    """
+    """Decode one member of a sample (ValueError: it is missing, or cannot be decoded)."""
     name = f"{members['__key__']}.{ending}"
     if ending not in members:
         raise ValueError(f"there is no {name}")

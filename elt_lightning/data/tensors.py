@@ -129,11 +129,7 @@ class TensorFiles(BatchDataset):
         )
 
     def check_range(self, name: str, count: int, setting: str) -> None:
-        """Check that all values of ``x`` or ``labels`` lie in [0, count).
-
-        Raises:
-            UserError: they do not.
-        """
+        """Check that all values of ``x`` or ``labels`` lie in [0, count) (UserError: they do not)."""
         for path, part in zip(self.paths, self.parts, strict=True):
             values = getattr(part, name)
             lowest, highest = int(values.min()), int(values.max())
@@ -142,11 +138,7 @@ class TensorFiles(BatchDataset):
 
 
 def open_tensors(path: str) -> TensorBatches:
-    """Map a file's ``x`` and ``labels`` into memory.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
+    """Map a file's ``x`` and ``labels`` into memory (UserError: the file is missing or holds something else)."""
     if not is_file(path):
         raise UserError(f"the data file {path} does not exist")
     try:

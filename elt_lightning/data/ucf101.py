@@ -75,11 +75,7 @@ class UCF101DataModule(BatchedDataModule):
         return read_classes(self.annotations)
 
     def videos(self, val: bool) -> list[Video]:
-        """List the videos that are trained on, or those held out.
-
-        Raises:
-            UserError: lists or videos are missing.
-        """
+        """List the videos that are trained on, or those held out (UserError: lists or videos are missing)."""
         return list_videos(self.root, self.annotations, self.split, val)
 
     def setup(self, stage: str) -> None:
@@ -120,11 +116,8 @@ def read_classes(annotations: str | Path) -> tuple[str, ...]:
 def list_videos(root: str | Path, annotations: str | Path, split: Split, val: bool) -> list[Video]:
     """List the videos of one side of a split, sorted by name.
 
-    Args:
-        root: folder of the class folders.
-        annotations: folder of the lists.
-        split: number of the split; or "all" for every video below the root, on both sides.
-        val: whether those of ``testlist0N.txt`` are asked for, or those of ``trainlist0N.txt``.
+    The sides are those of ``testlist0N.txt`` (``val``) and ``trainlist0N.txt``; of the split "all" both are every video
+    below the root.
 
     Raises:
         UserError: a list or a video is missing, or a class is unknown.

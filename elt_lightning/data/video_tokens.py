@@ -125,11 +125,7 @@ def length_of(video: Video) -> int:
 
 
 def read_all(videos: Sequence[Video], shape: ClipShape, clips_per_video: int) -> ClipBatch:
-    """Read the same clips of each video as in every run, all into memory.
-
-    Raises:
-        UserError: one cannot be read.
-    """
+    """Read the same clips of each video as in every run, all into memory (UserError: one cannot be read)."""
     clips = FixedClips(videos, shape, clips_per_video)
     batch, broken = clips[ClipRequest(list(range(len(clips))))]
     if broken:

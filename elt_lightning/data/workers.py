@@ -22,14 +22,10 @@ LONGEST_SOCKET_PATH = 103
 
 
 class Loader(DataLoader[Batch]):
-    """Loads whole batches from a data set.
+    """Loads whole batches from a data set that returns them, by an order of requests; None for a stream.
 
-    Args:
-        dataset: returns whole batches.
-        order: of the requests; None for a stream.
-        num_workers: loader processes; 0 loads in this one.
-        begin: what a loader process does first.
-        settings: further ones of :class:`DataLoader`.
+    ``num_workers`` processes load, 0 for this one; ``begin`` is what each does first. Settings are those of
+    :class:`DataLoader`.
     """
 
     def __init__(

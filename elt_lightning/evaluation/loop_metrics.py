@@ -55,6 +55,8 @@ class LoopMetrics(Callback):
         reconstruction: in test, also score the held-out pictures after encoding and decoding, the best that any model
             of these codes can reach. Without a checkpoint that is all that is done.
         nearest: in test, also show samples beside the nearest training samples, all of which are decoded for it.
+        diversity: in test, also score how varied the samples are: precision, recall and coverage over the features of
+            the Fréchet distance, distinct squares of puzzles.
         metrics: further metrics, beside those of the data module.
     """
 
@@ -72,6 +74,7 @@ class LoopMetrics(Callback):
         save_samples: str | None = None,
         reconstruction: bool = False,
         nearest: bool = False,
+        diversity: bool = False,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
         if loops is not None and (not loops or min(loops) < 1):
@@ -90,6 +93,7 @@ class LoopMetrics(Callback):
         if save_samples is not None and not save_samples.endswith(".npz"):
             raise ValueError(f"save_samples must end in .npz, not {save_samples}")
         self.save_samples, self.reconstruction, self.nearest = save_samples, reconstruction, nearest
+        self.diversity = diversity
         self.extra_metrics = metrics or []
         self._metrics: list[SampleMetric] | None = None
         self.report: Report | None = None
@@ -107,10 +111,19 @@ class LoopMetrics(Callback):
         """Note how long the model was trained."""
         self._train_steps = checkpoint["global_step"]
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let held-out losses be measured at the same loop counts."""
-        module = cast(ELTModule, pl_module)
-        module.val_loops = self._loops(module)
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Measure the losses of held-out samples."""
+        self._log_losses("val", trainer, cast(ELTModule, pl_module), batch)
+
+    def _log_losses(self, stage: str, trainer: Trainer, module: ELTModule, batch: Batch) -> None:
+        with trainer.precision_plugin.forward_context():
+            losses = module.held_out_losses(batch, self._loops(module))
+        # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
+        count = len(batch.x) * trainer.world_size
+        named = {f"{stage}/loss@L{loops}": loss for loops, loss in losses.items()}
+        module.log_dict(named, batch_size=count, sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a few samples at each loop count, and log them; before training as few as possible."""
@@ -129,9 +142,7 @@ class LoopMetrics(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
-        module = cast(ELTModule, pl_module)
         self._has_model = trainer.ckpt_path is not None
-        module.val_loops = self._loops(module) if self._has_model else ()
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()
@@ -139,7 +150,9 @@ class LoopMetrics(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Decode the codes of held-out pictures and score them."""
+        """Measure the losses of held-out samples; decode their codes, and score what comes out."""
+        if self._has_model:
+            self._log_losses("test", trainer, cast(ELTModule, pl_module), batch)
         if self.reconstruction:
             pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(batch.x)
             for metric in self._metrics_on(trainer, pl_module.device):
@@ -259,6 +272,11 @@ class LoopMetrics(Callback):
         """Build the metrics once; their reference statistics serve every loop count and every validation."""
         if self._metrics is None:
             self._metrics = [*data_of(trainer).build_metrics(), *self.extra_metrics]
+            if self.diversity and trainer.testing:
+                further = [more for metric in self._metrics for more in metric.diversity()]
+                if not further:
+                    raise UserError("--diversity needs the features of real pictures, which these data do not give")
+                self._metrics += further
         return [metric.to(_with_float64(device)) for metric in self._metrics]
 
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:

@@ -1,6 +1,5 @@
 """Whether a model remembers what it was trained on: samples beside the training samples nearest to them."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.evaluation.pictures import nearest_figure
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json, written_aside
 from elt_lightning.metrics.nearest import Nearest, nearest_items
 from elt_lightning.training.meter import counted
 
@@ -20,14 +19,8 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
 
     Distances are mean squared differences of pixels in [0, 1], between decoded samples on both sides, so that a sample
     of memorised codes is at 0. For comparison, the JSON has the distances of as many held-out samples: those of a model
-    that draws new ones are about as large.
-
-    Args:
-        folder: where the files go.
-        loops: loop count that the samples were drawn with.
-        samples: (n, C, H, W) pictures or (n, C, F, H, W) clips, uint8, on the device that is to search.
-        data: gives the codes and their tokenizer.
-        batch_size: training samples decoded at once.
+    that draws new ones are about as large. Samples, drawn with ``loops``, are (n, C, H, W) pictures or (n, C, F, H, W)
+    clips, uint8, on the device that is to search; ``batch_size`` training samples are decoded at once.
     """
     real = decoded(data, val=False, batch_size=batch_size, device=samples.device)
     real = counted(real, "training sample", None)
@@ -45,8 +38,7 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         "training_samples": found.indices[:, 0].tolist(),
         "distances_of_val_samples": of_val.distances[:, 0].tolist(),
     }
-    with written_aside(folder / "nearest.json") as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "nearest.json", content, indent=2)
     print(folder / "nearest.png")
 
 

@@ -18,14 +18,9 @@ SMALLEST_SIDE = 64
 
 
 def clip_strip(clips: Tensor, count: int = 3) -> Tensor:
-    """Lay frames of each clip side by side, white between them, evenly spaced from the first to the last.
+    """Lay ``count`` frames of each clip side by side, white between them, evenly spaced from the first to the last.
 
-    Args:
-        clips: (n, C, F, H, W) uint8.
-        count: frames of each clip, at least 1; no more are taken than there are.
-
-    Returns:
-        (n, C, H, count·(W + 2) − 2) uint8: pictures.
+    No more are taken than there are. (n, C, F, H, W) uint8 become pictures (n, C, H, count·(W + 2) − 2).
     """
     count = min(count, clips.shape[2])
     frames = clips[:, :, torch.linspace(0, clips.shape[2] - 1, count).round().long()]

@@ -1,7 +1,6 @@
 """What a sweep leaves behind: a table, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from elt_lightning.evaluation.pictures import clip_strip, write_gif
 from elt_lightning.evaluation.sweep import Row
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json, written_aside
 
 matplotlib.use("Agg")
 
@@ -125,8 +124,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write the files, for clips an animation too; each appears whole or not at all."""
-        with written_aside(folder / "loops.json") as aside:
-            aside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        write_json(folder / "loops.json", self.as_dict(), indent=2)
         with written_aside(folder / "loops.csv") as aside:
             self._write_csv(aside)
         best = self.best_per_loop()
@@ -183,8 +181,7 @@ class Report:
 
 def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
     """Print the scores of pictures that were only encoded and decoded, and write them to ``reconstruction.json``."""
-    with written_aside(folder / "reconstruction.json") as aside:
-        aside.write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(folder / "reconstruction.json", scores, indent=2)
     print("reconstruction:", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     print(folder / "reconstruction.json")
 
@@ -192,7 +189,7 @@ def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
 def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return {label: pictures}: what was given, if anything was, then the samples of each loop count."""
     given = {"given": rows[0].given} if len(rows[0].given) else {}
-    return given | {f"L = {row.loops}": row.pictures for row in rows}
+    return given | {f"L = {row.loops}{', carried' if row.carry_state else ''}": row.pictures for row in rows}
 
 
 def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:

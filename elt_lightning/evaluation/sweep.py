@@ -1,6 +1,5 @@
 """The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +86,7 @@ class Sweep:
         """
         row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
         seconds = 0.0
+        most = len(HeldOutOrder(self.num_samples, self.batch_size, 0, self.world_size))  # batches of the first rank
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
@@ -109,18 +109,13 @@ class Sweep:
                 if archive is not None and repeat == 0:
                     archive.add(picture_array(pixels), labels.cpu().numpy())
                 progress(len(labels) * self.world_size)
-            for _ in range(len(share), self._most_batches):
+            for _ in range(len(share), most):
                 progress(0)
             for metric in metrics:
                 for name, value in metric.compute().items():
                     row.metrics.setdefault(name, []).append(float(value))
         row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
-
-    @property
-    def _most_batches(self) -> int:
-        """Count the batches of the rank that has most of them, the first."""
-        return math.ceil(math.ceil(self.num_samples / self.world_size) / self.batch_size)
 
 
 def keep_pictures(

@@ -26,6 +26,10 @@ class SampleMetric(Metric):
         """Return for each picture whether it is right, (B,) bool, where a single one can be; None otherwise."""
         return None
 
+    def diversity(self) -> "list[SampleMetric]":
+        """Return further metrics, which judge how varied the same samples are; none where that cannot be told."""
+        return []
+
     @abstractmethod
     def compute(self) -> dict[str, Tensor]:
         """Return the named scores of all that was taken in."""

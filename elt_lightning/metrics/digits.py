@@ -3,6 +3,7 @@
 It plays the part that Inception plays for FID. A distance over its features is called ``fd_digits``, never FID.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elt_lightning.files import written_aside
+from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.handwriting import SIDE, Handwriting
 
@@ -46,33 +47,53 @@ class DigitNetwork(nn.Module):
 def load_or_train_digit_network(path: Path, training: Handwriting, val: Handwriting) -> DigitNetwork:
     """Load the network from its cache, or train it once, seeded, in a few seconds, and write the cache."""
     network = DigitNetwork()
-    if not path.is_file():
+    if not is_file(path):
         train_digit_network(network, training)
-        with torch.no_grad():
-            accuracy = (network(val.images).argmax(1) == val.labels).float().mean()
-        with written_aside(path) as aside:
-            save_file(network.state_dict(), aside)
-        print(f"made {path}: the digit network, which reads {accuracy:.1%} of the held-out digits", flush=True)
+        keep(network, path, val.images, val.labels, "the digit network, which reads {:.1%} of the held-out digits")
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def keep(network: nn.Module, path: Path, val: Tensor, labels: Tensor, made: str) -> None:
+    """Write a trained network to its cache, and print with ``made`` how much of what is held out it reads."""
+    accuracy = float((network(val).argmax(1) == labels).float().mean())
+    with written_aside(path) as aside:
+        save_file(network.state_dict(), aside)
+    print(f"made {path}: {made.format(accuracy)}", flush=True)
+
+
 def train_digit_network(network: DigitNetwork, training: Handwriting, steps: int = 800, seed: int = 0) -> None:
     """Fit the network to digits shifted by up to one pixel, with every random number from ``seed``."""
+    padded = F.pad(training.images, (1, 1, 1, 1))
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(padded), (128,), generator=generator)
+        top, left = torch.randint(3, (2,), generator=generator).tolist()
+        return padded[chosen, :, top : top + SIDE, left : left + SIDE], training.labels[chosen]
+
+    fit(network, draw, steps, learning_rate=2e-3, seed=seed)
+
+
+def fit(
+    network: nn.Module,
+    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Train a network from new on batches of what it reads and their labels, which ``draw`` returns."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
         torch.manual_seed(seed)
         for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
                 module.reset_parameters()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-        padded = F.pad(training.images, (1, 1, 1, 1))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
         for _ in range(steps):
-            chosen = torch.randint(len(padded), (128,), generator=generator)
-            top, left = torch.randint(3, (2,), generator=generator).tolist()
-            shifted = padded[chosen, :, top : top + SIDE, left : left + SIDE]
-            loss = F.cross_entropy(network(shifted), training.labels[chosen], label_smoothing=0.05)
+            images, labels = draw(generator)
+            loss = F.cross_entropy(network(images), labels, label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

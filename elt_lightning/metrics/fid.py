@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from elt_lightning.metrics.frechet import FixedPrecisionMetric, MomentSums, frechet_distance
+from elt_lightning.metrics.frechet import MomentSums, SummingMetric, frechet_distance
 from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.metrics.inception_score import ScoreSums
 from elt_lightning.metrics.reference import InceptionMoments
@@ -36,7 +36,7 @@ def name_with_count(count: int, name: str) -> str:
     return f"{name}{count / 1000:g}k" if count >= 1000 else f"{name}{count}"
 
 
-class InceptionScores(FixedPrecisionMetric):
+class InceptionScores(SummingMetric):
     """``fid`` and ``sfid``, both named by :func:`fid_name`, and ``inception_score``.
 
     All are float64 sums: they depend neither on batch size nor on the number of devices, up to rounding. That goes for
@@ -49,18 +49,13 @@ class InceptionScores(FixedPrecisionMetric):
     """
 
     feature_network = FIDInception.name
-    split_probabilities: Tensor
-    split_entropies: Tensor
-    split_counts: Tensor
 
     def __init__(self, network: FIDInception, reference: InceptionMoments | None = None) -> None:
         super().__init__()
         self.network, self.reference = network, reference
         for kind, size in (("pool", network.num_pool), ("spatial", network.num_spatial)):
-            for state, zeros in vars(MomentSums.zeros(size)).items():
-                self.add_state(f"{kind}_{state}", zeros, dist_reduce_fx="sum")
-        for state, zeros in vars(ScoreSums.zeros(MAX_SPLITS, network.num_classes)).items():
-            self.add_state(f"split_{state}", zeros, dist_reduce_fx="sum")
+            self.add_sums(kind, MomentSums.zeros(size))
+        self.add_sums("split", ScoreSums.zeros(MAX_SPLITS, network.num_classes))
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:
         """Take in pixels (B, 3 or 1, H, W) float in [0, 1]; labels are not looked at.
@@ -68,36 +63,28 @@ class InceptionScores(FixedPrecisionMetric):
         Raises:
             ValueError: more than a million samples in all.
         """
-        features = self.network.features(pixels)
-        splits = self._splits(len(pixels))
-        self._sums("pool").add(features.pool)
-        self._sums("spatial").add(features.spatial)
-        self._score_sums().add(features.logits_unbiased.to(self.split_entropies).softmax(1), splits)
-
-    def _splits(self, count: int) -> Tensor:
-        """Return the splits (count,) of the next samples of this rank."""
-        rank, world_size = rank_and_world_size()
-        place = self.split_counts.sum() + torch.arange(count, device=self.split_counts.device)
-        splits = (rank + place * world_size) // SPLIT_SIZE
-        if count and splits[-1] >= MAX_SPLITS:
+        features, scores = self.network.features(pixels), self.sums("split")
+        splits = next_numbers(scores.counts, len(pixels)) // SPLIT_SIZE
+        if len(splits) and splits[-1] >= MAX_SPLITS:
             raise ValueError(f"the Inception score takes at most {MAX_SPLITS * SPLIT_SIZE} samples")
-        return splits
-
-    def _sums(self, kind: str) -> MomentSums:
-        return MomentSums(*(getattr(self, f"{kind}_{state}") for state in ("total", "total_outer", "count")))
-
-    def _score_sums(self) -> ScoreSums:
-        return ScoreSums(self.split_probabilities, self.split_entropies, self.split_counts)
+        self.sums("pool").add(features.pool)
+        self.sums("spatial").add(features.spatial)
+        scores.add(features.logits_unbiased.to(scores.entropies).softmax(1), splits)
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
-        scores = {}
-        count, device = int(self.split_counts.sum()), self.split_counts.device
+        scores, split = {}, self.sums("split")
         for kind, name in (("pool", "fid"), ("spatial", "sfid")):
             real = getattr(self.reference, kind, None)
             if real is not None:
-                distance = frechet_distance(real.to(device), self._sums(kind).moments())
-                scores[fid_name(count, name)] = distance.clamp(min=0)
-        return scores | {"inception_score": self._score_sums().score()}
+                distance = frechet_distance(real.to(split.counts.device), self.sums(kind).moments())
+                scores[fid_name(int(split.counts.sum()), name)] = distance.clamp(min=0)
+        return scores | {"inception_score": split.score()}
+
+
+def next_numbers(counts: Tensor, count: int) -> Tensor:
+    """Number the next ``count`` samples of this rank, which has taken in ``counts``, over all R: r + k·R."""
+    rank, world_size = rank_and_world_size()
+    return rank + (counts.sum() + torch.arange(count, device=counts.device)) * world_size
 
 
 def rank_and_world_size() -> tuple[int, int]:

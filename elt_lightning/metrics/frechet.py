@@ -6,14 +6,15 @@ It is called FID only over Inception features and FVD only over I3D features; an
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.metrics.diversity import Diversity
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,7 @@ class MomentSums:
         self.count.add_(len(features))
 
     def moments(self) -> Moments:
-        """Return mean and covariance of what was taken in.
-
-        Raises:
-            ValueError: fewer than two samples.
-        """
+        """Return mean and covariance of what was taken in (ValueError: fewer than two samples)."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, not {int(self.count)}")
         mean = self.total / self.count
@@ -84,14 +81,29 @@ def frechet_distance(first: Moments, second: Moments) -> Tensor:
     return squared_difference + first.covariance.trace() + second.covariance.trace() - 2 * trace_of_root
 
 
-class FixedPrecisionMetric(SampleMetric):
-    """Moves to another device, but keeps its sums and networks in their precision, whatever is asked for."""
+class SummingMetric(SampleMetric):
+    """A metric of sums, over which ranks add up; they and its networks keep their precision on every device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[str, type] = {}
+
+    def add_sums(self, name: str, zeros: Any) -> None:
+        """Keep a record of sums, such as :class:`MomentSums`, as states; :meth:`sums` returns it as it is now."""
+        self._kinds[name] = type(zeros)
+        for state, value in vars(zeros).items():
+            self.add_state(f"{name}_{state}", value, dist_reduce_fx="sum")
+
+    def sums(self, name: str) -> Any:
+        """Return a record of sums; adding to it adds to the states."""
+        kind = self._kinds[name]
+        return kind(*(getattr(self, f"{name}_{field.name}") for field in fields(kind)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Self:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)  # type: ignore[return-value]
 
 
-class FrechetDistance(FixedPrecisionMetric):
+class FrechetDistance(SummingMetric):
     """Streamed Fréchet distance between samples and fixed reference moments.
 
     Args:
@@ -101,43 +113,46 @@ class FrechetDistance(FixedPrecisionMetric):
         feature_network: the network's name, for reports.
     """
 
-    total: Tensor
-    total_outer: Tensor
-    count: Tensor
-
     def __init__(
         self, name: str, features: Callable[[Tensor], Tensor], num_features: int, feature_network: str
     ) -> None:
         super().__init__()
         self.name, self.features, self.feature_network = name, features, feature_network
         self.reference: Moments | None = None
-        for state, zeros in vars(MomentSums.zeros(num_features)).items():
-            self.add_state(state, zeros, dist_reduce_fx="sum")
+        self.real = torch.empty(0, num_features)
+        self.num_features = num_features
+        self.add_sums("features", MomentSums.zeros(num_features))
 
     def set_reference(self, batches: Iterable[Tensor]) -> None:
-        """Take the reference moments from real pixels, batch by batch."""
-        self.reset()
-        for pixels in batches:
-            self.update(pixels, torch.empty(0))
-        self.reference = self.moments()
-        self.reset()
+        """Take the reference moments from real pixels, batch by batch; their features are kept."""
+        features = [self.features(pixels) for pixels in batches]
+        sums = MomentSums.zeros(self.num_features)
+        for part in features:
+            sums.add(part)
+        self.reference, self.real = sums.moments(), torch.cat(features)
+
+    def diversity(self) -> list[SampleMetric]:
+        """Judge the variety of samples by the same features, where real pictures were the reference."""
+        if not len(self.real):
+            return []
+        diversity = Diversity(self.features, self.real, self.feature_network)
+        if isinstance(network := getattr(self, "network", None), torch.nn.Module):
+            diversity.network = network  # moves to the samples' device with the metric
+        return [diversity]
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         features = self.features(pixels)
-        if features.shape != (len(pixels), len(self.total)):
-            raise ValueError(
-                f"the feature network of {self.name} gave {tuple(features.shape)}, not {(len(pixels), len(self.total))}"
-            )
-        self._sums().add(features)
-
-    def _sums(self) -> MomentSums:
-        return MomentSums(self.total, self.total_outer, self.count)
+        expected = (len(pixels), self.num_features)
+        if features.shape != expected:
+            raise ValueError(f"the feature network of {self.name} gave {tuple(features.shape)}, not {expected}")
+        self.sums("features").add(features)
 
     def moments(self) -> Moments:
         """Return mean and covariance of what was taken in; see :meth:`MomentSums.moments`."""
-        return self._sums().moments()
+        return self.sums("features").moments()
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         if self.reference is None:
             raise ValueError(f"{self.name} has no reference: call set_reference first")
-        return {self.name: frechet_distance(self.moments(), self.reference.to(self.total.device)).clamp(min=0)}
+        moments = self.moments()
+        return {self.name: frechet_distance(moments, self.reference.to(moments.mean.device)).clamp(min=0)}

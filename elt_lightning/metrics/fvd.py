@@ -12,8 +12,8 @@ from torch import Tensor
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
 from elt_lightning.metrics.c3d import C3D
-from elt_lightning.metrics.fid import name_with_count, rank_and_world_size
-from elt_lightning.metrics.frechet import FixedPrecisionMetric, Moments, MomentSums, frechet_distance
+from elt_lightning.metrics.fid import name_with_count, next_numbers
+from elt_lightning.metrics.frechet import Moments, MomentSums, SummingMetric, frechet_distance
 from elt_lightning.metrics.i3d import I3D
 from elt_lightning.metrics.inception_score import ScoreSums
 from elt_lightning.metrics.reference import (
@@ -35,7 +35,7 @@ class RealClips:
     count: int
 
 
-class VideoScores(FixedPrecisionMetric):
+class VideoScores(SummingMetric):
     """``fvd`` by I3D and ``inception_score`` by C3D, each where its network is given.
 
     A plain ``fvd`` is of as many samples and real clips as the protocol asks for; of another number of samples it is
@@ -50,13 +50,6 @@ class VideoScores(FixedPrecisionMetric):
         c3d: reads clips for the Inception score.
     """
 
-    feature_total: Tensor
-    feature_total_outer: Tensor
-    feature_count: Tensor
-    split_probabilities: Tensor
-    split_entropies: Tensor
-    split_counts: Tensor
-
     def __init__(
         self, protocol: VideoProtocol, i3d: I3D | None = None, real: RealClips | None = None, c3d: C3D | None = None
     ) -> None:
@@ -65,11 +58,9 @@ class VideoScores(FixedPrecisionMetric):
             raise ValueError("VideoScores needs I3D with the moments of real clips, or C3D, or both")
         self.protocol, self.i3d, self.real, self.c3d = protocol, i3d, real, c3d
         if i3d is not None:
-            for state, zeros in vars(MomentSums.zeros(I3D.num_outputs)).items():
-                self.add_state(f"feature_{state}", zeros, dist_reduce_fx="sum")
+            self.add_sums("features", MomentSums.zeros(I3D.num_outputs))
         if c3d is not None:
-            for state, zeros in vars(ScoreSums.zeros(protocol.inception_splits, C3D.num_outputs)).items():
-                self.add_state(f"split_{state}", zeros, dist_reduce_fx="sum")
+            self.add_sums("split", ScoreSums.zeros(protocol.inception_splits, C3D.num_outputs))
         networks = " and ".join(network.name for network in (i3d, c3d) if network is not None)
         self.feature_network = f"{networks}, protocol {protocol.name}"
         if real is not None and real.count != protocol.num_real:
@@ -82,36 +73,24 @@ class VideoScores(FixedPrecisionMetric):
             UserError: clips are too short for I3D, or not of the 16 frames that C3D reads.
         """
         if self.i3d is not None:
-            self._feature_sums().add(self.i3d.features(pixels, self.protocol.tensorflow_resize))
+            self.sums("features").add(self.i3d.features(pixels, self.protocol.tensorflow_resize))
         if self.c3d is not None:
-            self._score_sums().add(self.c3d.probabilities(pixels), self._splits(len(pixels)))
-
-    def _splits(self, count: int) -> Tensor:
-        """Return the parts (count,) of the next samples of this rank."""
-        rank, world_size = rank_and_world_size()
-        place = self.split_counts.sum() + torch.arange(count, device=self.split_counts.device)
-        return (rank + place * world_size) % self.protocol.inception_splits
-
-    def _feature_sums(self) -> MomentSums:
-        return MomentSums(self.feature_total, self.feature_total_outer, self.feature_count)
-
-    def _score_sums(self) -> ScoreSums:
-        return ScoreSums(self.split_probabilities, self.split_entropies, self.split_counts)
+            scores = self.sums("split")
+            parts = next_numbers(scores.counts, len(pixels)) % self.protocol.inception_splits
+            scores.add(self.c3d.probabilities(pixels), parts)
 
     def compute(self) -> dict[str, Tensor]:  # noqa: D102
         scores = {}
         if self.real is not None:
-            fakes = self.protocol.moments(self._feature_sums())
+            sums = self.sums("features")
+            fakes, count = self.protocol.moments(sums), int(sums.count)
+            asked = (self.protocol.num_fakes, self.protocol.num_real)
+            name = "fvd" if (count, self.real.count) == asked else name_with_count(count, "fvd")
             distance = frechet_distance(self.real.moments.to(fakes.mean.device), fakes)
-            scores[self._fvd_name(int(self.feature_count))] = distance.clamp(min=0)
+            scores[name] = distance.clamp(min=0)
         if self.c3d is not None:
-            scores["inception_score"] = self._score_sums().score()
+            scores["inception_score"] = self.sums("split").score()
         return scores
-
-    def _fvd_name(self, count: int) -> str:
-        assert self.real is not None
-        asked = (self.protocol.num_fakes, self.protocol.num_real)
-        return "fvd" if (count, self.real.count) == asked else name_with_count(count, "fvd")
 
 
 def build_video_scores(
@@ -138,15 +117,11 @@ def build_video_scores(
 def load_or_compute_real(
     protocol: VideoProtocol, clips: ReferenceImages, i3d: I3D, cache_folder: str | Path
 ) -> RealClips:
-    """Compute the moments of real clips once, and keep them.
+    """Compute the moments of real clips once, on the network's own device, and keep them.
 
     With several processes, let one of them call this before the others, as ``prepare_data`` of a data module does.
-
-    Args:
-        protocol: how FVD is measured.
-        clips: those of :meth:`VideoProtocol.choose`, (B, 3 or 1, F, H, W) uint8, or float in [0, 1].
-        i3d: reads the clips, on its own device.
-        cache_folder: where moments are kept, named by the clips, the network's file and the protocol.
+    Clips are those of :meth:`VideoProtocol.choose`, (B, 3 or 1, F, H, W) uint8, or float in [0, 1]. Files are named by
+    the clips, the network's file and the protocol.
 
     Raises:
         UserError: there are fewer than two clips.

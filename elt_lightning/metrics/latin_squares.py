@@ -38,14 +38,19 @@ class LatinSquareScores(SampleMetric):
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         digits = self.read(pixels)
-        self.squares += self._valid_squares(digits, labels).sum()
+        self.squares += self.valid_squares(digits, labels).sum()
         self.lines += valid_lines(digits, self.boxes).sum()
         self.count += len(pixels)
 
     def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
-        return self._valid_squares(self.read(pixels), labels)
+        return self.valid_squares(self.read(pixels), labels)
 
-    def _valid_squares(self, digits: Tensor, labels: Tensor) -> Tensor:
+    def diversity(self) -> list[SampleMetric]:
+        """Count how many of the valid squares are different ones."""
+        return [DistinctSquares(self)]
+
+    def valid_squares(self, digits: Tensor, labels: Tensor) -> Tensor:
+        """Return which squares (B, n, n) are valid with the asked digit, labels (B,) + 1, at the centre: (B,) bool."""
         centre = digits[:, self.order // 2, self.order // 2] - 1
         return valid_lines(digits, self.boxes).all(1) & (centre == labels)
 
@@ -54,15 +59,30 @@ class LatinSquareScores(SampleMetric):
         return {"valid_squares": self.squares / self.count, "valid_lines": self.lines / lines}
 
 
+class DistinctSquares(SampleMetric):
+    """``distinct``: different squares among the valid ones that ``scores`` reads, over the valid ones; nan for none."""
+
+    valid: list[Tensor] | Tensor
+
+    def __init__(self, scores: LatinSquareScores) -> None:
+        super().__init__()
+        self.scores = scores
+        self.add_state("valid", [], dist_reduce_fx="cat")
+
+    def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
+        digits = self.scores.read(pixels)
+        assert isinstance(self.valid, list)
+        self.valid.append(digits[self.scores.valid_squares(digits, labels)])
+
+    def compute(self) -> dict[str, Tensor]:  # noqa: D102
+        valid = torch.cat(self.valid) if isinstance(self.valid, list) else self.valid
+        return {"distinct": torch.tensor(len(valid.unique(dim=0)) / len(valid) if len(valid) else torch.nan)}
+
+
 def valid_lines(digits: Tensor, boxes: tuple[int, int] | None = None) -> Tensor:
     """Return which of the n rows, n columns and n boxes, if there are any, hold each of 1…n once.
 
-    Args:
-        digits: (B, n, n) int64.
-        boxes: rows and columns of each box, n their product; None for none.
-
-    Returns:
-        (B, 2n) bool, with boxes (B, 3n).
+    Digits are (B, n, n) int64, boxes given by their rows and columns; the result is (B, 2n) bool, with boxes (B, 3n).
     """
     lines = torch.cat([digits, digits.transpose(1, 2)], dim=1)  # B 2n n
     if boxes:

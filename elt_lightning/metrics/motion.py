@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elt_lightning.files import is_file, written_aside
+from elt_lightning.files import is_file
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.digits import RecognisedShare
+from elt_lightning.metrics.digits import RecognisedShare, fit, keep
 from elt_lightning.metrics.frechet import FrechetDistance
 
 SIDE = 32
@@ -81,21 +81,13 @@ def load_or_train_motion_network(
 ) -> MotionNetwork:
     """Load the network from its cache, or train it once, seeded, in half a minute, and write the cache.
 
-    Args:
-        path: the cached file; give another one for other clips.
-        clips: (n, 1 or 3, F, H, W) uint8 or float in [0, 1], for training.
-        labels: (n,) int64 in [0, 10), their motions.
-        val_clips: held-out ones, which test how well the network reads.
-        val_labels: their motions.
+    Clips are (n, 1 or 3, F, H, W) uint8 or float in [0, 1], labels (n,) int64 in [0, 10) their motions; held-out ones
+    test how well the network reads. Other clips take another ``path``.
     """
     network = MotionNetwork()
     if not is_file(path):
         train_motion_network(network, clips, labels)
-        with torch.no_grad():
-            accuracy = (network(val_clips).argmax(1) == val_labels).float().mean()
-        with written_aside(path) as aside:
-            save_file(network.state_dict(), aside)
-        print(f"made {path}: the motion network, which reads {accuracy:.1%} of the held-out clips", flush=True)
+        keep(network, path, val_clips, val_labels, "the motion network, which reads {:.1%} of the held-out clips")
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)
 
@@ -104,33 +96,18 @@ def train_motion_network(
     network: MotionNetwork, clips: Tensor, labels: Tensor, steps: int = 300, seed: int = 0
 ) -> None:
     """Fit the network to clips in batches of 32, three in four of them blurred; random numbers are from ``seed``."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
-        torch.manual_seed(seed)
-        for module in network.modules():
-            if isinstance(module, nn.Conv3d | nn.Linear):
-                module.reset_parameters()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in range(steps):
-            chosen = torch.randint(len(clips), (32,), generator=generator)
-            batch = blurred(clips[chosen], torch.randint(len(BLURS), (32,), generator=generator))
-            loss = F.cross_entropy(network(batch), labels[chosen], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(clips), (32,), generator=generator)
+        return blurred(clips[chosen], torch.randint(len(BLURS), (32,), generator=generator)), labels[chosen]
+
+    fit(network, draw, steps, learning_rate=3e-3, seed=seed)
 
 
 def blurred(clips: Tensor, strength: Tensor) -> Tensor:
     """Blur clips, since tokenizers do: a network that has seen sharp ones alone takes a blurred circle for anything.
 
-    Args:
-        clips: (n, C, F, H, W) uint8 or float in [0, 1].
-        strength: (n,) which of :data:`BLURS` each clip gets.
-
-    Returns:
-        the same shape, float in [0, 1].
+    Clips (n, C, F, H, W) uint8 or float in [0, 1] become floats; ``strength`` (n,) is which of :data:`BLURS` each gets.
     """
     pixels = clips / 255 if clips.dtype == torch.uint8 else clips.clone()
     for number, (frames, side) in enumerate(BLURS):

@@ -40,11 +40,9 @@ class InceptionMoments:
     made_with: dict[str, Any] = field(default_factory=dict)
 
     def check(self, name: str, expected: dict[str, Any]) -> None:
-        """Check that samples are prepared and read as these pictures were; the log names what a file does not record.
+        """Check that samples are prepared and read as the pictures of a file were, see :data:`MADE_WITH`.
 
-        Args:
-            name: of the file.
-            expected: of the samples, see :data:`MADE_WITH`.
+        The log names what the file does not record.
 
         Raises:
             UserError: something differs.
@@ -85,14 +83,10 @@ class ReferenceImages:
 def load_or_compute(
     source: str | Path | ReferenceImages, network: FIDInception, cache_folder: str | Path
 ) -> InceptionMoments:
-    """Read reference moments, or compute them from images once and keep them.
+    """Read reference moments from a file, see :func:`read_moments`, or compute them from images once and keep them.
 
-    With several processes, let one of them call this before the others, as ``prepare_data`` of a data module does.
-
-    Args:
-        source: file of moments, see :func:`read_moments`, or images.
-        network: reads the images, on its own device; from :meth:`FIDInception.load`.
-        cache_folder: where moments are kept, named by the images, the network's weights and how pictures are prepared.
+    With several processes, let one of them call this before the others, as ``prepare_data`` of a data module does. The
+    network reads on its own device; files are named by the images, its weights and how pictures are prepared.
 
     Raises:
         UserError: the file is wrong, or there are fewer than two images.
@@ -119,10 +113,7 @@ def compute_moments(
 ) -> InceptionMoments:
     """Compute moments of images (B, 3, H, W) uint8, or float in [0, 1], with a progress bar on a terminal.
 
-    Args:
-        batches: the images.
-        network: reads them, on its own device.
-        num_images: how many there are, to show how far it is; None if unknown.
+    The network reads on its own device; ``num_images`` is how many there are, None if unknown.
 
     Raises:
         UserError: there are fewer than two.
@@ -162,11 +153,7 @@ def write_moments(path: str | Path, moments: InceptionMoments) -> None:
 def read_moments(path: str | Path, num_features: int | None = None) -> InceptionMoments:
     """Read moments from a file of :func:`write_moments`, or from a reference batch of the ADM evaluator.
 
-    ``mu`` and ``sigma`` are required; the others are read where there are any.
-
-    Args:
-        path: the file.
-        num_features: how many features ``mu`` is of; None for Inception's.
+    ``mu``, of ``num_features`` or Inception's, and ``sigma`` are required; the others are read where there are any.
 
     Raises:
         UserError: the file is missing, or is not such a file.

@@ -23,26 +23,14 @@ class TorchScriptNetwork(nn.Module):
     """A published network of clips, frozen, always in eval mode and in float32.
 
     Letters: B batch, F frames, H W height and width.
-
-    Args:
-        script: the network.
-        sha256: of the file that it came from.
-
-    Attributes:
-        title: what the network is called.
-        setting: the setting of a data module that takes the file's path.
-        url: where the file is published.
-        published_sha256: of the published file; empty where nobody states it.
-        arguments: that its forward method takes, beside the clips.
-        num_outputs: numbers that it gives for each clip.
     """
 
-    title: str
-    setting: str
-    url: str
-    published_sha256: str = ""
-    arguments: tuple[str, ...] = ()
-    num_outputs: int
+    title: str  # what the network is called
+    setting: str  # the setting of a data module that takes the file's path
+    url: str  # where the file is published
+    published_sha256: str = ""  # of the published file; empty where nobody states it
+    arguments: tuple[str, ...] = ()  # that its forward method takes, beside the clips
+    num_outputs: int  # numbers that it gives for each clip
 
     def __init__(self, script: torch.jit.ScriptModule, sha256: str = "") -> None:
         super().__init__()
@@ -63,11 +51,7 @@ class TorchScriptNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load the published file.
-
-        Raises:
-            UserError: it is missing, is no TorchScript file, or is that of another network.
-        """
+        """Load the published file (UserError: it is missing, is no TorchScript file, or is that of another network)."""
         if not is_file(path):
             raise UserError(f"{path} does not exist: {cls.where()}")
         try:

@@ -109,11 +109,7 @@ PROTOCOLS = {
 
 
 def video_protocol(name: str) -> VideoProtocol:
-    """Find a protocol; "x" does for "×".
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Find a protocol; "x" does for "×" (UserError: there is none of that name)."""
     for protocol in PROTOCOLS.values():
         if name in (protocol.name, protocol.name.replace("×", "x")):
             return protocol

@@ -12,11 +12,7 @@ from elt_lightning.processes.base import Process
 
 
 def check_codebook(size: int | None) -> int:
-    """Return the size of the codebook.
-
-    Raises:
-        ValueError: there is none, as data that are continuous have none.
-    """
+    """Return the size of the codebook (ValueError: there is none, as data that are continuous have none)."""
     if size is None:
         raise ValueError("a masked model needs tokens, and these data are continuous: their codebook_size is null")
     return size

@@ -73,11 +73,7 @@ SMALL_MODELS: dict[str, list[object]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train and measure what is missing, then render.
-
-    Raises:
-        UserError: a setting is missing or wrong.
-    """
+    """Train and measure what is missing, then render (UserError: a setting is missing or wrong)."""
     words = sys.argv[1:] if arguments is None else arguments
     # The Makefile's variables are the same names in capitals.
     options = build_parser().parse_args(

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,11 +35,14 @@ from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, with_deviation, write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
 """Loop counts are measured up to this many above L_max."""
+
+DIVERSITY = "diversity"
+"""In a record, and in the folder of a run with recall: how varied samples at L_max are, from zero and carried."""
 
 COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
 """What does not depend on the seed in a row of ``loops.json``; records made before recall lack the last."""
@@ -113,11 +116,7 @@ def main() -> None:
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """Read a file of ``experiments/``.
-
-    Raises:
-        UserError: it lacks a section, or has one that nothing reads.
-    """
+    """Read a file of ``experiments/`` (UserError: it lacks a section, or has one that nothing reads)."""
     config = yaml.safe_load(path.read_text())
     needed, sections = {"config", "seeds", "settings", "arms"}, set(config) if isinstance(config, dict) else set()
     for problem, names in (
@@ -130,11 +129,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
 
 
 def arms_of(config: dict[str, Any]) -> list[Arm]:
-    """Return the arms of an experiment.
-
-    Raises:
-        UserError: one has a setting that arms do not have, or lacks one.
-    """
+    """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
         return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
@@ -143,11 +138,7 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
 
 
 def prepare(program: str) -> None:
-    """Make the data: run a module of the package with its flags.
-
-    Raises:
-        UserError: it failed; its own line comes first.
-    """
+    """Make the data: run a module of the package with its flags (UserError: it failed; its own line comes first)."""
     if subprocess.run([sys.executable, "-m", *shlex.split(program)], check=False).returncode:
         raise UserError(f"the data could not be made: python -m {program}")
 
@@ -171,21 +162,24 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     flags = ["--config", config["config"], "--seed_everything", str(seed), *settings, *arm.flags()]
     command = [*flags, *arm.sweep()]
     base = settings_in(Path(config["config"]))
+    checkpoint = folder / "checkpoints" / "last.ckpt"
     if record.is_file():
         done = read_record(record)
         if (done["command"], done["base_sha256"]) != (command, base):
             raise UserError(f"{record} was measured with other settings: delete it and {folder} to measure again")
-        return f"{record}: done before"
+        if not arm.recall or DIVERSITY in done or not checkpoint.is_file():
+            return f"{record}: done before"
     began = time.perf_counter()
-    checkpoint = folder / "checkpoints" / "last.ckpt"
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         elt("fit", *flags, "--run_dir", str(folder), *unfinished)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
-        with written_aside(folder / "trained.json") as aside:
-            aside.write_text(json.dumps({"seconds": seconds}))
+        write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
+    if arm.recall and not (folder / DIVERSITY / "loops.json").is_file():
+        both = ["--loops", str(arm.max_loops), "--carry_state", "false,true", "--diversity"]
+        elt("test", *flags, *both, "--run_dir", str(folder / DIVERSITY), "--ckpt_path", str(checkpoint))
     write_record(record, command, base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
 
@@ -196,11 +190,7 @@ def record_path(output: Path, arm: Arm, seed: int) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what a run measured.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read what a run measured (UserError: the file is damaged)."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         lacking = {"command", "base_sha256", "rows", "val", "versions", "machine"} - record.keys()
@@ -222,10 +212,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
     """Write what a run measured, and on what: its sweep without the samples' settings, its held-out losses."""
     report = json.loads((folder / "test" / "loops.json").read_text())
     kept = ("primary_metric", "higher_is_better", "num_samples", "sampling_steps")
-    rows = [
-        {name: row[name] for name in COSTS} | {"metrics": {name: m["mean"] for name, m in row["metrics"].items()}}
-        for row in report["rows"]
-    ]
+    diversity = folder / DIVERSITY / "loops.json"
     record = {
         "command": command,
         "base_sha256": base,
@@ -233,19 +220,23 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
         **{name: report[name] for name in kept},
-        "rows": rows,
+        "rows": rows_of(report),
+        **({DIVERSITY: rows_of(json.loads(diversity.read_text()))} if diversity.is_file() else {}),
         "val": {name: curve for name, curve in read_curves(folder).items() if name.startswith("val/loss@")},
     }
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(record) + "\n")
+    write_json(path, record, indent=None)
+
+
+def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a sweep as records keep them."""
+    return [
+        {name: row[name] for name in COSTS} | {"metrics": {name: m["mean"] for name, m in row["metrics"].items()}}
+        for row in report["rows"]
+    ]
 
 
 def elt(*arguments: str) -> None:
-    """Run `elt` with one thread.
-
-    Raises:
-        UserError: it failed; with the end of its output.
-    """
+    """Run `elt` with one thread (UserError: it failed; with the end of its output)."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "elt_lightning", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -261,18 +252,25 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
     summary: dict[str, Any] = {"config": config | {"seeds": seeds}, "arms": {}}
     for arm in arms:
         records = [read_record(record_path(output, arm, seed)) for seed in seeds]
-        rows = []
-        for same_loops in zip(*(record["rows"] for record in records), strict=True):
-            metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
-            rows.append({name: same_loops[0][name] for name in COSTS if name in same_loops[0]} | {"metrics": metrics})
+        varied = all(DIVERSITY in record for record in records)
         summary["arms"][arm.name] = {
             "label": arm.label,
             "training_seconds": [record["training_seconds"] for record in records],
-            "rows": rows,
+            "rows": side_by_side([record["rows"] for record in records]),
+            **({DIVERSITY: side_by_side([record[DIVERSITY] for record in records])} if varied else {}),
             "val": val_losses([record["val"] for record in records]),
         }
     shared = ("machine", "versions", "primary_metric", "higher_is_better", "num_samples", "sampling_steps")
     return summary | {name: records[-1][name] for name in shared}
+
+
+def side_by_side(seeds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Join the rows of several seeds: each metric's value per seed."""
+    rows = []
+    for same_loops in zip(*seeds, strict=True):
+        metrics = {name: [row["metrics"][name] for row in same_loops] for name in same_loops[0]["metrics"]}
+        rows.append({name: same_loops[0][name] for name in COSTS if name in same_loops[0]} | {"metrics": metrics})
+    return rows
 
 
 def val_losses(seeds: list[dict[str, list[tuple[int, float]]]]) -> dict[str, dict[str, Any]]:
@@ -291,13 +289,11 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     if gathered is None:
         return
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
-    with written_aside(folder / "ablation.json") as aside:
-        aside.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     with written_aside(folder / "ablation.png") as aside:
         figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
-    with written_aside(folder / "ablation.md") as aside:
-        aside.write_text("\n".join(table(summary, arms, metric) for metric in metrics))
+    write_text(folder / "ablation.md", "\n".join(table(summary, arms, metric) for metric in metrics))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
@@ -347,26 +343,15 @@ def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> N
 def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
     """Write a metric as a Markdown table: arms down, loop counts across."""
     columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
-    is_distance = metric.startswith("fd_")
-    write = with_spread if is_distance else percentage
-    lines = []
+    is_distance, lines = metric.startswith("fd_"), []
+    scale, form = (1, ".3g") if is_distance else (100, ".1f")  # shares are in percent
     for label, measured in (curve for arm in arms for curve in curves(summary, arm)):
         rows = {row["loops"]: row for row in measured}
-        cells = [write(rows[loops]["metrics"][metric]) if loops in rows else "" for loops in columns]
+        values = [[scale * v for v in rows[loops]["metrics"][metric]] if loops in rows else [] for loops in columns]
+        cells = [with_deviation(seeds, form) if seeds else "" for seeds in values]
         lines.append((label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
     headings = [metric + ("" if is_distance else ", %"), "backbone parameters", *(f"L = {loops}" for loops in columns)]
     return markdown_table(headings, lines) + "\n"
-
-
-def percentage(values: list[float]) -> str:
-    """Write mean and sample standard deviation over seeds in percent."""
-    return with_spread([100 * value for value in values], ".1f")
-
-
-def with_spread(values: list[float], form: str = ".3g") -> str:
-    """Write mean and sample standard deviation over seeds."""
-    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}"
 
 
 if __name__ == "__main__":

@@ -87,8 +87,10 @@ def count_row(row: Row) -> Count | None:
 def count_scale(scale: str, num_layers: int | None = None, loops: int = 1) -> Count:
     """Count a masked ImageNet model of a named size, by default its unlooped baseline."""
     num_layers = num_layers or SCALES[scale].full_depth
-    settings = {"codebook_size": 1024, "input_shape": (16, 16), "num_classes": 1000, "scale": scale}
-    return count(_on_meta(LoopedMaskedTransformer, num_layers=num_layers, **settings), loops)
+    settings: dict[str, Any] = {"codebook_size": 1024, "input_shape": (16, 16), "num_classes": 1000, "scale": scale}
+    with torch.device("meta"):
+        network = LoopedMaskedTransformer(num_layers=num_layers, **settings)
+    return count(network, loops)
 
 
 def params_as_printed(row: Row, counted: Count) -> int:
@@ -108,11 +110,6 @@ def gflops_as_printed(row: Row, counted: Count) -> float:
     """
     macs = counted.layer_macs if row.table == 4 else counted.layer_macs - counted.attention_macs
     return counted.passes * macs / 1e9
-
-
-def _on_meta(make: type[LoopedNetwork], **settings: Any) -> LoopedNetwork:
-    with torch.device("meta"):
-        return make(**settings)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from elt_lightning.bench.report import time_over, with_spread
 from elt_lightning.bench.runs import read_runs
 from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, with_deviation, write_text
 
 EXPERIMENTS = {
     "ablation": "masked images, Latin squares",
@@ -80,15 +81,15 @@ class NotMeasuredError(Exception):
     """The experiment has no such arm, loop count or curve."""
 
 
-def measured(found: dict[Any, Any], name: Any) -> Any:
-    """Look something up.
+class Measured(dict[Any, Any]):
+    """What was measured; asking for anything else raises :class:`NotMeasuredError`."""
 
-    Raises:
-        NotMeasuredError: it is not there.
-    """
-    if name not in found:
+    def __missing__(self, name: Any) -> Any:
         raise NotMeasuredError
-    return found[name]
+
+
+VARIETY = ("precision", "recall", "coverage", "distinct")
+"""What `elt test --diversity` measures."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,11 @@ class Arm:
     label: str  # for readers
     max_loops: int  # L_max
     depth: int  # N·L_max, the layers that a pass of training goes through
-    scores: dict[int, pd.Series]  # {loops: a score for each seed}, each sampling step's loop begun from zero
     higher_is_better: bool  # the direction of the scores
-    val: dict[int, pd.DataFrame]  # {loops: losses over training, a row for each step and a column for each seed}
-    # the same with the state carried from step to step; empty where that was not measured
-    carried: dict[int, pd.Series]
-
-    def at(self, loops: int) -> pd.Series:
-        """Return the scores at a loop count.
-
-        Raises:
-            NotMeasuredError: it was not measured.
-        """
-        return measured(self.scores, loops)
+    scores: Measured  # {loops: a score for each seed}, each sampling step's loop begun from zero
+    carried: Measured  # the same with the state carried from step to step; empty where that was not measured
+    val: Measured  # {loops: losses over training, a row for each step and a column for each seed}
+    variety: Measured  # {whether carried: {measure: a value for each seed}} at L_max; empty where not measured
 
     def with_carried_state(self) -> "Arm":
         """Return the same arm as it was measured with the state carried."""
@@ -118,27 +111,24 @@ class Arm:
 
     def keeps(self, loops: int, share: float = KEPT) -> pd.Series:
         """Return for each seed whether quality at a loop count is at least a share of that at L_max."""
-        score, full = self.at(loops), self.at(self.max_loops)
+        score, full = self.scores[loops], self.scores[self.max_loops]
         if not self.higher_is_better:
             score, full = full, score
         return (score / full.where(full != 0)) >= share
 
-    def losses(self) -> pd.DataFrame:
-        """Return the held-out loss at L_max over training.
-
-        Raises:
-            NotMeasuredError: it was not followed.
-        """
-        return measured(self.val, self.max_loops)
+    def mean(self, counts: Iterable[int]) -> pd.Series:
+        """Return for each seed the mean score over loop counts."""
+        return pd.DataFrame([self.scores[count] for count in counts]).mean()
 
     def show(self, *loops: int) -> str:
         """Write mean and standard deviation of the scores at loop counts; several are named."""
-        cells = [self.write(self.at(count)) for count in loops]
+        cells = [self.write(self.scores[count]) for count in loops]
         return cells[0] if len(loops) == 1 else ", ".join(f"{c} at L = {n}" for c, n in zip(cells, loops, strict=True))
 
     def write(self, values: pd.Series) -> str:
         """Write mean and standard deviation: shares in percent, other scores as they are."""
-        return spread(values * (100 if self.higher_is_better and values.max() <= 1 else 1))
+        scale = 100 if self.higher_is_better and values.max() <= 1 else 1
+        return with_deviation((scale * values).tolist())
 
 
 @dataclass(frozen=True)
@@ -147,15 +137,8 @@ class Experiment:
 
     name: str  # its folder
     metric: str  # that claims are judged by
-    arms: dict[str, Arm]  # by name
-
-    def arm(self, name: str) -> Arm:
-        """Return an arm.
-
-        Raises:
-            NotMeasuredError: there is none of that name.
-        """
-        return measured(self.arms, name)
+    arms: Measured  # {name: arm}
+    summary: dict[str, Any]  # its ``ablation.json``
 
     def unlooped(self, like: Arm) -> Arm:
         """Return the unlooped arm that is as deep as another at L_max, and so costs the same.
@@ -172,8 +155,8 @@ class Experiment:
         """Return a note of the seeds in which an arm hardly learned; none where the metric is a distance."""
         if not arm.higher_is_better:
             return ""
-        best = pd.DataFrame([other.at(other.max_loops) for other in self.arms.values()]).max()
-        hardly = (arm.at(arm.max_loops) < HARDLY * best).sum()
+        best = pd.DataFrame([other.scores[other.max_loops] for other in self.arms.values()]).max()
+        hardly = (arm.scores[arm.max_loops] < HARDLY * best).sum()
         return f"{arm.label}: hardly learned in {hardly} of {len(best)} seeds, even at its own L_max" if hardly else ""
 
 
@@ -231,14 +214,9 @@ def claim(source: str, criterion: str, experiments: Sequence[str] = LONG) -> Cal
     return register
 
 
-def spread(values: pd.Series, digits: int = 1) -> str:
-    """Write mean and sample standard deviation."""
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
-
-
 def ahead(one: Arm, at: int, other: Arm, other_at: int) -> pd.Series:
     """Return for each seed how much better one arm is: above 0 is better, whatever the metric's direction."""
-    return (1 if one.higher_is_better else -1) * (one.at(at) - other.at(other_at))
+    return (1 if one.higher_is_better else -1) * (one.scores[at] - other.scores[other_at])
 
 
 def every(columns: Iterable[pd.Series]) -> pd.Series:
@@ -249,7 +227,7 @@ def every(columns: Iterable[pd.Series]) -> pd.Series:
 @claim("Figures 1 and 8", "ILSD is better at every L below L_max")
 def vanilla_is_below_before(experiment: Experiment) -> Finding:
     """Vanilla looping is worse than ILSD below the loop count of training."""
-    ilsd, vanilla = experiment.arm("ilsd"), experiment.arm("vanilla")
+    ilsd, vanilla = experiment.arms["ilsd"], experiment.arms["vanilla"]
     counts = range(1, ilsd.max_loops)
     holds = every(ahead(ilsd, count, vanilla, count) > 0 for count in counts)
     text = f"vanilla {vanilla.show(*counts)}; ILSD {ilsd.show(*counts)}"
@@ -259,7 +237,7 @@ def vanilla_is_below_before(experiment: Experiment) -> Finding:
 @claim("Figures 1 and 8", "vanilla looping is worse at L_max + 2 than at L_max")
 def vanilla_falls_beyond(experiment: Experiment) -> Finding:
     """Vanilla looping is worse above the loop count of training than at it."""
-    vanilla = experiment.arm("vanilla")
+    vanilla = experiment.arms["vanilla"]
     counts = (vanilla.max_loops, vanilla.max_loops + 2)
     lost = ahead(vanilla, counts[0], vanilla, counts[1])
     return Finding(f"vanilla {vanilla.show(*counts)}", lost > 0, lost, reservation=experiment.reservation(vanilla))
@@ -268,7 +246,7 @@ def vanilla_falls_beyond(experiment: Experiment) -> Finding:
 @claim("Figure 8", "ILSD is at least as good as vanilla looping at L_max")
 def nothing_lost_at_the_full_count(experiment: Experiment) -> Finding:
     """ILSD loses nothing at the loop count of training."""
-    ilsd, vanilla = experiment.arm("ilsd"), experiment.arm("vanilla")
+    ilsd, vanilla = experiment.arms["ilsd"], experiment.arms["vanilla"]
     loops = ilsd.max_loops
     gaps = ahead(ilsd, loops, vanilla, loops)
     text = f"at L = {loops} ILSD {ilsd.show(loops)}, vanilla {vanilla.show(loops)}"
@@ -278,7 +256,7 @@ def nothing_lost_at_the_full_count(experiment: Experiment) -> Finding:
 @claim("Figures 1 and 8", f"every L below L_max has at least {100 * KEPT:.0f} % of the quality at L_max")
 def quality_is_kept_below(experiment: Experiment) -> Finding:
     """ILSD holds quality at every L."""
-    ilsd = experiment.arm("ilsd")
+    ilsd = experiment.arms["ilsd"]
     kept = {count: ilsd.keeps(count) for count in range(1, ilsd.max_loops)}
     enough = [count for count in kept if all(kept[above].all() for above in range(count, ilsd.max_loops))]
     note = f"in every seed it does from L = {enough[0]} on" if enough and enough[0] > 1 else ""
@@ -288,7 +266,7 @@ def quality_is_kept_below(experiment: Experiment) -> Finding:
 @claim("Figures 4 and 8", "each L up to L_max is better than the one before")
 def every_loop_improves(experiment: Experiment) -> Finding:
     """With ILSD, every loop up to L_max improves quality."""
-    ilsd = experiment.arm("ilsd")
+    ilsd = experiment.arms["ilsd"]
     counts = range(1, ilsd.max_loops + 1)
     holds = every(ahead(ilsd, count + 1, ilsd, count) > 0 for count in counts[:-1])
     return Finding(f"ILSD {ilsd.show(*counts)}", holds)
@@ -297,7 +275,7 @@ def every_loop_improves(experiment: Experiment) -> Finding:
 @claim("Figure 7", f"L_max + 1 and L_max + 2 have at least {100 * KEPT:.0f} % of the quality at L_max", ALL)
 def quality_is_kept_above(experiment: Experiment) -> Finding:
     """ILSD holds quality modestly above L_max."""
-    ilsd = experiment.arm("ilsd")
+    ilsd = experiment.arms["ilsd"]
     counts = (ilsd.max_loops + 1, ilsd.max_loops + 2)
     return Finding(f"ILSD {ilsd.show(ilsd.max_loops, *counts)}", every(map(ilsd.keeps, counts)))
 
@@ -305,7 +283,7 @@ def quality_is_kept_above(experiment: Experiment) -> Finding:
 @claim("In words", "the largest L measured, at least twice L_max, is worse than L_max", FOLLOWED)
 def quality_decays_far_above(experiment: Experiment) -> Finding:
     """L far above L_max decays."""
-    ilsd = experiment.arm("ilsd")
+    ilsd = experiment.arms["ilsd"]
     far = max(ilsd.scores)
     if far < 2 * ilsd.max_loops:
         raise NotMeasuredError
@@ -317,7 +295,7 @@ def quality_decays_far_above(experiment: Experiment) -> Finding:
 @claim("Table 2, 1N×32L", "one layer is worse than two at the same depth", ONE_LAYER)
 def too_few_layers_fail(experiment: Experiment) -> Finding:
     """Too few unique layers fail."""
-    ilsd, one = experiment.arm("ilsd"), experiment.arm("one_layer")
+    ilsd, one = experiment.arms["ilsd"], experiment.arms["one_layer"]
     gaps = ahead(ilsd, ilsd.max_loops, one, one.max_loops)
     both = ", ".join(f"{arm.label} {arm.show(arm.max_loops)}" for arm in (one, ilsd))
     text = f"{both}, both of depth {ilsd.depth}"
@@ -328,11 +306,10 @@ def beats(other: str, title: str) -> Test:
     """Make a test of ILSD against another way to train the students, by the mean over L from 1 to L_max."""
 
     def test(experiment: Experiment) -> Finding:
-        ilsd, arm = experiment.arm("ilsd"), experiment.arm(other)
+        ilsd, arm = experiment.arms["ilsd"], experiment.arms[other]
         counts = range(1, ilsd.max_loops + 1)
-        averages = [pd.DataFrame([of.at(count) for count in counts]).mean() for of in (ilsd, arm)]
         gaps = pd.DataFrame([ahead(ilsd, count, arm, count) for count in counts]).mean()
-        both = f"ILSD {ilsd.write(averages[0])}, {arm.label} {arm.write(averages[1])}"
+        both = f"ILSD {ilsd.write(ilsd.mean(counts))}, {arm.label} {arm.write(arm.mean(counts))}"
         text = f"mean over L = 1 to {ilsd.max_loops}: {both}"
         return Finding(text, gaps > 0, gaps, reservation=experiment.reservation(arm))
 
@@ -351,7 +328,7 @@ claim(FIGURE_13, STUDENTS.format("teacher"), ("ablation_terms",))(beats("distill
 @claim("Tables 1 and 2", "ILSD at L_max is at least as good as the unlooped model of the same depth", ALL)
 def as_good_as_unlooped(experiment: Experiment) -> Finding:
     """At equal compute, the looped model is as good as the unlooped one."""
-    ilsd = experiment.arm("ilsd")
+    ilsd = experiment.arms["ilsd"]
     unlooped = experiment.unlooped(like=ilsd)
     gaps = ahead(ilsd, ilsd.max_loops, unlooped, 1)
     text = f"ILSD {ilsd.show(ilsd.max_loops)} at L = {ilsd.max_loops}, {unlooped.label} {unlooped.show(1)}"
@@ -363,15 +340,15 @@ def as_good_as_unlooped(experiment: Experiment) -> Finding:
 )
 def converges_sooner(experiment: Experiment) -> Finding:
     """The looped model converges sooner than the unlooped one."""
-    ilsd = experiment.arm("ilsd")
-    losses, unlooped = ilsd.losses(), experiment.unlooped(like=ilsd).losses()
+    ilsd = experiment.arms["ilsd"]
+    losses, unlooped = ilsd.val[ilsd.max_loops], experiment.unlooped(like=ilsd).val[1]
     ours, theirs = losses.iloc[-1], unlooped.iloc[-1]
     reached = losses <= theirs  # steps, seeds
     when = ", ".join(
         f"at step {losses.index[int(reached[s].argmax())] + 1:,}" if reached[s].any() else "never" for s in reached
     )
     text = f"the unlooped model's loss after {unlooped.index[-1] + 1:,} steps is reached, seed by seed: {when}"
-    text += f"; losses at the end: ILSD {spread(ours, 3)}, unlooped {spread(theirs, 3)}"
+    text += f"; losses at the end: ILSD {with_deviation(ours, '.3f')}, unlooped {with_deviation(theirs, '.3f')}"
     return Finding(text, reached.iloc[:-1].any(), theirs - ours)
 
 
@@ -382,12 +359,11 @@ def converges_sooner(experiment: Experiment) -> Finding:
 )
 def robust_on_little_data(experiment: Experiment) -> Finding:
     """The looped model is robust on little data."""
-    ilsd, unlooped = experiment.arm("ilsd_little"), experiment.arm("unlooped_8_little")
-    ours, theirs = ilsd.losses().iloc[-1], unlooped.losses().iloc[-1]
-    text = (
-        f"held-out loss: {ilsd.label} {spread(ours, 3)}, {unlooped.label} {spread(theirs, 3)}; {experiment.metric}: "
-        f"{ilsd.show(ilsd.max_loops)} and {unlooped.show(1)}"
-    )
+    ilsd, unlooped = experiment.arms["ilsd_little"], experiment.arms["unlooped_8_little"]
+    ours, theirs = ilsd.val[ilsd.max_loops].iloc[-1], unlooped.val[unlooped.max_loops].iloc[-1]
+    ends = [f"{arm.label} {with_deviation(losses, '.3f')}" for arm, losses in ((ilsd, ours), (unlooped, theirs))]
+    scores = f"{ilsd.show(ilsd.max_loops)} and {unlooped.show(1)}"
+    text = f"held-out loss: {', '.join(ends)}; {experiment.metric}: {scores}"
     return Finding(text, theirs > ours, theirs - ours)
 
 
@@ -403,7 +379,7 @@ claim("arXiv 2609.40305", "ILSD is better on average over L up to L_max", ("abla
 )
 def more_loops_never_hurt(experiment: Experiment) -> Finding:
     """With recall, more loops than in training never hurt."""
-    ours, paper = experiment.arm("recall_ilsd"), experiment.arm("ilsd")
+    ours, paper = experiment.arms["recall_ilsd"], experiment.arms["ilsd"]
     counts = [count for count in sorted(ours.scores) if ours.max_loops <= count <= 8 * ours.max_loops]
     holds = every(ours.keeps(count, UNHURT) for count in counts)
     beside = paper.show(*(count for count in counts if count in paper.scores))
@@ -413,21 +389,21 @@ def more_loops_never_hurt(experiment: Experiment) -> Finding:
 @claim("Beyond the paper, R2", "recall from zero is at least as good as the paper's recipe at L_max", RECALL)
 def recall_costs_nothing(experiment: Experiment) -> Finding:
     """Recall costs nothing at the loop count of training."""
-    return compared(experiment.arm("recall_ilsd"), experiment.arm("ilsd"), lambda full: (full, full))
+    return compared(experiment.arms["recall_ilsd"], experiment.arms["ilsd"], lambda full: (full, full))
 
 
 @claim("Beyond the paper, R3", "recall at L_max/2, carried, is at least as good as the paper's recipe at L_max", RECALL)
 def half_the_loops_do(experiment: Experiment) -> Finding:
     """With the state carried, half the loops suffice."""
-    ours = experiment.arm("recall_ilsd").with_carried_state()
-    return compared(ours, experiment.arm("ilsd"), lambda full: (full // 2, full))
+    ours = experiment.arms["recall_ilsd"].with_carried_state()
+    return compared(ours, experiment.arms["ilsd"], lambda full: (full // 2, full))
 
 
 @claim("Beyond the paper, R4", "one carried loop has twice the recipe's score at L = 1, or 80 % of it at L_max", RECALL)
 def one_carried_loop_is_a_model(experiment: Experiment) -> Finding:
     """With the state carried, one loop is a usable model."""
-    ours, paper = experiment.arm("recall_ilsd").with_carried_state(), experiment.arm("ilsd")
-    one, its_one, full = ours.at(1), paper.at(1), paper.at(paper.max_loops)
+    ours, paper = experiment.arms["recall_ilsd"].with_carried_state(), experiment.arms["ilsd"]
+    one, its_one, full = ours.scores[1], paper.scores[1], paper.scores[paper.max_loops]
     holds = (
         (one >= 2 * its_one) | (one > 0.8 * full)
         if ours.higher_is_better
@@ -443,10 +419,28 @@ def one_carried_loop_is_a_model(experiment: Experiment) -> Finding:
 )
 def ilsd_suits_recall(experiment: Experiment) -> Finding:
     """With recall, ILSD is the better way to train the students."""
-    ours, other = experiment.arm("recall_ilsd"), experiment.arm("recall_deep_supervision")
+    ours, other = experiment.arms["recall_ilsd"], experiment.arms["recall_deep_supervision"]
     counts = [count for count in sorted(ours.scores) if count <= ours.max_loops]
     gaps = pd.DataFrame([ahead(ours, count, other, count) for count in counts]).mean()
     return Finding(f"{ours.label} {ours.show(*counts)}; {other.label} {other.show(*counts)}", gaps > 0, gaps)
+
+
+@claim(
+    "Beyond the paper, R6",
+    "carried at L_max, recall and coverage of the features, and the share of different squares among the valid ones, "
+    f"are at least {100 * UNHURT:.0f} % of what they are from zero",
+    RECALL,
+)
+def carried_samples_are_varied(experiment: Experiment) -> Finding:
+    """Samples drawn with the state carried are as varied as those from zero."""
+    ours = experiment.arms["recall_ilsd"]
+    zero, carried = ours.variety[False], ours.variety[True]
+    judged = [name for name in ("recall", "coverage", "distinct") if name in zero]
+    holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
+    cells = (
+        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in zero
+    )
+    return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
 
 def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
@@ -458,11 +452,7 @@ def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> 
 
 
 def main() -> None:
-    """Write the page.
-
-    Raises:
-        UserError: a file of results is damaged.
-    """
+    """Write the page (UserError: a file of results is damaged)."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of the results")
     parser.add_argument("--benchmarks", type=Path, default=Path("benchmarks"), help="folder of what `elt bench` wrote")
@@ -470,74 +460,57 @@ def main() -> None:
     for name in EXPERIMENTS:
         if not (options.results / name / "ablation.json").is_file():
             print(f"{options.results / name / 'ablation.json'} is not there: what it tests stays not measured")
-    with written_aside(options.results / "README.md") as aside:
-        aside.write_text(page(options.results, options.benchmarks))
+    write_text(options.results / "README.md", page(options.results, options.benchmarks))
     print(options.results / "README.md")
 
 
 def read_experiment(folder: Path) -> Experiment | None:
-    """Read an ablation's results; None where there are none.
-
-    Raises:
-        UserError: the file is no such summary.
-    """
+    """Read an ablation's results; None where there are none (UserError: the file is no such summary)."""
     path = folder / "ablation.json"
     if not path.is_file():
         return None
     try:
         summary = json.loads(path.read_text())
         metric = summary["config"].get("metrics", [summary["primary_metric"]])[0]
-        arms = {name: read_arm(name, arm, summary, metric) for name, arm in summary["arms"].items()}
+        arms = Measured({name: read_arm(name, summary, metric) for name in summary["arms"]})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} was not written by `make ablation`: {error}") from error
-    return Experiment(folder.name, metric, arms)
+    return Experiment(folder.name, metric, arms, summary)
 
 
-def read_arm(name: str, arm: dict[str, Any], summary: dict[str, Any], metric: str) -> Arm:
+def read_arm(name: str, summary: dict[str, Any], metric: str) -> Arm:
     """Read one arm of a summary."""
-    settings = summary["config"]["arms"][name]
+    arm, settings = summary["arms"][name], summary["config"]["arms"][name]
+
+    def scores(carried: bool) -> Measured:
+        rows = [row for row in arm["rows"] if bool(row.get("carry_state")) == carried]
+        return Measured({row["loops"]: pd.Series(row["metrics"][metric]) for row in rows})
+
     val = {
         int(curve.rpartition("@L")[2]): pd.DataFrame(losses["values"], index=losses["steps"])
         for curve, losses in arm.get("val", {}).items()
     }
-    return Arm(
-        label=arm["label"],
-        max_loops=settings["max_loops"],
-        depth=settings["num_layers"] * settings["max_loops"],
-        scores=scores_of(arm["rows"], metric, carried=False),
-        carried=scores_of(arm["rows"], metric, carried=True),
-        higher_is_better=summary["higher_is_better"],
-        val=val,
-    )
-
-
-def scores_of(rows: list[dict[str, Any]], metric: str, carried: bool) -> dict[int, pd.Series]:
-    """Return {loops: a score for each seed} of the rows that were measured from zero, or with the state carried."""
-    return {row["loops"]: pd.Series(row["metrics"][metric]) for row in rows if bool(row.get("carry_state")) == carried}
+    varied = {
+        row["carry_state"]: {name: pd.Series(values) for name, values in row["metrics"].items() if name in VARIETY}
+        for row in arm.get("diversity", [])
+    }
+    max_loops, depth = settings["max_loops"], settings["num_layers"] * settings["max_loops"]
+    measured = scores(carried=False), scores(carried=True), Measured(val), Measured(varied)
+    return Arm(arm["label"], max_loops, depth, summary["higher_is_better"], *measured)
 
 
 def page(results: Path, benchmarks: Path) -> str:
-    """Write the page of all claims.
-
-    Raises:
-        UserError: a file of results is damaged.
-    """
+    """Write the page of all claims (UserError: a file of results is damaged)."""
     experiments = {name: read_experiment(results / name) for name in EXPERIMENTS}
     overview, sections = [], []
     for number, claim in enumerate(CLAIMS, start=1):
         rows, short = section_rows(claim, experiments)
         overview.append((f"[{number}. {claim.title}](#claim-{number})", "; ".join(short)))
-        sections += [
-            "",
-            f'<a id="claim-{number}"></a>',
-            "",
-            f"## {number}. {claim.title}",
-            "",
-            f"{claim.source}. A seed counts where {claim.criterion}.",
-            "",
-            markdown_table(("experiment", "measured", "verdict"), rows),
-        ]
-    sections += [*cost_section(benchmarks), *norms_section(results), *experiments_section(experiments, results)]
+        criterion = f"{claim.source}. A seed counts where {claim.criterion}."
+        table = markdown_table(("experiment", "measured", "verdict"), rows)
+        anchor = f'<a id="claim-{number}"></a>'
+        sections += ["", anchor, "", f"## {number}. {claim.title}", "", criterion, "", table]
+    sections += [*cost_section(benchmarks), *norms_section(results), *experiments_section(experiments)]
     table = markdown_table(("claim", "verdicts, in how many seeds"), overview)
     return "\n".join([INTRODUCTION.strip(), "", table, *sections]) + "\n"
 
@@ -547,20 +520,17 @@ def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tup
     rows: list[tuple[str, ...]] = []
     short = []
     for name in claim.experiments:
-        experiment = experiments[name]
-        what = EXPERIMENTS[name]
-        try:
-            if experiment is None:
-                raise NotMeasuredError
-            finding = claim.test(experiment)
-        except NotMeasuredError:
-            rows.append((what, "", "not measured yet"))
-            short.append(f"{what.partition(',')[0]}: not measured yet")
-            continue
-        linked = f"{what}, {experiment.metric} ([figure]({name}/ablation.png))"
-        rows.append((linked, finding.measured, f"**{finding.verdict()}**"))
-        reserved = ", with a reservation" if finding.reservation else ""
-        short.append(f"{what.partition(',')[0]}: {finding.holds.sum()} of {len(finding.holds)}{reserved}")
+        experiment, what = experiments[name], EXPERIMENTS[name]
+        row, verdict = (what, "", "not measured yet"), "not measured yet"
+        with suppress(NotMeasuredError):
+            if experiment is not None:
+                finding = claim.test(experiment)
+                linked = f"{what}, {experiment.metric} ([figure]({name}/ablation.png))"
+                row = (linked, finding.measured, f"**{finding.verdict()}**")
+                reserved = ", with a reservation" if finding.reservation else ""
+                verdict = f"{finding.holds.sum()} of {len(finding.holds)}{reserved}"
+        rows.append(row)
+        short.append(f"{what.partition(',')[0]}: {verdict}")
     return rows, short
 
 
@@ -615,19 +585,18 @@ def norms_section(results: Path) -> list[str]:
     ]
 
 
-def experiments_section(experiments: dict[str, Experiment | None], results: Path) -> list[str]:
+def experiments_section(experiments: dict[str, Experiment | None]) -> list[str]:
     """List the experiments with their commands and files."""
     rows: list[tuple[object, ...]] = []
     for name, what in EXPERIMENTS.items():
-        command = f"`make {name.replace('_', '-')}`"
-        if experiments[name] is None:
+        command, experiment = f"`make {name.replace('_', '-')}`", experiments[name]
+        if experiment is None:
             rows.append((what, command, "", "", "", "not measured yet"))
             continue
-        summary = json.loads((results / name / "ablation.json").read_text())
         links = ", ".join(f"[{ending}]({name}/ablation.{ending})" for ending in ("png", "md", "json"))
-        seeds = len(summary["config"]["seeds"])
-        steps = summary["config"].get("settings", {}).get("trainer.max_steps", "")
-        rows.append((what, command, steps, seeds, f"{summary['num_samples']:,}", links))
+        config, samples = experiment.summary["config"], f"{experiment.summary['num_samples']:,}"
+        steps = config.get("settings", {}).get("trainer.max_steps", "")
+        rows.append((what, command, steps, len(config["seeds"]), samples, links))
     table = markdown_table(("experiment", "command", "steps", "seeds", "samples", "results"), rows)
     return ["", "## The experiments", "", table, "", CLOSING.strip()]
 

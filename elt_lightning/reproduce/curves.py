@@ -4,7 +4,6 @@ python -m elt_lightning.reproduce.curves RUN --output docs/results/curves/NAME
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import write_json, written_aside
 
 Curves = dict[str, list[tuple[int, float]]]
 """{logged name: (optimiser step, value) in order of steps}."""
@@ -26,19 +25,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="path without ending")
     options = parser.parse_args()
     curves = read_curves(options.run)
-    with written_aside(options.output.with_suffix(".json")) as aside:
-        aside.write_text(json.dumps(curves) + "\n")
+    write_json(options.output.with_suffix(".json"), curves, indent=None)
     with written_aside(options.output.with_suffix(".png")) as aside:
         draw(curves, options.output.name).savefig(aside, bbox_inches="tight")
     print(options.output.with_suffix(".png"))
 
 
 def read_curves(run: Path) -> Curves:
-    """Read what was logged of losses and metrics, to four digits.
-
-    Raises:
-        UserError: there is nothing in the folder.
-    """
+    """Read what was logged of losses and metrics, to four digits (UserError: there is nothing in the folder)."""
     events = EventAccumulator(str(run))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith(("train/loss", "val/"))]

@@ -29,24 +29,14 @@ SMOKE = "configs/imagenet256/smoke.yaml"
 
 
 def family_of(name: str) -> str:
-    """Return "masked" or "diffusion".
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Return "masked" or "diffusion" (UserError: there is no such model)."""
     if name not in MODELS:
         raise UserError(f"there is no model {name}: choose from {', '.join(MODELS)}")
     return "masked" if MODELS[name].table == 1 else "diffusion"
 
 
 def run(names: Sequence[str], options: Namespace, mode: str = "ilsd", train_only: bool = False) -> None:
-    """Run what is missing.
-
-    Args:
-        names: of the models.
-        options: of the command line.
-        mode: of training; runs of another one than "ilsd" have a folder of its name.
-        train_only: measure nothing.
+    """Run what is missing of some models; runs of another mode than "ilsd" have a folder of its name.
 
     Raises:
         UserError: a setting is missing or wrong.

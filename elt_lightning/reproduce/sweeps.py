@@ -15,11 +15,7 @@ PAPERS_PROTOCOL = f"protocol {video_protocol('magvit-10kx4').name}"
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
-    """Read a ``loops.json``.
-
-    Raises:
-        UserError: it is damaged, or was written by something else or by an earlier version.
-    """
+    """Read a ``loops.json`` (UserError: it is damaged, or was written by something else or by an earlier version)."""
     try:
         report: dict[str, Any] = json.loads(path.read_text())
         lacking = {"rows", "primary_metric", "train_loops", "train_mode", "train_steps", "weights"} - report.keys()

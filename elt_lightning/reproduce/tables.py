@@ -24,7 +24,7 @@ runs to a file, where rows of one shape, batch size, compilation and precision t
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +34,7 @@ import pandas as pd
 from elt_lightning.bench.report import TRAINING_KEYS, find, speed_over_unlooped, time_over
 from elt_lightning.bench.report import Row as Measured
 from elt_lightning.bench.runs import read_runs
-from elt_lightning.files import markdown_table, written_aside
+from elt_lightning.files import markdown_table, write_text
 from elt_lightning.metrics.fid import name_with_count
 from elt_lightning.reproduce.accounting import Count, count_row, count_scale, gflops_as_printed, params_as_printed
 from elt_lightning.reproduce.published import (
@@ -127,6 +127,12 @@ class Value:
 Cells = dict[Column, Printed | Value]
 
 
+def cells_of(kind: Kind, values: Mapping[str, Printed | Value | float | None]) -> Cells:
+    """Fill cells of one kind, but those of quantities that are None."""
+    filled = {name: value for name, value in values.items() if value is not None}
+    return {Column(n, kind): v if isinstance(v, Printed | Value) else Value(v) for n, v in filled.items()}
+
+
 @dataclass
 class Table:
     """A table to write: its columns, and of each row the cells that are filled."""
@@ -145,16 +151,14 @@ class Table:
 
     def flat_rows(self) -> list[dict[str, str | float | None]]:
         """Return rows as plain numbers by ``<quantity>_<kind>``; spreads have columns of their own."""
-        flat: list[dict[str, str | float | None]] = []
-        spreads = {column for cells in self.rows.values() for column, cell in cells.items() if cell.spread is not None}
-        for model, cells in self.rows.items():
-            row: dict[str, str | float | None] = {"model": model}
-            for column in self.columns:
-                cell, name = cells.get(column), "_".join(column)
+        flat: list[dict[str, str | float | None]] = [{"model": model} for model in self.rows]
+        for column in self.columns:
+            found, name = [cells.get(column) for cells in self.rows.values()], "_".join(column)
+            has_spread = any(cell is not None and cell.spread is not None for cell in found)
+            for row, cell in zip(flat, found, strict=True):
                 row[name] = None if cell is None else cell.value
-                if column in spreads:
+                if has_spread:
                     row[f"{name}_spread"] = None if cell is None else cell.spread
-            flat.append(row)
         return flat
 
     def markdown(self) -> str:
@@ -170,13 +174,10 @@ class Table:
     def write(self, folder: Path) -> None:
         """Write it as Markdown, CSV and JSON."""
         stem, rows = folder / f"table{self.number}", self.flat_rows()
-        with written_aside(stem.with_suffix(".md")) as aside:
-            aside.write_text(self.markdown())
-        with written_aside(stem.with_suffix(".csv")) as aside:
-            pd.DataFrame(rows, dtype=object).to_csv(aside, index=False)
-        with written_aside(stem.with_suffix(".json")) as aside:
-            content = {"table": self.number, "title": self.title, "rows": rows, "notes": self.notes}
-            aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(stem.with_suffix(".md"), self.markdown())
+        write_text(stem.with_suffix(".csv"), pd.DataFrame(rows, dtype=object).to_csv(index=False))
+        content = {"table": self.number, "title": self.title, "rows": rows, "notes": self.notes}
+        write_text(stem.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         print(stem.with_suffix(".md"))
 
 
@@ -218,12 +219,12 @@ class Result:
         The Inception score depends on the number of samples too: it gets the count behind its name unless the distance
         beside it has a plain one.
         """
-        names = {} if self.distance is None else {self.distance: self.distance}
-        if with_score and "inception_score" in self.row["metrics"]:
+        scores = self.row["metrics"]
+        found = {} if self.distance is None else {self.distance: scores[self.distance]}
+        if with_score and "inception_score" in scores:
             with_count = name_with_count(self.report["num_samples"], "inception_score")
-            names["inception_score" if self.distance == kind else with_count] = "inception_score"
-        scores = {name: self.row["metrics"][metric] for name, metric in names.items()}
-        return {name: Value(score["mean"], score["std"]) for name, score in scores.items()}
+            found["inception_score" if self.distance == kind else with_count] = scores["inception_score"]
+        return {name: Value(score["mean"], score["std"]) for name, score in found.items()}
 
     def note(self) -> str:
         """Return where it is from."""
@@ -246,14 +247,9 @@ def count_in(name: str, kind: str) -> float:
 def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
     """Find the best of what was measured of a row, over guidance scales as the paper does.
 
-    A run is the row's only where :func:`~elt_lightning.reproduce.sweeps.difference` finds none. For a table of small
-    models any will do, a metric of any kind, and the most loops there are.
-
-    Args:
-        row: of the paper.
-        kind: "fid" or "fvd".
-        runs: folder of the runs, each named after its config.
-        table: gets a note for each run that is left out.
+    A run, in the folder of its config's name, is the row's only where nothing sets it apart, see
+    :func:`~elt_lightning.reproduce.sweeps.difference`; the table gets a note of each that is left out. For a table of
+    small models any will do, a metric of any kind, and the most loops there are.
     """
     results = []
     for path in sorted((runs / str(row.name)).glob("test*/loops.json")):
@@ -275,38 +271,31 @@ def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
 
 
 def generation_table(number: int, rows: Sequence[Row], kind: str, runs: Path, small_scale: bool) -> Table:
-    """Fill Table 1, 2 or 4.
+    """Fill Table 1, 2 or 4, with a distance of a kind, "fid" or "fvd", from a folder of runs.
 
-    Args:
-        number: of the table.
-        rows: of the paper.
-        kind: of distance, "fid" or "fvd".
-        runs: folder of the runs.
-        small_scale: take runs of other networks; what is counted is then of them.
+    At small scale these may be of other networks; what is counted is then of them.
     """
     scores = [kind, *(["inception_score"] if rows[0].inception_score else [])]
     table = Table(number, small_scale)
     for row in rows:
-        printed = {Column(name, "paper"): getattr(row, name) for name in (*scores, *COUNTED[:2], "gflops")}
-        cells: Cells = {column: number for column, number in printed.items() if number is not None}
-        table.rows[row.model] = cells
+        printed = cells_of("paper", {name: getattr(row, name) for name in (*scores, *COUNTED[:2], "gflops")})
+        cells = table.rows[row.model] = printed
         counted = count_row(row)
         if counted is None:
             continue
         result = find_result(row, kind, runs, table)
         if result is not None:
-            values = result.values(kind, len(scores) > 1)
-            cells |= {Column(name, "measured"): value for name, value in values.items()}
+            cells |= cells_of("measured", result.values(kind, len(scores) > 1))
             table.notes.append(f"{row.model}: {result.note()}")
         if not small_scale:
-            cells |= counted_cells(row, counted)
+            cells |= cells_of("counted", quantities(row, counted))
             table.notes += differences(row, counted)
         elif result is not None:
-            cells |= {
-                Column("params_backbone", "counted"): Value(result.row["params_backbone"]),
-                Column("params_total", "counted"): Value(result.row["params_total"]),
-                Column("gmacs_per_sample", "counted"): Value(result.row["macs_per_sample"] / 1e9),
-            }
+            cells |= cells_of(
+                "counted",
+                {name: result.row[name] for name in ("params_backbone", "params_total")}
+                | {"gmacs_per_sample": result.row["macs_per_sample"] / 1e9},
+            )
     filled = {column for cells in table.rows.values() for column in cells}
     kinds: tuple[Kind, ...] = ("paper", "measured", "counted")
     table.columns = [Column(score, kind) for score in scores for kind in kinds[:2]]
@@ -316,19 +305,16 @@ def generation_table(number: int, rows: Sequence[Row], kind: str, runs: Path, sm
     return with_provenance(table)
 
 
-def counted_cells(row: Row, counted: Count) -> Cells:
-    """Fill the columns that need no training."""
-    cells: Cells = {
-        Column("params_backbone", "counted"): Value(counted.params_backbone),
-        Column("params_total", "counted"): Value(counted.params_total),
-        Column("gmacs_per_pass", "counted"): Value(counted.forward_macs / 1e9),
-        Column("gmacs_per_sample", "counted"): Value(counted.sample_macs / 1e9),
+def quantities(row: Row, counted: Count) -> dict[str, float | None]:
+    """Return what needs no training by its columns."""
+    return {
+        "params_backbone": counted.params_backbone,
+        "params_total": counted.params_total,
+        "gmacs_per_pass": counted.forward_macs / 1e9,
+        "gmacs_per_sample": counted.sample_macs / 1e9,
+        "gflops": None if row.gflops is None else gflops_as_printed(row, counted),
+        "depth": None if row.depth is None else counted.effective_depth,
     }
-    if row.gflops is not None:
-        cells[Column("gflops", "counted")] = Value(gflops_as_printed(row, counted))
-    if row.depth is not None:
-        cells[Column("depth", "counted")] = Value(counted.effective_depth)
-    return cells
 
 
 def differences(row: Row, counted: Count) -> list[str]:
@@ -351,13 +337,11 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
     table.columns += [Column("samples per second", "measured"), Column("share of peak", "measured")]
     table.columns += [Column(name, "counted") for name in (macs, params, baseline_params)]
     for row in TABLE_3:
-        cells: Cells = {Column(speed, "paper"): row.ratio}
+        cells = table.rows[row.model] = cells_of("paper", {speed: row.ratio})
         if not small_scale:
             looped, baseline = count_scale(row.scale, row.num_layers, row.loops), count_scale(row.scale)
-            cells[Column(macs, "counted")] = Value(looped.forward_macs / baseline.forward_macs)
-            cells[Column(params, "counted")] = Value(looped.params_backbone)
-            cells[Column(baseline_params, "counted")] = Value(baseline.params_backbone)
-        table.rows[row.model] = cells
+            sizes = {params: looped.params_backbone, baseline_params: baseline.params_backbone}
+            cells |= cells_of("counted", {macs: looped.forward_macs / baseline.forward_macs, **sizes})
     printed = {(row.scale, row.num_layers, row.loops): row.model for row in TABLE_3}
     for run in benchmark_runs(benchmarks / "inference.json", table):
         for found in run["rows"]:
@@ -366,12 +350,14 @@ def throughput_table(benchmarks: Path, small_scale: bool) -> Table:
                 continue
             papers = printed.get((found["shape"], found["num_layers"], found["loops"]))
             as_papers = (found["batch_size"], found["steps"], found["guidance"], found["compile"])
-            cells = cells_of(
-                table, found, run, papers if as_papers == (TABLE_3_BATCH, TABLE_1[0].steps, 1, "no") else None
-            )
-            cells[Column(speed, "measured")] = Value(*ratio)
-            cells[Column("samples per second", "measured")] = Value(found["samples_per_second"])
-            cells[Column("share of peak", "measured")] = Value(found["pass_share_of_peak"])
+            if as_papers != (TABLE_3_BATCH, TABLE_1[0].steps, 1, "no"):
+                papers = None
+            measured = {
+                speed: Value(*ratio),
+                "samples per second": found["samples_per_second"],
+                "share of peak": found["pass_share_of_peak"],
+            }
+            row_of(table, found, run, papers).update(cells_of("measured", measured))
     return with_provenance(table)
 
 
@@ -383,12 +369,12 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
     table.columns += [Column(name, kind) for name in others for kind in kinds]
     table.columns += [Column("over vanilla, time ratio", "measured")]
     printed = zip((flops, *others), (TABLE_8.flops, TABLE_8.step_time, TABLE_8.peak_memory), strict=True)
-    cells: Cells = {Column(name, "paper"): number for name, number in printed}
+    cells = cells_of("paper", dict(printed))
     rows = {row.name: row for row in TABLE_2}
     model, baseline = rows[TABLE_8.model], rows[TABLE_8.baseline]
     looped_count, baseline_count = count_row(model), count_row(baseline)
     if looped_count and baseline_count and not small_scale:
-        cells[Column(flops, "counted")] = Value(looped_count.forward_macs / baseline_count.forward_macs)
+        cells |= cells_of("counted", {flops: looped_count.forward_macs / baseline_count.forward_macs})
     first = f"{model.model} / {baseline.model}"
     table.rows[first] = cells
     for run, found, unlooped in looped_steps(benchmarks / "training.json", table):
@@ -396,13 +382,14 @@ def training_table(benchmarks: Path, small_scale: bool) -> Table:
         plain = found["way"] == "ilsd" and found["compile"] == "no" and not found["activation_checkpointing"]
         largest = max(other["batch_size"] for other in run["rows"] if other["shape"] == found["shape"])
         is_papers = is_papers and plain and found["batch_size"] == largest
-        measured = {"step time ratio": time_over(found, run["rows"], way="unlooped", activation_checkpointing=False)}
-        if found["way"] == "ilsd":
-            measured["over vanilla, time ratio"] = time_over(found, run["rows"], way="vanilla")
-        cells = cells_of(table, found, run, first if is_papers else None)
-        cells |= {Column(what, "measured"): Value(*value) for what, value in measured.items() if value is not None}
-        memory = found["peak_memory_bytes"] / unlooped["peak_memory_bytes"]
-        cells[Column("peak memory ratio", "measured")] = Value(memory)
+        other = time_over(found, run["rows"], way="unlooped", activation_checkpointing=False)
+        vanilla = time_over(found, run["rows"], way="vanilla") if found["way"] == "ilsd" else None
+        measured = {
+            "step time ratio": None if other is None else Value(*other),
+            "over vanilla, time ratio": None if vanilla is None else Value(*vanilla),
+            "peak memory ratio": found["peak_memory_bytes"] / unlooped["peak_memory_bytes"],
+        }
+        row_of(table, found, run, first if is_papers else None).update(cells_of("measured", measured))
     return with_provenance(table)
 
 
@@ -415,17 +402,12 @@ def looped_steps(path: Path, table: Table) -> Iterator[tuple[dict[str, Any], Mea
                 yield run, row, unlooped
 
 
-def cells_of(table: Table, found: Measured, run: dict[str, Any], papers: str | None) -> Cells:
-    """Return the cells that a measured row fills: those of one of the paper's rows, or new ones under its own name.
+def row_of(table: Table, found: Measured, run: dict[str, Any], papers: str | None) -> Cells:
+    """Return the cells that a measured row of a run fills: those of a row of the paper, or new ones under its own name.
 
-    A row of the paper is filled by the first run on an accelerator that has it in bfloat16, which is what these compute
-    in; what comes after, or was measured in another precision or on a CPU, stands beside it.
-
-    Args:
-        table: gets the row, and a note that says how one of the paper's was measured.
-        found: what was measured.
-        run: that it is of.
-        papers: the paper's row that it may be; None for none.
+    A row of the paper that it may be (None for none) is filled by the first run on an accelerator that has it in
+    bfloat16, which is what these compute in, and a note says so; what comes after, or was measured in another precision
+    or on a CPU, stands beside it.
     """
     name = benchmark_name(found, run["device"])
     is_free = papers is not None and not any(column.kind == "measured" for column in table.rows[papers])
@@ -468,14 +450,10 @@ def with_provenance(table: Table) -> Table:
 
 
 def write(number: int, measured: Path, benchmarks: Path, output: Path, small_scale: bool) -> None:
-    """Write a table as Markdown, CSV and JSON.
+    """Write Table 1, 2, 3, 4 or 8 as Markdown, CSV and JSON.
 
-    Args:
-        number: of the table: 1, 2, 3, 4 or 8.
-        measured: folder of runs.
-        benchmarks: folder of Tables 3 and 8's JSON.
-        output: folder of the results.
-        small_scale: the runs are of small networks: the title is marked.
+    Tables 1, 2 and 4 are of the runs in ``measured``, the others of the JSON in ``benchmarks``. At small scale runs are
+    of small networks, and the title is marked.
     """
     if number in (1, 2, 4):
         rows = {1: TABLE_1, 2: TABLE_2, 4: TABLE_4}[number]

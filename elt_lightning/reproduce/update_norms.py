@@ -48,20 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int, batch_size: int = 50) -> Tensor:
-    """Draw samples, and measure ‖h_r − h_(r−1)‖₂ for every loop r of every sampling step.
+    """Draw samples, and measure ‖h_r − h_(r−1)‖₂ for every loop r of every sampling step: (K, L) float32.
 
     The state h has D numbers for each token; its norm is averaged over tokens and samples, and where guidance acts over
-    both of its branches. Prelude and coda layers are outside the loop and are left out.
-
-    Args:
-        module: in eval mode, of either family.
-        num_samples: to draw; sample i is of class i mod num_classes.
-        loops: L, at every sampling step.
-        seed: decides every sample.
-        batch_size: samples drawn at once.
-
-    Returns:
-        (K, L) float32, sampling steps and loops.
+    both of its branches. Prelude and coda layers are outside the loop and are left out. The module is in eval mode, of
+    either family; sample i is of class i mod num_classes, and the seed decides it.
     """
     before: list[Tensor] = []
     norms: list[Tensor] = []

@@ -1,17 +1,27 @@
 """What a tokenizer offers, and the one way from pixels to bytes."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from elt_lightning.files import sha256
 
 
 class Tokenizer(nn.Module, ABC):
     """Turns pictures into codes and back.
 
     Letters: B batch, C channels, H W height and width, T tokens.
+
+    Attributes:
+        path: the argument that says where its weights are; None where it has none.
+        file: of the weights, where that is another one than ``path``.
     """
+
+    path: str | None = None
+    file: Path | None = None
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
@@ -25,9 +35,15 @@ class Tokenizer(nn.Module, ABC):
         """Turn pixels (B, C, H, W) into bytes for people to look at: the pixels themselves, or with help to the eye."""
         return to_bytes(pixels)
 
-    @abstractmethod
+    def init_args(self) -> dict[str, Any]:
+        """Return the arguments to build this again, as plain data."""
+        return {} if self.path is None else {"path": str(self.path)}
+
     def description(self) -> dict[str, Any]:
         """Describe in plain data how to build this again: ``class_path``, ``init_args``, a file's ``sha256``."""
+        how = {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.init_args()}
+        file = self.file or self.path
+        return how if file is None else how | {"sha256": sha256(file)}
 
 
 class ImageTokenizer(Tokenizer):

@@ -1,7 +1,5 @@
 """Pixels as continuous values: what a diffusion model without an autoencoder is trained on."""
 
-from typing import Any
-
 from torch import Tensor
 
 from elt_lightning.tokenizers.base import ImageTokenizer
@@ -23,6 +21,3 @@ class PixelScaling(ImageTokenizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Scale (B, C, H, W) float back to [0, 1]; a sample's values beyond ±1 are cut off."""
         return ((codes + 1) / 2).clamp(0, 1)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": {}}

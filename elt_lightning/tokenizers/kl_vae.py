@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import sha256
 from elt_lightning.tokenizers.base import ImageTokenizer
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -97,10 +96,8 @@ class KLAutoencoder(ImageTokenizer):
         pixels = self.vae.decode(codes.to(self.vae.dtype) / self.latent_scale).sample
         return ((pixels + 1) / 2).clamp(0, 1)
 
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        init_args = {"path": str(self.path), "scale": self.latent_scale}
-        return {"class_path": class_path, "init_args": init_args, "sha256": sha256(self.file)}
+    def init_args(self) -> dict[str, Any]:  # noqa: D102
+        return super().init_args() | {"scale": self.latent_scale}
 
 
 def weights_file(path: str) -> Path:

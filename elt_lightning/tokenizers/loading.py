@@ -13,11 +13,7 @@ set_parsing_settings(import_path_denylist=[])  # a file may not name os.system a
 
 
 def load_tokenizer(description: dict[str, Any], path: str | None = None) -> Tokenizer:
-    """Build the tokenizer of a description, on the CPU.
-
-    Args:
-        description: from :meth:`Tokenizer.description`.
-        path: where its file or folder lies now, when it has moved.
+    """Build the tokenizer that :meth:`Tokenizer.description` described, on the CPU; ``path`` is where its file is now.
 
     Raises:
         UserError: it describes none, the file is missing, or its content is not what was described.

@@ -4,7 +4,6 @@ import math
 import pickle
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import is_file, sha256
+from elt_lightning.files import is_file
 from elt_lightning.tokenizers.base import ImageTokenizer
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import freeze, named_tensors
 
 CHANNELS = (128, 128, 256, 256, 512)
 """Of the five levels, full size first; each has half the height and width of the one before it."""
@@ -47,15 +46,11 @@ class MaskGITVQGAN(ImageTokenizer):
         super().__init__()
         self.path = path
         self.file = weights_file(path)
-        with torch.device("meta"):  # the file's own tensors become the parameters: nothing is initialised or copied
+        with torch.device("meta"):
             self.encoder = Encoder()
             self.decoder = Decoder()
             self.quantize = Codebook(self.codebook_size)
-        state = read_state_dict(self.file)
-        if faults := differences(self.state_dict(), state):
-            raise UserError(f"{self.file} is not the MaskGIT VQGAN (tensors: {faults}): {PUBLISHED}")
-        self.load_state_dict(state, assign=True)
-        self.float().requires_grad_(False).eval()
+        freeze(self, read_state_dict(self.file), f"{self.file} is not the MaskGIT VQGAN", PUBLISHED)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode (B, 3, H, W) in [0, 1] to the nearest codes by squared distance, (B, T) int64 in [0, 1024), row-major.
@@ -76,10 +71,6 @@ class MaskGITVQGAN(ImageTokenizer):
             raise ValueError(f"{codes.shape[1]} tokens are no square picture")
         vectors = self.quantize.embedding(codes).transpose(1, 2).unflatten(2, (side, side))
         return self.decoder(vectors).clamp(0, 1)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {"path": str(self.path)}, "sha256": sha256(self.file)}
 
 
 class Encoder(nn.Module):
@@ -184,11 +175,7 @@ def normalization(channels: int) -> nn.GroupNorm:
 
 
 def weights_file(path: str) -> Path:
-    """Find the weights: ``path`` itself, or a file of one of the usual names in it.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find the weights: ``path`` itself, or a file of one of the usual names in it (UserError: there is none)."""
     given = Path(path)
     files = [given / name for name in ("model.safetensors", "pytorch_model.bin")] if given.is_dir() else [given]
     found = next((file for file in files if is_file(file)), None)
@@ -210,6 +197,4 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{file} is not a readable file of weights: it is damaged or of another kind") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} holds something else than tensors by name: it is not the MaskGIT VQGAN; {PUBLISHED}")
-    return state
+    return named_tensors(state, f"{file} is not the MaskGIT VQGAN", PUBLISHED)

@@ -1,7 +1,6 @@
 """Patch vector quantisation: each patch of a picture becomes the nearest of a few stored patches."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import is_file, sha256, written_aside
+from elt_lightning.files import is_file, written_aside
 from elt_lightning.tokenizers.base import Tokenizer, to_bytes
 
 LINE = 110
@@ -69,10 +68,6 @@ class PatchVQTokenizer(Tokenizer):
     def present(self, pixels: Tensor) -> Tensor:
         """Show the patches with a line between them: (B, 1, G·(P + 1) + 1, G·(P + 1) + 1) uint8."""
         return with_lines(to_bytes(pixels), self.codebook.shape[-1])
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {"path": str(self.path)}, "sha256": sha256(self.path)}
 
 
 def with_lines(pictures: Tensor, side: int) -> Tensor:

@@ -30,9 +30,8 @@ class PixelTokenizer(Tokenizer):
         """Decode (B, H·W) int64 to (B, 1, H, W) float in [0, 1]."""
         return (codes / (self.levels - 1)).unflatten(1, (1, *self.shape))
 
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {"levels": self.levels, "shape": list(self.shape)}}
+    def init_args(self) -> dict[str, Any]:  # noqa: D102
+        return {"levels": self.levels, "shape": list(self.shape)}
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"levels={self.levels}, tokens={math.prod(self.shape)}"

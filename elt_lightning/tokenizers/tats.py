@@ -11,7 +11,7 @@ import argparse
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from torch.serialization import safe_globals
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import is_file, sha256
+from elt_lightning.files import is_file
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import squared_distances
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import freeze, named_tensors
 
 CHANNELS = (32, 64, 128, 256)
 """Of the encoder: at full size, and after each of its three blocks."""
@@ -65,17 +65,14 @@ class TATSVQGAN(Tokenizer):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        with torch.device("meta"):  # the file's own tensors become the parameters: nothing is initialised or copied
+        with torch.device("meta"):
             self.encoder = Encoder()
             self.pre_vq_conv = SamePadConvolution(CHANNELS[-1], CODE_CHANNELS, 1)
             self.codebook = Codebook()
             self.post_vq_conv = SamePadConvolution(CODE_CHANNELS, DECODER_CHANNELS[0], 1)
             self.decoder = Decoder()
         state = {name: value for name, value in read_state(path).items() if not name.startswith(TRAINING_ONLY)}
-        if faults := differences(self.state_dict(), state):
-            raise UserError(f"{path} is not the VQGAN of TATS (tensors: {faults}): {PUBLISHED}")
-        self.load_state_dict(state, assign=True)
-        self.float().requires_grad_(False).eval()
+        freeze(self, state, f"{path} is not the VQGAN of TATS", PUBLISHED)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode whatever is asked: batch normalisation must keep to what it has learned."""
@@ -115,10 +112,6 @@ class TATSVQGAN(Tokenizer):
     def store(self, pixels: Tensor) -> Tensor:
         """Encode (B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
         return self.encode(pixels).to(torch.int16)
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {"path": str(self.path)}, "sha256": sha256(self.path)}
 
 
 class Encoder(nn.Module):
@@ -274,7 +267,5 @@ def read_state(path: str) -> dict[str, Tensor]:
             f"torch.save(torch.load('{path}', 'cpu', weights_only=False)['state_dict'], 'tats.pt')\", "
             "where the packages that wrote it are installed, and give tats.pt"
         ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds something else than tensors by name: it is not the VQGAN of TATS; {PUBLISHED}")
-    return state
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    return named_tensors(state, f"{path} is not the VQGAN of TATS", PUBLISHED)

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elt_lightning.errors import UserError
-from elt_lightning.files import is_file, sha256, written_aside
+from elt_lightning.files import is_file, written_aside
 from elt_lightning.tokenizers.base import ImageTokenizer, Tokenizer
 from elt_lightning.tokenizers.vq_network import VQNetwork, VQSettings
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import freeze
 
 FORMAT = "elt_lightning.vq.1"
 
@@ -66,11 +66,7 @@ class TrainedVQ(Tokenizer):
         return self.network.decode(codes, self.grid_of(codes.shape[1])).clamp(0, 1)
 
     def grid_of(self, tokens: int) -> tuple[int, ...]:
-        """Return how T tokens lie.
-
-        Raises:
-            ValueError: they make no clip or picture.
-        """
+        """Return how T tokens lie (ValueError: they make no clip or picture)."""
         if tokens == math.prod(self.grid):
             return self.grid
         if self.dimensions == 3:
@@ -80,10 +76,6 @@ class TrainedVQ(Tokenizer):
         if math.prod(grid) != tokens or tokens == 0:
             raise ValueError(f"{tokens} tokens are neither a grid of {self.grid} nor of a shape that follows from it")
         return grid
-
-    def description(self) -> dict[str, Any]:  # noqa: D102
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {"path": str(self.path)}, "sha256": sha256(self.path)}
 
 
 class VideoVQ(TrainedVQ):
@@ -165,9 +157,7 @@ def read_tokenizer(path: str) -> tuple[VQNetwork, tuple[int, ...]]:
         settings.grid(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the settings in {path} are not those of a tokenizer ({error}): train it again") from error
-    with torch.device("meta"):  # the file's own tensors become the parameters: nothing is initialised or copied
+    with torch.device("meta"):
         network = VQNetwork(settings)
-    if faults := differences(network.state_dict(), state):
-        raise UserError(f"the weights in {path} do not fit its settings (tensors: {faults}): train it again")
-    network.load_state_dict(state, assign=True)
-    return network.requires_grad_(False).eval(), shape
+    freeze(network, state, f"the weights in {path} do not fit its settings", "train it again")
+    return network, shape

@@ -107,11 +107,7 @@ class Quantized(NamedTuple):
 
 
 class VQNetwork(nn.Module):
-    """Encoder, quantiser and decoder.
-
-    Args:
-        settings: its shape.
-    """
+    """Encoder, quantiser and decoder."""
 
     def __init__(self, settings: VQSettings) -> None:
         super().__init__()
@@ -235,17 +231,10 @@ class ResidualBlock(nn.Module):
 
 
 def inflate(flat: Mapping[str, Tensor], network: VQNetwork) -> dict[str, Tensor]:
-    """Turn the weights of a 2-D network into those of a 3-D one of the same settings otherwise.
+    """Turn the weights of a 2-D network into a state dict for a 3-D one of the same settings otherwise.
 
     A flat kernel becomes the middle slice in time of a kernel that is zero elsewhere ("central inflation", MAGVIT
     section 3.1): a still clip gives in every frame what the 2-D network gives for its picture.
-
-    Args:
-        flat: state dict of the 2-D network.
-        network: the 3-D one; not changed.
-
-    Returns:
-        a state dict for ``network``.
     """
     inflated = {}
     for name, deep in network.state_dict().items():

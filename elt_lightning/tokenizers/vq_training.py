@@ -315,11 +315,7 @@ class VQTraining(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def pixels_of(self, batch: Any) -> Tensor:
-        """Take the pixels of a batch, (B, 3, *sample_shape).
-
-        Raises:
-            UserError: they have another shape.
-        """
+        """Take the pixels of a batch, (B, 3, *sample_shape) (UserError: they have another shape)."""
         found = tuple(batch.pixels.shape[1:])
         if found != (3, *self.sample_shape):
             raise UserError(

@@ -132,11 +132,7 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save; before training look whether what callbacks monitor is there.
-
-        Raises:
-            UserError: it is not.
-        """
+        """Save; before training look whether what callbacks monitor is there (UserError: it is not)."""
         if trainer.sanity_checking:
             check_monitored(trainer)
         super().on_validation_end(trainer, pl_module)
@@ -195,15 +191,11 @@ class Checkpoint(ModelCheckpoint):
 
 
 def correct_progress(fit_loop: dict[str, Any], accumulation: int) -> None:
-    """Correct a trainer's saved progress in two respects.
+    """Correct a trainer's saved progress, in place, in two respects.
 
     Where a training ended by steps or time inside an epoch, Lightning 2.6.6 counts that epoch as done before it saves,
     and then once more when it is done. And it counts micro-batches: if their size has changed, their number is made to
-    match the steps.
-
-    Args:
-        fit_loop: saved progress, changed in place.
-        accumulation: micro-batches of an optimiser step from now on.
+    match the steps, which have ``accumulation`` of them from now on.
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     if not batches["is_last_batch"] and epochs["current"]["processed"] == epochs["current"]["started"] > 0:

@@ -83,11 +83,7 @@ class EMA(Callback):
         checkpoint["ema"] = {"updates": self.updates, "weights": self.average}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint.
-
-        Raises:
-            UserError: it is of other weights, or an exported model has the others alone.
-        """
+        """Take the average from a checkpoint (UserError: of other weights; an exported model has the others alone)."""
         if "exported" in checkpoint:
             check_exported(checkpoint["exported"], self.weights)
             self.is_exported = True

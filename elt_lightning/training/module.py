@@ -71,7 +71,6 @@ class ELTModule(LightningModule):
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
-        self.val_loops: Sequence[int] = range(1, distillation.max_loops + 1)  # LoopMetrics has them measured at its own
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
@@ -149,25 +148,15 @@ class ELTModule(LightningModule):
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the ground-truth loss at each of ``val_loops``, all from one pass."""
-        self._log_losses("val", batch)
+        """Compute nothing: the callback that knows at which loop counts measures by :meth:`held_out_losses`."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do as :meth:`validation_step` does."""
-        self._log_losses("test", batch)
+    test_step = validation_step
 
-    def _log_losses(self, stage: str, batch: Any) -> None:
-        if not self.val_loops:
-            return
+    def held_out_losses(self, batch: Any, loops: Sequence[int]) -> dict[int, Tensor]:
+        """Compute the ground-truth loss at several loop counts, all from one pass: {loops: mean over the batch}."""
         corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), VAL_STEP)
-        condition = Condition(batch.labels, corrupted.time)
-        predictions, _ = self.network(corrupted.inputs, condition, max(self.val_loops), self.val_loops)
-        losses = {
-            f"{stage}/loss@L{loops}": self.objective.ground_truth(prediction, corrupted).mean()
-            for loops, prediction in predictions.items()
-        }
-        # Lightning weighs ranks by the mean of their counts, cut to a whole number: as a multiple it stays exact.
-        self.log_dict(losses, batch_size=len(batch.x) * self.trainer.world_size, sync_dist=True)
+        predictions, _ = self.network(corrupted.inputs, Condition(batch.labels, corrupted.time), max(loops), loops)
+        return {count: self.objective.ground_truth(p, corrupted).mean() for count, p in predictions.items()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Draw what a :class:`~elt_lightning.data.base.Request` asks for: codes (B, …)."""

@@ -49,11 +49,7 @@ class SkipNonFiniteSteps(Callback):
         self._loss = self._loss + loss.detach()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the step before gradients are clipped.
-
-        Raises:
-            UserError: it is one too many in a row that is not finite.
-        """
+        """Look at the step before gradients are clipped (UserError: it is one too many in a row that is not finite)."""
         total = self._loss + get_total_norm(map(own_part, gradients(optimizer))).to(pl_module.device)
         self._loss = 0.0
         bad = trainer.strategy.reduce((~torch.isfinite(total)).float(), reduce_op="sum")

@@ -118,12 +118,7 @@ def supported_strategy(asked: Any) -> Any:
 
 
 def check_strategy(strategy: Strategy, model: LightningModule, checkpoint: str | None) -> None:
-    """Check that a strategy suits what it is to run.
-
-    Args:
-        strategy: of the trainer.
-        model: what is trained or measured.
-        checkpoint: path of the checkpoint to start from, or None.
+    """Check that a strategy suits what is trained or measured, and the checkpoint to start from, if there is one.
 
     Raises:
         UserError: it does not; what to ask for instead.

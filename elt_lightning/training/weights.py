@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elt_lightning.errors import UserError
@@ -13,12 +13,9 @@ from elt_lightning.files import is_file
 
 
 def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
-    """Read a published state dict; no code of the file is run.
+    """Read a published state dict, of weights that are called ``what`` and are to be had ``where``.
 
-    Args:
-        path: of the file.
-        what: name of the weights, a plural.
-        where: they are to be had.
+    No code of the file is run.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -29,9 +26,32 @@ def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes the unpickler raise
         raise UserError(f"cannot read the {what} {path} ({type(error).__name__}): {where}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a file of plain tensors, as the {what} are: {where}")
-    return dict(state)
+    return named_tensors(state, f"{path} is not a file of plain tensors, as the {what} are", where)
+
+
+def named_tensors(content: Any, refusal: str, advice: str) -> dict[str, Tensor]:
+    """Return what was read as {name: tensor}.
+
+    Raises:
+        UserError: it holds something else: ``refusal`` says what it is not, ``advice`` what to do.
+    """
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{refusal}: it holds something else than tensors by name; {advice}")
+    return dict(content)
+
+
+def freeze(network: nn.Module, state: dict[str, Tensor], refusal: str, advice: str) -> None:
+    """Make a file's tensors the parameters of a network built on ``meta``, in float32, and never train them.
+
+    Nothing is initialised or copied. The last two arguments are those of :func:`named_tensors`.
+
+    Raises:
+        UserError: the tensors are not those of the network.
+    """
+    if faults := differences(network.state_dict(), state):
+        raise UserError(f"{refusal} (tensors: {faults}): {advice}")
+    network.load_state_dict(state, assign=True)
+    network.float().requires_grad_(False).eval()
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:

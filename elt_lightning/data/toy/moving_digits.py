@@ -177,15 +177,9 @@ class MovingDigits:
                 yield val, group, video % CLIPS_PER_GROUP + 1, images[chosen[video // CLIPS_PER_GROUP]]
 
     def draw(self, motion: str, writing: Tensor, number: int) -> Tensor:
-        """Draw a video.
+        """Draw a video of a writing (8, 8) float in [0, 1] in a motion: (F, side, side, 3) uint8, light ink on grey.
 
-        Args:
-            motion: one of :data:`MOTIONS`.
-            writing: (8, 8) float in [0, 1].
-            number: of the video in its class; with the seed it decides phase, pace, size and the grey of the ground.
-
-        Returns:
-            (F, side, side, 3) uint8: light ink on grey.
+        The number of the video in its class decides, with the seed, phase, pace, size and the grey of the ground.
         """
         generator = torch.Generator().manual_seed(1000 * (1000 * self.seed + list(MOTIONS).index(motion)) + number)
         phase, scale, grey = torch.rand(3, generator=generator).tolist()
