@@ -23,10 +23,11 @@ SUBCOMMANDS = {
     "plan": "say what a config will need: memory, disk, steps, GPU-hours",
     "export": "write a checkpoint's model as safetensors and config.json",
     "import": "read published weights of DiT or SiT into a model folder",
+    "loop": "make a looped model of an unlooped one, to be trained on",
     "bench": "measure how fast this machine is with this program",
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
-    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan", "export", "bench")
+    name: f"elt_lightning.commands.{name}" for name in ("sample", "encode", "stats", "plan", "export", "loop", "bench")
 }
 _MODULES["import"] = "elt_lightning.commands.import_published"
 

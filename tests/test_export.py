@@ -101,15 +101,16 @@ def test_test_and_predict_measure_an_exported_model_as_its_checkpoint(
 ) -> None:
     """Only the data's settings are not in the folder."""
     folder = export(checkpoint, tmp_path / "model")
-    data = ["--data.init_args.num_train=64", "--data.init_args.num_val=40", "--data.init_args.batch_size=16"]
+    settings = {"num_train": 64, "num_val": 40, "batch_size": 16, "codes_per_digit": 4}
+    data = [f"--data.init_args.{name}={value}" for name, value in settings.items()]
     draws = ["--loops=1,3", "--loop_metrics.num_samples=12"]
     reports, samples = [], []
-    for source, settings in ((checkpoint, []), (folder, data)):
+    for source, flags in ((checkpoint, []), (folder, data)):
         home = tmp_path / source.stem
-        assert main(["test", f"--ckpt_path={source}", *settings, *draws, f"--run_dir={home}/test"]) == 0
+        assert main(["test", f"--ckpt_path={source}", *flags, *draws, f"--run_dir={home}/test"]) == 0
         reports.append(json.loads((home / "test" / "loops.json").read_text()))
-        flags = ["--num_samples=6", "--loops=2", f"--run_dir={home}/predict"]
-        assert main(["predict", f"--ckpt_path={source}", *settings, *flags]) == 0
+        six = ["--num_samples=6", "--loops=2", f"--run_dir={home}/predict"]
+        assert main(["predict", f"--ckpt_path={source}", *flags, *six]) == 0
         samples.append(np.load(home / "predict" / "samples.npz")["arr_0"])
     for row in (row for report in reports for row in report["rows"]):
         del row["samples_per_second"]

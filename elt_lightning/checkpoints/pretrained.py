@@ -94,7 +94,7 @@ def is_exported(path: str | Path) -> bool:
 
 def read_as_checkpoint(path: str | Path, **_: Any) -> dict[str, Any]:
     """Read an exported model, with what Lightning asks of a checkpoint that it tests or predicts from."""
-    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__}
+    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__, "callbacks": {}}
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -123,20 +123,26 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     if "class_path" in checkpoint["elt"]["model"]:
         raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
     state = chosen_weights(checkpoint, weights)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ELTModule, "model")
-    try:
-        module: ELTModule = parser.instantiate(parser.parse_object({"model": checkpoint["elt"]["model"]})).model
-    except UserError:
-        raise
-    except Exception as error:  # a class may raise anything on settings that do not suit it
-        raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
+    module = empty_module(checkpoint["elt"]["model"])
     module.on_load_checkpoint({"state_dict": state})
     module.load_state_dict(state)
     if "ema" in checkpoint and weights == "ema":
         # Tied weights have several names, their average only one: put it under all.
         module.load_state_dict(checkpoint["ema"]["weights"], strict=False)
     return module.eval()
+
+
+def empty_module(section: dict[str, Any]) -> ELTModule:
+    """Build the model that a recipe's ``model`` section describes, untrained (UserError: it cannot be built)."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ELTModule, "model")
+    try:
+        module: ELTModule = parser.instantiate(parser.parse_object({"model": section})).model
+    except UserError:
+        raise
+    except Exception as error:  # a class may raise anything on settings that do not suit it
+        raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
+    return module
 
 
 def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Tensor]:

@@ -26,7 +26,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from elt_lightning import data, networks, objectives, processes, samplers
-from elt_lightning.checkpoints.pretrained import is_exported, read_as_checkpoint, read_description
+from elt_lightning.checkpoints.initial import begin_from
+from elt_lightning.checkpoints.pretrained import (
+    from_pretrained,
+    is_exported,
+    read_as_checkpoint,
+    read_description,
+    read_pretrained,
+)
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
@@ -387,6 +394,9 @@ class ELTCommandLine(RunCommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that have settings, and the links."""
         super().add_arguments_to_parser(parser)
+        if self.command == "fit":
+            line = "model folder or checkpoint to begin from: its settings, which configs and flags change, its weights"
+            parser.add_argument("--init_from", type=str | None, default=None, help=line)
         parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleWriter, "samples")
@@ -411,7 +421,14 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
-        """Refuse loops whose activations the device cannot hold, before it fills up."""
+        """Load what training begins from; refuse loops whose activations the device cannot hold."""
+        config = self.config[self.subcommand]
+        if config.init_from is not None:
+            line = begin_from(self.model, config.init_from)
+            if self.trainer.is_global_zero:
+                print(line, flush=True)
+        if self.model.outer_teacher is not None:
+            self.model.learn_from(from_pretrained(self.model.outer_teacher.path))
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
             kept, backbone = rehearse(self.model, types), self.model.network.backbone
@@ -485,7 +502,16 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
+    parser.add_argument("--init_from")
+    known = parser.parse_known_args(arguments)[0]
+    checkpoint, begins_at = known.ckpt_path, known.init_from
+    if begins_at not in (None, "null"):
+        if checkpoint not in (None, "null"):
+            raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
+        stored = scratch / "init_from.yaml"
+        section = without_links({"model": read_pretrained(begins_at)["elt"]["model"]})
+        stored.write_text(yaml.safe_dump(section))
+        return ["--config", str(stored), *arguments]
     if checkpoint in (None, "null"):
         return arguments
     if is_exported(checkpoint) and not goes_on:
