@@ -10,8 +10,8 @@ from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import MaskingProcess, num_still_masked
 from elt_lightning.processes.noise import Stream, gumbel, sample_seeds, uniform
-from elt_lightning.samplers.base import GuidedSteps
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.guided_steps import GuidedSteps
 from elt_lightning.samplers.masked import MaskGITSampler
 
 V, T, CLASSES = 7, 25, 3
@@ -186,8 +186,8 @@ def test_loops_may_be_one_per_step() -> None:
     network, condition = Network(0), Condition(torch.tensor([0, 1]))
     sampler.sample(stateless(network), (T,), condition, [3, 1, 4, 2], seeds)
     assert network.loops == [3, 1, 4, 2]
-    assert sampler.network_calls([3, 1, 4, 2]) == [3, 3, 1, 1, 4, 4, 2, 2]
-    assert sampler.with_guidance_scale(1.0).network_calls(5) == [5] * 4
+    assert sampler.network_calls([3, 1, 4, 2]) == [(loops, ()) for loops in (3, 3, 1, 1, 4, 4, 2, 2)]
+    assert sampler.with_settings(guidance=1.0).network_calls(5) == [(5, ())] * 4
     assert sampler.guidance.scale == 2.0
     for wrong in ([1, 2, 3], [1, 2, 3, 0], [], 0, -1, [1] * 5):
         with pytest.raises(ValueError, match="loops"):
@@ -243,7 +243,7 @@ def test_confidence_is_the_log_probability_under_untempered_guided_logits() -> N
     sampler = MaskGITSampler(
         MaskingProcess(2), 1, 2, temperature_bias=1e-6, temperature_scale=0.0, choice_temperature=0.0
     )
-    sampler = sampler.with_guidance_scale(2.0)
+    sampler = sampler.with_settings(guidance=2.0)
 
     def predict(tokens: Tensor, condition: Condition, loops: int) -> Tensor:
         seen.append(tokens)

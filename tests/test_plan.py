@@ -201,7 +201,7 @@ def settings(**changes: object) -> Settings:
         "num_val": 7,
         "num_test_samples": 11,
         "loops": [1, 2, 3],
-        "guidance": None,
+        "swept": {},
         "num_checkpoints": 1,
         "tflops": 1.0,
         "utilisation": 0.5,
@@ -262,7 +262,7 @@ def test_hours_of_training_validation_and_test_by_hand() -> None:
 
     module.network.backbone.activation_checkpointing = True
     assert make_plan(module, planned)["image_macs"] == image + 3 * loop
-    two_scales = make_plan(module, settings(guidance=[1.0, 2.0], loops=[2]))
+    two_scales = make_plan(module, settings(swept={"guidance": [1.0, 2.0]}, loops=[2]))
     assert two_scales["test_hours"][2] == pytest.approx(11 * 2 * (24 + 48) * (2 * loop + head) / 0.5e12 / 3600)
 
 

@@ -24,9 +24,10 @@ from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import GaussianProcess
 from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import Stream, normal, sample_seeds
-from elt_lightning.samplers.base import GuidedSteps, Sampler
+from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.diffusion import DDIMSampler, DDPMSampler, DPMSolverSampler
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.guided_steps import GuidedSteps
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.optimiser import parameter_groups
@@ -189,7 +190,7 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
             z = z * after.sigma / now.sigma + (after.alpha - after.sigma / now.sigma * now.alpha) * x
     torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(
-        samples, module.sample(labels, 2, seeds, None, sampler.with_carry_state(False)), atol=1e-2
+        samples, module.sample(labels, 2, seeds, None, sampler.with_settings(carry_state=False)), atol=1e-2
     )
 
 
@@ -224,7 +225,7 @@ def test_a_state_needs_recall() -> None:
     sampler = MaskGITSampler(TOKENS, CLASSES, 2, carry_state=True)
     with pytest.raises(ValueError, match="carry_state needs a network with recall"):
         ELTModule(network, TOKENS, MaskedObjective, ILSD(2), lambda *_: sampler, CLASSES)
-    undecided = sampler.with_carry_state(None)
+    undecided = sampler.with_settings(carry_state=None)
     plain = ELTModule(network, TOKENS, MaskedObjective, ILSD(2), lambda *_: undecided, CLASSES)
     assert plain.sampler.carry_state is False
 

@@ -23,6 +23,7 @@ from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.tokenizers.base import to_bytes
@@ -42,15 +43,20 @@ def random_pictures(count: int, channels: int = 1) -> Tensor:
     return torch.randint(0, 256, (count, channels, 6, 5), dtype=torch.uint8)
 
 
+def settings_of(scale: float) -> dict[str, Any]:
+    return MaskGITSampler(MaskingProcess(5), 3, 8, guidance=Guidance(scale)).settings()
+
+
 def report(higher_is_better: bool = True, repeats: int = 3, channels: int = 1, **changes: Any) -> Report:
     rows = [
         Row(
             loops,
-            scale,
-            False,
+            settings_of(scale),
             {"valid": values[:repeats], "fd_digits": [3.0] * repeats},
-            50.0,
-            random_pictures(3, channels),
+            macs_per_sample=1000 * loops * int(scale),
+            mean_loops=loops,
+            samples_per_second=50.0,
+            pictures=random_pictures(3, channels),
         )
         for (loops, scale), values in SCORES.items()
     ]
@@ -69,7 +75,6 @@ def report(higher_is_better: bool = True, repeats: int = 3, channels: int = 1, *
         "weights": "ema",
         "params_backbone": 1_234_567,
         "params_total": 2_345_678,
-        "macs_per_sample": {key: 1000 * key[0] * int(key[1]) for key in SCORES},
         "effective_depth": {1: 2, 2: 4, 4: 8},
     }
     return Report(**(settings | changes))
@@ -78,11 +83,11 @@ def report(higher_is_better: bool = True, repeats: int = 3, channels: int = 1, *
 @pytest.mark.parametrize(("higher", "best"), [(True, {1: 2.0, 2: 1.0, 4: 1.0}), (False, {1: 1.0, 2: 1.0, 4: 2.0})])
 def test_the_best_guidance_of_each_loop_count_follows_the_direction(higher: bool, best: dict[int, float]) -> None:
     found = report(higher)
-    assert [(row.loops, row.guidance) for row in found.best_per_loop()] == sorted(best.items())
+    assert [(row.loops, row.settings["guidance"]) for row in found.best_per_loop()] == sorted(best.items())
     by_mean = {key: statistics.mean(values) for key, values in SCORES.items()}
     wanted = (max if higher else min)(by_mean, key=by_mean.__getitem__)
     chosen = found.best(found.rows)
-    assert (chosen.loops, chosen.guidance) == wanted
+    assert (chosen.loops, chosen.settings["guidance"]) == wanted
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -90,9 +95,9 @@ def test_the_best_guidance_of_each_loop_count_follows_the_direction(higher: bool
 def test_a_row_whose_score_is_not_a_number_is_never_the_best(place: int, higher: bool) -> None:
     values = [0.3, 0.6, 0.5]
     values[place] = math.nan
-    rows = [Row(1, float(scale), False, {"valid": [value]}) for scale, value in enumerate(values)]
+    rows = [Row(1, settings_of(float(scale)), {"valid": [value]}) for scale, value in enumerate(values)]
     assert (
-        report(higher).best(rows).guidance
+        report(higher).best(rows).settings["guidance"]
         == (max if higher else min)((value, scale) for scale, value in enumerate(values) if not math.isnan(value))[1]
     )
 
@@ -133,8 +138,8 @@ def test_loops_json_has_the_promised_keys_and_values(tmp_path: Path, repeats: in
         assert set(row) == {
             "loops",
             "effective_depth",
-            "guidance",
-            "carry_state",
+            *SETTINGS,
+            *("mean_loops", "loops_p10", "loops_p50", "loops_p90"),
             "metrics",
             "params_backbone",
             "params_total",
@@ -209,7 +214,7 @@ def test_the_table_marks_the_best_guidance_only_where_it_was_swept() -> None:
     assert text.count("*") == 4
     assert "0.9375 ± 0.062" in text
     assert "1.235M" in text
-    alone = report(rows=[row for row in report().rows if row.guidance == 1.0])
+    alone = report(rows=[row for row in report().rows if row.settings["guidance"] == 1.0])
     assert "*" not in printed(alone)
     assert "lower is better" in printed(report(higher_is_better=False))
 
@@ -276,7 +281,7 @@ def module() -> ELTModule:
 
 def run(module: ELTModule, sweep: Sweep, loops: int, scale: float = 1.0) -> tuple[Row, Recorder]:
     metric = Recorder()
-    sampler = module.sampler.with_guidance_scale(scale)
+    sampler = module.sampler.with_settings(guidance=scale)
     return sweep.run(module, sampler, PixelTokenizer(9, (2, 3)), [metric], loops, classes_in_turn), metric
 
 
@@ -337,7 +342,7 @@ def test_costs_of_the_module_count_every_step_and_branch(module: ELTModule) -> N
     network = module.network
     assert isinstance(network, LoopedMaskedTransformer)
     assert module.macs_per_sample(2) == 3 * network.macs(2)
-    guided = module.sampler.with_guidance_scale(2.0)
+    guided = module.sampler.with_settings(guidance=2.0)
     assert guided.guidance == Guidance(2.0)
     assert module.macs_per_sample(2, guided) == 6 * network.macs(2)
     assert module.macs_per_sample([1, 2, 4]) == sum(network.macs(loops) for loops in (1, 2, 4))

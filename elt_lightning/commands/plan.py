@@ -44,6 +44,7 @@ from elt_lightning.data.video_tokens import UCF101TokensDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.loop_metrics import loops_to_measure
 from elt_lightning.files import write_json
+from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.training.module import ELTModule
 
 WIDTH = 120
@@ -238,9 +239,9 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
         num_validations=num_validations,
         num_validation_samples=measured["num_validation_samples"],
         num_val=data.num_val,
-        num_test_samples=measured["num_samples"] * measured["repeats"] * len(measured["carry_state"] or [None]),
+        num_test_samples=measured["num_samples"] * measured["repeats"],
         loops=loops_to_measure(measured["loops"], module.max_loops),
-        guidance=measured["guidance"],
+        swept={name: measured[name] for name in SETTINGS},
         num_checkpoints=num_checkpoints,
         tflops=options.tflops,
         utilisation=options.utilisation,
@@ -333,8 +334,9 @@ def report(plan: dict[str, Any], data: Data, module: ELTModule) -> Iterator[tupl
     on_all = f"on {settings.devices:,} devices {in_hours(hours / settings.devices, 'hours')}"
     yield "training", f"/ {speed} = {in_hours(hours)}: peak and utilisation are assumptions; {on_all}"
     yield "training", f"beside it {settings.num_validations:,} validations: {in_hours(plan['validation_hours'])}"
-    test, scales = plan["test_hours"], f" at each guidance of {settings.guidance}" if settings.guidance else ""
-    swept = f"{settings.num_test_samples:,} samples{scales} at L = {', '.join(map(str, test))}"
+    test, several = plan["test_hours"], ", ".join(f"{name} {each}" for name, each in settings.swept.items() if each)
+    several = several and f" at each {several}"
+    swept = f"{settings.num_test_samples:,} samples{several} at L = {', '.join(map(str, test))}"
     sums = f"{' + '.join(f'{each:.3g}' for each in test.values())} = {in_hours(sum(test.values()))}"
     yield "elt test", f"{swept}: {sums}, without the tokenizer and the metrics' networks"
 

@@ -4,7 +4,7 @@ Nothing here needs data, weights or a GPU. Bytes are exact for what they name; h
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.sweep import swept_settings
 from elt_lightning.networks.blocks import SelfAttention
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import PRECISIONS, Types
@@ -134,10 +135,10 @@ class Settings:
     num_validations: int  # how often training stops to validate
     num_validation_samples: int  # drawn at each loop count in each validation
     num_val: int  # samples whose losses are measured in each validation
-    # drawn at each loop count and guidance scale by `elt test`: all repeats, from zero and carried
+    # drawn at each loop count and setting of the sampler by `elt test`: all repeats
     num_test_samples: int
     loops: Sequence[int]  # loop counts that are measured
-    guidance: Sequence[float] | None  # guidance scales of `elt test`; None for the sampler's own
+    swept: Mapping[str, Sequence[Any] | None]  # {setting of the sampler: its values in `elt test`, or None}
     num_checkpoints: int  # how many are kept
     tflops: float  # assumed peak of a device, 10¹² floating-point operations per second
     utilisation: float  # assumed share of it in (0, 1]
@@ -152,7 +153,7 @@ def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
     the same with ``activation_checkpointing``; MACs, hours and samples by loops are {loops: amount}.
 
     Raises:
-        UserError: the precision is not known here.
+        UserError: the precision is not known here, or a setting of the sampler is not possible.
     """
     types = PRECISIONS.get(str(settings.precision))
     if types is None:
@@ -185,7 +186,10 @@ def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
     sample = {count: module.macs_per_sample(count) for count in settings.loops}
     val = settings.num_val * network.macs(max(settings.loops), settings.loops)
     validation = settings.num_validation_samples * sum(sample.values()) + val
-    samplers = [module.sampler.with_guidance_scale(scale) for scale in settings.guidance or ()] or [module.sampler]
+    try:
+        tested, _ = swept_settings(settings.loops, module.sampler, settings.swept, network.has_recall)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
     def hours(macs: int) -> float:
         return 2 * macs / (settings.tflops * 1e12 * settings.utilisation) / 3600
@@ -207,7 +211,10 @@ def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
         "training_hours": hours(image * settings.steps * settings.batch_size),  # GPU-hours, as the next two
         "validation_hours": hours(validation * settings.num_validations),
         "test_hours": {
-            count: hours(settings.num_test_samples * sum(module.macs_per_sample(count, each) for each in samplers))
+            count: hours(
+                settings.num_test_samples
+                * sum(module.macs_per_sample(loops, sampler) for loops, sampler in tested if loops == count)
+            )
             for count in settings.loops
         },
     }

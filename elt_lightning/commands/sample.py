@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import SETTINGS
+from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.tokenizers.loading import load_tokenizer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
@@ -28,7 +32,13 @@ def run(name: str, arguments: list[str]) -> None:
     Raises:
         UserError: the command line, the checkpoint or its tokenizer is wrong.
     """
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.plan is not None:
+        best = read_plan(options.plan)
+        planned = {"loops": [best.pop("loops")], "carry_state": str(best.pop("carry_state")).lower(), **best}
+        parser.set_defaults(**planned)  # flags win
+        options = parser.parse_args(arguments)
     if (options.given is None) != (options.given_frames is None and options.hole is None):
         raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
     if options.output.is_dir() or (options.output.exists() and not options.overwrite):
@@ -43,28 +53,35 @@ def run(name: str, arguments: list[str]) -> None:
     classes = options.classes or list(range(module.num_classes))
     if max(classes) >= module.num_classes:
         raise UserError(f"--classes: the model's classes are 0 to {module.num_classes - 1}, not {max(classes)}")
-    sampler = module.sampler
-    if options.steps is not None:
-        sampler.steps = options.steps
-    if options.guidance is not None:
-        sampler = sampler.with_guidance_scale(options.guidance)
+    asked = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    if "carry_state" in asked:
+        asked["carry_state"] = options.carry_state == "true"
+    counts = options.loops or [module.max_loops]
+    try:
+        sampler = module.sampler.with_settings(**asked).suited_to(module.network.has_recall)
+        counts = [module.loop_count("auto", sampler)] if options.loops == "auto" else counts
+        for loops in counts:
+            sampler.loops_per_step(loops)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     index = torch.arange(options.num, device=device)
-    if options.carry_state is not None:
-        try:
-            sampler = sampler.with_carry_state(options.carry_state == "true").suited_to(module.network.has_recall)
-        except ValueError as error:
-            raise UserError(str(error)) from error
     labels = torch.tensor(classes, device=device)[index % len(classes)]
     rows, known = {}, None
     if options.given is not None:
         given = read_given(options.given, module, tokenizer, options.given_frames, options.hole, options.given_stride)
         known = given.known.expand(options.num, *given.known.shape[1:])
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
-    for loops in options.loops or [module.max_loops]:
+    for loops in counts:
         macs = options.num * module.macs_per_sample(loops, sampler)
         if macs > LONG:
             print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
-        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler)
+        spent: list[Tensor] = []
+        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler, spent)
+        if sampler.loop_schedule.tolerance is not None:
+            used = torch.stack(spent).mean(0)
+            print(
+                f"at most {loops} loops: {used.mean():.3g} on average, {used.min():.3g} to {used.max():.3g} of a sample"
+            )
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
@@ -109,8 +126,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
     add("--classes", type=wholes(0), metavar="3,7", help="classes, taken in turn; all by default")
     add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
-    add("--loops", type=wholes(1, 10**6), metavar="1,2,4", help="a row each; by default the count of training")
+    add(
+        "--loops",
+        type=lambda text: text if text == "auto" else wholes(1, 10**6)(text),
+        metavar="1,2,4",
+        help="a row each; by default the count of training; auto: until --tolerance is met",
+    )
+    add("--plan", type=Path, metavar="PATH", help="sample at the best setting of a plan of elt calibrate; flags win")
     add("--guidance", type=FINITE_FROM_0, help="guidance scale; by default the model's")
+    add("--exit_scale", type=FINITE_FROM_0, help="strength of guidance away from an early exit")
+    add("--weak_loops", type=whole(1), help="loops of that exit")
+    add("--tolerance", type=FINITE_FROM_0, help="end a sample's loop when it changes less than this")
+    add("--loop_schedule", choices=get_args(LoopShape), help="loops over sampling steps")
     add(
         "--carry_state",
         choices=("true", "false"),

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import json
 import logging
 import os
 import pkgutil
@@ -40,9 +41,11 @@ from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory
+from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
+from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
@@ -70,15 +73,15 @@ LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in ta
 
 EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
 TEST_FLAGS = EVALUATION_FLAGS | {
-    "--save_samples": "--loop_metrics.save_samples",
-    "--reconstruction": "--loop_metrics.reconstruction",
-    "--nearest": "--loop_metrics.nearest",
-    "--diversity": "--loop_metrics.diversity",
-    "--carry_state": "--loop_metrics.carry_state",
+    f"--{name}": f"--loop_metrics.{name}"
+    for name in (*SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
 }
-PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | {
-    "--carry_state": "--model.sampler.init_args.carry_state"
+SAMPLER_FLAGS = {
+    **{f"--{name}": f"--model.sampler.init_args.{name}" for name in SETTINGS},
+    **{f"--{name}": f"--model.sampler.init_args.guidance.{setting}" for name, setting in OF_GUIDANCE.items()},
+    **{f"--{name}": f"--model.sampler.init_args.loop_schedule.{setting}" for name, setting in OF_LOOPS.items()},
 }
+PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | SAMPLER_FLAGS
 SHORT_FLAGS = {
     "fit": {"--weights": "--ema.weights"},
     "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
@@ -101,7 +104,7 @@ LIMITS = {
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
-LISTS = ("--loop_metrics.loops", "--loop_metrics.guidance", "--loop_metrics.carry_state")
+LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
 """Settings that may be given as 1,2,4."""
 
 
@@ -109,11 +112,12 @@ def run(name: str, arguments: list[str]) -> None:
     """Run one of the trainer's commands (UserError: the command line, the config or a file is wrong)."""
     quieten_libraries()
     if "-h" in arguments or "--help" in arguments:
-        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), "", sep="\n")
+        print("short flags:", *(f"  {short} for {full}" for short, full in SHORT_FLAGS[name].items()), sep="\n")
+        print("  --plan for the best setting of a plan of elt calibrate\n" if name in ("test", "predict") else "")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
-            arguments = with_bases(long_flags(name, arguments), Path(scratch))
+            arguments = with_bases(long_flags(name, with_plan(name, arguments)), Path(scratch))
             arguments = with_stored_config(arguments, Path(scratch), goes_on=name == "fit")
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])
@@ -172,6 +176,26 @@ def quieten_libraries() -> None:
     )
 
 
+def with_plan(name: str, arguments: list[str]) -> list[str]:
+    """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
+
+    Raises:
+        UserError: the command takes none, there is no file, or it is no plan.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", type=Path)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if options.plan is None:
+        return arguments
+    if name not in ("test", "predict"):
+        raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
+    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
+
+
 def long_flags(name: str, arguments: list[str]) -> list[str]:
     """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2].
 
@@ -198,7 +222,7 @@ def long_flags(name: str, arguments: list[str]) -> list[str]:
 
 def bracketed(value: str) -> str:
     """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
-    return value if value.startswith("[") else f"[{value}]"
+    return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
 class EventLogger(TensorBoardLogger):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,12 +15,13 @@ from elt_lightning.data.base import VAL_LOSS, Batch, data_of
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
-from elt_lightning.evaluation.report import Report, labelled_pictures, picture_row, write_reconstruction
-from elt_lightning.evaluation.sweep import Row, Sweep
+from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
+from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.samplers.base import Sampler
+from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.training.ema import EMA
-from elt_lightning.training.module import ELTModule
+from elt_lightning.training.module import AUTO_LOOPS, ELTModule
 from elt_lightning.training.preemption import end_if_asked
 from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import callbacks_of, log_picture, run_folder
@@ -39,10 +40,16 @@ class LoopMetrics(Callback):
     run's folder.
 
     Args:
-        loops: loop counts to measure; by default 1 … L_max.
-        guidance: guidance scales to sweep in test; by default the sampler's own. Validation uses the sampler's own.
-        carry_state: in test, whether the sampler carries the loop's state from step to step: false, true, or both; by
-            default as the sampler does.
+        loops: loop counts to measure; by default 1 … L_max. "auto" leaves them to a tolerance, at most
+            8·L_max.
+        guidance: guidance scales to sweep in test; by default the sampler's own. Validation uses the sampler's own, of
+            this and of all that follow.
+        carry_state: whether the sampler carries the loop's state from step to step: false, true, or both.
+        exit_scale: strengths of exit guidance, w.
+        weak_loops: its weak exits, r.
+        tolerance: tolerances at which a sample's loop ends.
+        loop_schedule: how loops are spread over sampling steps: constant, falling, rising.
+        steps: numbers of sampling steps.
         num_samples: samples per repeat in test.
         num_validation_samples: samples in each validation; 0 measures nothing there.
         batch_size: samples drawn at once on one device.
@@ -62,9 +69,14 @@ class LoopMetrics(Callback):
 
     def __init__(
         self,
-        loops: list[int] | None = None,
+        loops: list[int] | Literal["auto"] | None = None,
         guidance: list[float] | None = None,
         carry_state: list[bool] | None = None,
+        exit_scale: list[float] | None = None,
+        weak_loops: list[int] | None = None,
+        tolerance: list[float] | None = None,
+        loop_schedule: list[LoopShape] | None = None,
+        steps: list[int] | None = None,
         num_samples: int = 1000,
         num_validation_samples: int = 200,
         batch_size: int = 250,
@@ -77,17 +89,26 @@ class LoopMetrics(Callback):
         diversity: bool = False,
         metrics: list[SampleMetric] | None = None,
     ) -> None:
-        if loops is not None and (not loops or min(loops) < 1):
+        if isinstance(loops, list) and (not loops or min(loops) < 1):
             raise ValueError(f"loops must be numbers from 1 up, not {loops}")
         if guidance is not None and not (guidance and all(0 <= scale < math.inf for scale in guidance)):
             raise ValueError(f"guidance must be numbers from 0 up, not {guidance}")
-        if carry_state is not None and not carry_state:
-            raise ValueError("carry_state must be true, false, or both")
+        self.swept: dict[str, list[Any] | None] = {
+            "steps": steps,
+            "carry_state": carry_state,
+            "guidance": guidance,
+            "exit_scale": exit_scale,
+            "weak_loops": weak_loops,
+            "loop_schedule": loop_schedule,
+            "tolerance": tolerance,
+        }
+        if empty := [name for name, values in self.swept.items() if values == []]:
+            raise ValueError(f"{empty[0]} must be one value or more, not an empty list")
         if num_samples < 2 or num_validation_samples < 0 or batch_size < 1 or repeats < 1 or num_pictures < 1:
             raise ValueError(
                 "need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1"
             )
-        self.loops, self.guidance, self.carry_state = loops, guidance, carry_state
+        self.loops = loops
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
         if save_samples is not None and not save_samples.endswith(".npz"):
@@ -102,10 +123,11 @@ class LoopMetrics(Callback):
         """Check the settings of the sampler before anything is loaded.
 
         Raises:
-            ValueError: in test, a state is to be carried that the network does not have.
+            ValueError: a setting has a wrong value, or, in test, a state is to be carried that the network
+                does not have.
+            UserError: a loop is to end by itself, and nothing says when.
         """
-        if stage == "test":
-            self._samplers(cast(ELTModule, pl_module))
+        self._settings(cast(ELTModule, pl_module), swept=stage == "test")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how long the model was trained."""
@@ -132,7 +154,7 @@ class LoopMetrics(Callback):
         module = cast(ELTModule, pl_module)
         num_samples = max(2, trainer.world_size) if trainer.sanity_checking else self.num_validation_samples
         sweep = self._sweep(trainer, min(num_samples, self.num_validation_samples), repeats=1)
-        rows = self._run_sweep(trainer, module, sweep, [module.sampler])
+        rows = self._run_sweep(trainer, module, sweep, self._settings(module, swept=False))
         for row in rows:
             # Every rank has the merged value already; sync_dist only says so to Lightning.
             pl_module.log_dict({f"val/{name}@L{row.loops}": row.mean(name) for name in row.metrics}, sync_dist=True)
@@ -171,7 +193,8 @@ class LoopMetrics(Callback):
         if not self._has_model:
             return
         sweep = self._sweep(trainer, self.num_samples, self.repeats)
-        rows = self._run_sweep(trainer, module, sweep, self._samplers(module), folder)
+        settings = self._settings(module, swept=True, said=trainer.is_global_zero)
+        rows = self._run_sweep(trainer, module, sweep, settings, folder)
         if data_of(trainer).primary_metric == VAL_LOSS:
             for row in rows:
                 row.metrics[VAL_LOSS] = [float(trainer.callback_metrics[f"test/loss@L{row.loops}"])]
@@ -179,7 +202,7 @@ class LoopMetrics(Callback):
         if trainer.is_global_zero:
             self.report.write(folder)
             Console(width=None if Console().is_terminal else 140).print(self.report.table())
-            names = ("loops.gif", "loops.png", "pareto.png", "loops.csv", "loops.json")
+            names = ("loops.gif", "loops.png", "loops_spent.png", "pareto.png", "loops.csv", "loops.json")
             print("\n".join(str(folder / name) for name in names if (folder / name).exists()))
             if self.nearest:
                 best = self.report.best(rows)
@@ -187,7 +210,12 @@ class LoopMetrics(Callback):
                 write_nearest(folder, best.loops, pictures, data_of(trainer), self.batch_size)
 
     def _run_sweep(
-        self, trainer: Trainer, module: ELTModule, sweep: Sweep, samplers: list[Sampler], folder: Path | None = None
+        self,
+        trainer: Trainer,
+        module: ELTModule,
+        sweep: Sweep,
+        settings: list[tuple[int, Sampler]],
+        folder: Path | None = None,
     ) -> list[Row]:
         """Measure every loop count with every sampler, show how far that is, and end between batches if asked to.
 
@@ -195,10 +223,9 @@ class LoopMetrics(Callback):
             trainer: that runs it.
             module: in eval mode, on its device.
             sweep: how each is measured.
-            samplers: the settings of the sampler.
+            settings: loop counts and samplers.
             folder: where samples are saved, if any are; None to save none.
         """
-        settings = [(loops, sampler) for loops in self._loops(module) for sampler in samplers]
         costs = [module.macs_per_sample(loops, sampler) for loops, sampler in settings]
         of_each, drawn = sweep.num_samples * sweep.repeats, 0
         rows: list[Row] = []
@@ -209,8 +236,7 @@ class LoopMetrics(Callback):
             loops, sampler = settings[place]
             drawn = min(drawn + count, (place + 1) * of_each)
             share = (sum(costs[:place]) + costs[place] * (drawn / of_each - place)) / sum(costs)
-            carried = ", state carried" if sampler.carry_state else ""
-            shown.show(drawn, lambda: f"loops {loops}, guidance {sampler.guidance.scale:g}{carried}", share)
+            shown.show(drawn, lambda: in_words(loops, sampler.settings()), share)
             end_if_asked(trainer, module)
 
         with meter(trainer, of_each * len(settings), "sample") as shown:
@@ -224,23 +250,26 @@ class LoopMetrics(Callback):
                         print(archive.path)
         return rows
 
-    def _samplers(self, module: ELTModule) -> list[Sampler]:
-        """List the settings of the sampler to measure: every guidance scale, from zero and carried."""
-        samplers = [module.sampler.with_guidance_scale(scale) for scale in self.guidance or ()] or [module.sampler]
-        carried: Sequence[bool | None] = self.carry_state or [module.sampler.carry_state]
-        return [
-            sampler.with_carry_state(carry_state).suited_to(module.network.has_recall)
-            for sampler in samplers
-            for carry_state in carried
-        ]
+    def _settings(self, module: ELTModule, swept: bool, said: bool = False) -> list[tuple[int, Sampler]]:
+        """List what is measured: loop counts with samplers; ``swept`` in test, otherwise with the module's own."""
+        loops = self._loops(module)
+        settings, left_out = swept_settings(
+            loops, module.sampler, self.swept if swept else {}, module.network.has_recall
+        )
+        for _, sampler in settings:
+            module.loop_count("auto" if self.loops == "auto" else None, sampler)
+        for line in left_out if said else ():
+            print(line)
+        return settings
 
     def _archive(self, trainer: Trainer, folder: Path, loops: int, sampler: Sampler) -> SampleArchive:
         asked = folder / str(self.save_samples)
         name = f"{asked.stem}_L{loops}"
-        if len(self.guidance or ()) > 1:
-            name += f"_guidance{sampler.guidance.scale:g}"
-        if len(self.carry_state or ()) > 1:
-            name += "_carried" if sampler.carry_state else "_from_zero"
+        for setting, value in sampler.settings().items():
+            if len(self.swept[setting] or ()) > 1 and setting == "carry_state":
+                name += "_carried" if value else "_from_zero"
+            elif len(self.swept[setting] or ()) > 1 and value is not None:
+                name += f"_{setting}{value if isinstance(value, str) else format(value, 'g')}"
         return SampleArchive(asked.with_name(f"{name}.npz"), trainer.global_rank, trainer.world_size)
 
     def _loops(self, module: ELTModule) -> list[int]:
@@ -294,23 +323,19 @@ class LoopMetrics(Callback):
             train_loops=module.max_loops,
             train_mode=module.distillation.mode,
             train_steps=self._train_steps,
-            sampling_steps=module.sampler.steps,
+            sampling_steps=rows[0].settings["steps"],
             recall=module.network.has_recall,
             weights="ema" if any(callback.is_judged for callback in callbacks_of(trainer, EMA)) else "raw",
             params_backbone=params_backbone,
             params_total=params_total,
-            macs_per_sample={
-                (row.loops, row.guidance): module.macs_per_sample(
-                    row.loops, module.sampler.with_guidance_scale(row.guidance)
-                )
-                for row in rows
-            },
             effective_depth={row.loops: backbone.effective_depth(row.loops) for row in rows},
         )
 
 
-def loops_to_measure(loops: Sequence[int] | None, max_loops: int) -> list[int]:
+def loops_to_measure(loops: Sequence[int] | Literal["auto"] | None, max_loops: int) -> list[int]:
     """List the loop counts that are measured: those asked for, or 1 … L_max where these are not too many to want.
+
+    With "auto" it is the most that a loop may run which ends by itself.
 
     Raises:
         UserError: they are.
@@ -319,6 +344,8 @@ def loops_to_measure(loops: Sequence[int] | None, max_loops: int) -> list[int]:
         raise UserError(
             f"every loop count up to {max_loops} would be measured: say which, as in --loop_metrics.loops=1,{max_loops}"
         )
+    if loops == "auto":
+        return [AUTO_LOOPS * max_loops]
     return sorted(set(range(1, max_loops + 1) if loops is None else loops))
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from elt_lightning.evaluation.pictures import clip_strip, write_gif
+from elt_lightning.evaluation.spent import QUANTILES
 from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import write_json, written_aside
 
@@ -31,7 +32,7 @@ OF_THE_SWEEP = (
 class Report:
     """A finished sweep with everything needed to read it."""
 
-    rows: Sequence[Row]  # one per loop count, guidance scale, and ``carry_state``
+    rows: Sequence[Row]  # one per loop count and setting of the sampler
     primary_metric: str  # decides which row is best
     higher_is_better: bool  # direction of the primary metric
     feature_network: str | None  # whose features the Fréchet distance compares, None without one
@@ -45,7 +46,6 @@ class Report:
     weights: str  # "ema" or "raw"
     params_backbone: int  # parameters inside the looped stack
     params_total: int  # parameters of the whole network
-    macs_per_sample: dict[tuple[int, float], int]  # {(loops, guidance): multiply–accumulates of drawing one sample}
     effective_depth: dict[int, int]  # {loops: layers passed through}
 
     @property
@@ -63,7 +63,7 @@ class Report:
         return max(rows, key=goodness)
 
     def best_per_loop(self) -> list[Row]:
-        """Pick the best guidance scale and ``carry_state`` for each loop count, in order of loops."""
+        """Pick the best setting of the sampler for each loop count, in order of loops."""
         counts = sorted({row.loops for row in self.rows})
         return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
 
@@ -74,12 +74,13 @@ class Report:
                 {
                     "loops": row.loops,
                     "effective_depth": self.effective_depth[row.loops],
-                    "guidance": row.guidance,
-                    "carry_state": row.carry_state,
+                    **row.settings,
+                    "mean_loops": row.mean_loops,
+                    **{f"loops_{name}": row.loops_spread and row.loops_spread.quantiles[name][0] for name in QUANTILES},
                     "metrics": {name: {"mean": row.mean(name), "std": row.std(name)} for name in row.metrics},
                     "params_backbone": self.params_backbone,
                     "params_total": self.params_total,
-                    "macs_per_sample": self.macs_per_sample[row.loops, row.guidance],
+                    "macs_per_sample": row.macs_per_sample,
                     "samples_per_second": row.samples_per_second,
                 }
                 for row in self.rows
@@ -91,21 +92,21 @@ class Report:
         names = list(self.rows[0].metrics)
         swept = len(self.rows) > len({row.loops for row in self.rows})
         direction = "higher" if self.higher_is_better else "lower"
+        steps = ", ".join(map(str, sorted({row.settings["steps"] for row in self.rows})))
         table = Table(
-            title=f"{self.num_samples} samples{', parts of each given' if self.parts_given else ''}, "
-            f"{self.sampling_steps} steps, trained at {self.train_loops} loops{', with recall' if self.recall else ''}",
+            title=f"{self.num_samples} samples{', parts of each given' if self.parts_given else ''}, {steps} steps, "
+            f"trained at {self.train_loops} loops{', with recall' if self.recall else ''}",
             caption=f"{self.primary_metric}: {direction} is better" + ("; * best of its loop count" if swept else ""),
         )
-        for heading in (
-            "loops",
-            "depth",
-            "params",
-            "guidance",
-            *(["state"] if self.recall else []),
-            *names,
-            "GMACs/sample",
-            "samples/s",
-        ):
+        first = self.rows[0].settings
+        columns = {
+            name: show
+            for name, (show, off) in COLUMNS.items()
+            if any(show(row.settings) != (show(first) if off is None else off) for row in self.rows)
+        }
+        settles = any(row.loops_spread is not None for row in self.rows)
+        spent = ["mean loops (10 to 90 %)"] if settles else []
+        for heading in ("loops", "depth", "params", *columns, *spent, *names, "GMACs/sample", "samples/s"):
             table.add_column(heading, justify="right")
         best = self.best_per_loop()
         for row in self.rows:
@@ -114,10 +115,10 @@ class Report:
                 f"{row.loops}{mark}",
                 str(self.effective_depth[row.loops]),
                 _short(self.params_backbone),
-                f"{row.guidance:g}",
-                *(["carried" if row.carry_state else "from zero"] if self.recall else []),
+                *(show(row.settings) for show in columns.values()),
+                *([_spent(row)] if settles else []),
                 *(_value(row, name) for name in names),
-                f"{self.macs_per_sample[row.loops, row.guidance] / 1e9:.3g}",
+                f"{row.macs_per_sample / 1e9:.3g}",
                 f"{row.samples_per_second:.3g}",
             )
         return table
@@ -136,6 +137,11 @@ class Report:
             loops_figure(pictures, correct).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
+        tolerances = sorted({row.settings["tolerance"] for row in self.rows} - {None})
+        if tolerances:
+            settled = [self.best([r for r in self.rows if r.settings["tolerance"] == value]) for value in tolerances]
+            with written_aside(folder / "loops_spent.png") as aside:
+                loops_spent_figure({in_words(row.loops, row.settings): row for row in settled}).savefig(aside)
 
     def _write_csv(self, path: Path) -> None:
         lines = []
@@ -155,7 +161,7 @@ class Report:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""
         figure = Figure(figsize=(6, 4), dpi=120)
         axes = figure.add_subplot()
-        macs = [self.macs_per_sample[row.loops, row.guidance] / 1e9 for row in rows]
+        macs = [row.macs_per_sample / 1e9 for row in rows]
         values = [row.mean(self.primary_metric) for row in rows]
         errors = [row.std(self.primary_metric) or 0.0 for row in rows]
         axes.errorbar(macs, values, yerr=errors, marker="o", capsize=3, color="tab:blue")
@@ -179,6 +185,40 @@ class Report:
         return figure
 
 
+def _exit_guidance(settings: Mapping[str, Any]) -> str:
+    return f"{settings['exit_scale']:g} from {settings['weak_loops']}" if settings["exit_scale"] else ""
+
+
+def _tolerance(settings: Mapping[str, Any]) -> str:
+    return "" if settings["tolerance"] is None else f"{settings['tolerance']:g}"
+
+
+COLUMNS: dict[str, tuple[Callable[[Mapping[str, Any]], str], str | None]] = {
+    "steps": (lambda settings: str(settings["steps"]), None),
+    "guidance": (lambda settings: f"{settings['guidance']:g}", ""),
+    "exit guidance": (_exit_guidance, ""),
+    "state": (lambda settings: "carried" if settings["carry_state"] else "from zero", "from zero"),
+    "schedule": (lambda settings: str(settings["loop_schedule"]), "constant"),
+    "tolerance": (_tolerance, ""),
+}
+"""Columns of the table for settings of the sampler: how they are shown, and what stands for nothing; None where only
+differences matter. A column in which there is nothing to see is left out."""
+
+
+def in_words(loops: int, settings: Mapping[str, Any]) -> str:
+    """Write what was measured: a loop count and the settings of a sampler, without those that are off."""
+    shown = {name: show(settings) for name, (show, off) in COLUMNS.items()}
+    shown = {name: text for name, text in shown.items() if text != COLUMNS[name][1]}
+    return ", ".join([f"loops {loops}", *(f"{name} {text}" for name, text in shown.items())])
+
+
+def _spent(row: Row) -> str:
+    if row.loops_spread is None:
+        return f"{row.mean_loops:g}"
+    low, high = (row.loops_spread.quantiles[name][0] for name in ("p10", "p90"))
+    return f"{row.mean_loops:.3g} ({low:.3g} to {high:.3g})"
+
+
 def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
     """Print the scores of pictures that were only encoded and decoded, and write them to ``reconstruction.json``."""
     write_json(folder / "reconstruction.json", scores, indent=2)
@@ -189,7 +229,9 @@ def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:
 def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return {label: pictures}: what was given, if anything was, then the samples of each loop count."""
     given = {"given": rows[0].given} if len(rows[0].given) else {}
-    return given | {f"L = {row.loops}{', carried' if row.carry_state else ''}": row.pictures for row in rows}
+    return given | {
+        f"L = {row.loops}{', carried' if row.settings['carry_state'] else ''}": row.pictures for row in rows
+    }
 
 
 def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:
@@ -216,6 +258,32 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Fig
                 colour = "tab:green" if correct[place][number] else "tab:red"
                 axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, color=colour, linewidth=4))
     return figure
+
+
+def loops_spent_figure(rows: dict[str, Row]) -> Figure:
+    """Draw, for each row, the loops of every sampling step, and below a map of the loops of single samples."""
+    figure = Figure(figsize=(4 * len(rows), 6), dpi=100, layout="constrained")
+    grid = figure.subplots(2, len(rows), squeeze=False, sharex="col")
+    most = max(float(row.loops_map.max()) for row in rows.values())
+    for (label, row), top, bottom in zip(rows.items(), *grid, strict=True):
+        assert row.loops_per_step is not None
+        loops, quantiles, mapped = row.loops_per_step.mean, row.loops_per_step.quantiles, row.loops_map[:MOST_MAPPED]
+        top.plot(range(1, len(loops) + 1), loops, marker=".", label="mean")
+        top.fill_between(
+            range(1, len(loops) + 1), quantiles["p10"], quantiles["p90"], alpha=0.3, label="10 to 90 % of samples"
+        )
+        top.set_title(label.replace(", ", "\n"), fontsize=8)
+        top.set(ylabel="loops", ylim=(0, 1.05 * most))
+        top.legend(fontsize=8)
+        extent = (0.5, len(loops) + 0.5, len(mapped) + 0.5, 0.5)
+        shown = bottom.imshow(mapped.numpy(), aspect="auto", extent=extent, vmin=0, vmax=most, interpolation="nearest")
+        bottom.set(xlabel="sampling step", ylabel="sample")
+        figure.colorbar(shown, ax=bottom, label="loops")
+    return figure
+
+
+MOST_MAPPED = 64
+"""Samples whose loops are drawn one by one."""
 
 
 def pictures_of(samples: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class SampleWriter(Callback):
 
     Args:
         num_samples: how many.
-        loops: loop count; by default the one of training.
+        loops: loop count; by default the one of training; "auto" leaves it to the sampler's tolerance.
         batch_size: samples drawn at once on one device.
         format: "npz" for one ``samples.npz``, a :class:`~elt_lightning.evaluation.archives.SampleArchive`; "png" for
             ``samples/<number>_class_<label>.png``.
@@ -29,18 +29,23 @@ class SampleWriter(Callback):
     def __init__(
         self,
         num_samples: int = 1000,
-        loops: int | None = None,
+        loops: int | Literal["auto"] | None = None,
         batch_size: int = 250,
         format: Literal["npz", "png"] = "npz",  # noqa: A002
     ) -> None:
-        if num_samples < 1 or batch_size < 1 or (loops is not None and loops < 1):
+        if num_samples < 1 or batch_size < 1 or (isinstance(loops, int) and loops < 1):
             raise ValueError(f"need num_samples, batch_size and loops >= 1, not {num_samples}, {batch_size}, {loops}")
         self.num_samples, self.loops, self.batch_size, self.format = num_samples, loops, batch_size, format
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the data module for the samples."""
+        """Ask the data module for the samples.
+
+        Raises:
+            UserError: a loop is to end by itself, and nothing says when.
+        """
         if stage == "predict":
-            data_of(trainer).request_samples(self.num_samples, self.batch_size, self.loops)
+            loops = cast(ELTModule, pl_module).loop_count(self.loops)
+            data_of(trainer).request_samples(self.num_samples, self.batch_size, loops)
             self.folder = run_folder(trainer)
             if self.format == "npz":
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)

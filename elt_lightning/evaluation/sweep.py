@@ -1,9 +1,11 @@
-"""The sweep over loop counts: the same labels and seeds at every loop count, scored, timed, and kept as pictures."""
+"""The sweep over settings: the same labels and seeds at each, scored, timed, and kept as pictures."""
 
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from elt_lightning.data.base import HeldOutOrder, Request
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.evaluation.known import known_pixels
+from elt_lightning.evaluation.spent import SpentLoops, Spread
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
@@ -24,10 +27,14 @@ from elt_lightning.training.module import ELTModule
 class Row:
     """What was measured at one loop count and one setting of the sampler."""
 
-    loops: int  # loop count
-    guidance: float  # guidance scale
-    carry_state: bool = False  # whether each sampling step began from the loop's state of the step before
+    loops: int  # loop count; with a tolerance, the most that were allowed
+    settings: dict[str, Any] = field(default_factory=dict)  # of the sampler, as `Sampler.settings` names them
     metrics: dict[str, list[float]] = field(default_factory=dict)  # {name: one value per repeat}
+    macs_per_sample: int = 0  # multiply–accumulates of drawing one sample
+    mean_loops: float = 0.0  # over samples and sampling steps, as they were run
+    loops_spread: Spread | None = None  # of each sample's mean, where a tolerance ends loops
+    loops_per_step: Spread | None = None  # of each sampling step
+    loops_map: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, K), of the first batch of samples
     samples_per_second: float = 0.0  # drawing alone, over all devices, without decoding and scoring
     # (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every row
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -57,6 +64,7 @@ class Sweep:
     num_pictures: int = 10  # samples kept as pictures
     rank: int = 0  # this process
     world_size: int = 1  # processes that share the samples
+    first: int = 0  # number of the first sample; others meet other noise, and of puzzles other ones
 
     def run(
         self,
@@ -70,33 +78,38 @@ class Sweep:
         progress: Callable[[int], None] = lambda count: None,
         archive: SampleArchive | None = None,
     ) -> Row:
-        """Measure one loop count.
+        """Measure one setting.
 
         Args:
             module: in eval mode, on its device.
-            sampler: with the guidance to measure, and its state carried or not.
+            sampler: with the settings to measure.
             tokenizer: turns codes into pixels, on the module's device.
             metrics: reset and filled here, on the module's device.
-            loops: loop count.
+            loops: loop count; with a tolerance, the most.
             request: of the data module: the labels of the samples with these numbers (B,), and what is given of them.
             context: the precision to run in.
             progress: called with the number of samples drawn since the last call, over all ranks; equally often on
                 every rank, so that it may communicate.
             archive: takes the pictures of the first repeat.
         """
-        row = Row(loops, sampler.guidance.scale, bool(sampler.carry_state))
-        seconds = 0.0
+        per_step, seconds = sampler.loops_per_step(loops), 0.0
+        row = Row(loops, sampler.settings(), macs_per_sample=module.macs_per_sample(loops, sampler))
+        counted = SpentLoops(per_step).to(module.device)
         most = len(HeldOutOrder(self.num_samples, self.batch_size, 0, self.world_size))  # batches of the first rank
         for repeat in range(self.repeats):
             for metric in metrics:
                 metric.reset()
             share = HeldOutOrder(self.num_samples, self.batch_size, self.rank, self.world_size)
-            for index in (numbers.to(module.device) for numbers in share):
+            for index in (numbers.to(module.device) + self.first for numbers in share):
                 labels, _, known, _ = request(index)
+                seeds, spent = sample_seeds(self.seed + repeat, index), list[Tensor]()
                 began = _now(module.device)
                 with context():
-                    codes = module.sample(labels, loops, sample_seeds(self.seed + repeat, index), known, sampler)
+                    codes = module.sample(labels, loops, seeds, known, sampler, spent)
                 seconds += _now(module.device) - began
+                if sampler.loop_schedule.tolerance is not None:
+                    counted.update(torch.stack(spent, 1))
+                    row.loops_map = row.loops_map if len(row.loops_map) else torch.stack(spent, 1).cpu()
                 pixels = tokenizer.decode(codes)
                 for metric in metrics:
                     metric.update(pixels.to(metric.device), labels.to(metric.device))
@@ -114,8 +127,54 @@ class Sweep:
             for metric in metrics:
                 for name, value in metric.compute().items():
                     row.metrics.setdefault(name, []).append(float(value))
+        row.mean_loops = mean(per_step)
+        if sampler.loop_schedule.tolerance is not None:
+            row.loops_per_step, row.loops_spread = counted.compute()
+            row.mean_loops = row.loops_spread.mean[0]
+            branches = [sampler.guidance.branches(step, sampler.steps) for step in range(sampler.steps)]
+            passes = sum(map(operator.mul, branches, row.loops_per_step.mean))
+            # Each is a pass of one loop, and all cost the same.
+            row.macs_per_sample = round(row.macs_per_sample * passes / sum(map(operator.mul, branches, per_step)))
         row.samples_per_second = self.num_samples * self.repeats / seconds if seconds else 0.0
         return row
+
+
+def swept_settings(
+    loops: Sequence[int], sampler: Sampler, swept: Mapping[str, Sequence[Any] | None], has_recall: bool
+) -> tuple[list[tuple[int, Sampler]], list[str]]:
+    """List what a sweep measures: every loop count with every combination of settings, each once.
+
+    Args:
+        loops: loop counts.
+        sampler: whose settings are changed.
+        swept: {setting: values}, names as :meth:`Sampler.settings` has them; None for the sampler's own.
+        has_recall: of the network.
+
+    Returns:
+        loop counts and samplers; and a line about each combination that is left out, since its loops end before the
+        weak exit of its guidance, or at it.
+
+    Raises:
+        ValueError: a value that its setting may not have, or nothing is left.
+    """
+    names = [name for name, values in swept.items() if values is not None]
+    samplers = [
+        sampler.with_settings(**dict(zip(names, values, strict=True))).suited_to(has_recall)
+        for values in product(*(swept[name] or () for name in names))
+    ]
+    found: dict[tuple[Any, ...], tuple[int, Sampler]] = {}
+    left_out: dict[str, None] = {}
+    for count in loops:
+        for each in samplers:
+            try:
+                each.loops_per_step(count)
+            except ValueError as error:
+                left_out[f"loops {count} with weak_loops {each.guidance.weak_loops} is left out: {error}"] = None
+            else:
+                found.setdefault((count, *each.settings().values()), (count, each))
+    if not found:
+        raise ValueError(f"no setting is left to measure: {next(iter(left_out), 'no values are given')}")
+    return list(found.values()), list(left_out)
 
 
 def keep_pictures(

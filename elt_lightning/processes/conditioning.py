@@ -19,6 +19,10 @@ class Condition:
         """Return the same condition with other labels."""
         return replace(self, labels=labels)
 
+    def rows(self, places: Tensor) -> "Condition":
+        """Return the condition of the samples at these places (b,) of the batch."""
+        return Condition(self.labels[places], None if self.time is None else self.time[places])
+
     def joined(self, other: "Condition") -> "Condition":
         """Put two conditions one after the other along the batch."""
         time = None if self.time is None or other.time is None else torch.cat([self.time, other.time])

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--override", nargs="*", type=setting, default=[], metavar="NAME=VALUE", help="settings for every run"
     )
+    parser.add_argument("--gather", action="store_true", help="run nothing, lay out the seeds that are whole")
     options = parser.parse_args()
     title = options.config.stem
     runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
@@ -101,7 +102,7 @@ def main() -> None:
     arms = [replace(arm, settings=arm.settings | overrides) for arm in arms_of(config)]
     # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
     longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
-    pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
+    pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first if not options.gather]
     if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
         prepare(config["prepare"])
     with ThreadPoolExecutor(options.jobs) as pool:

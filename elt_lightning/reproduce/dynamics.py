@@ -93,7 +93,7 @@ def followed(module: ELTModule, labels: Tensor, seeds: Tensor) -> tuple[list[flo
 
     hook = module.network.backbone.layers.register_forward_hook(after_loop)
     try:
-        module.sample(labels, SETTLED, seeds, sampler=module.sampler.with_carry_state(False))
+        module.sample(labels, SETTLED, seeds, sampler=module.sampler.with_settings(carry_state=False))
     finally:
         hook.remove()
     means = [torch.stack(values).view(-1, SETTLED).mean(0).tolist() for values in (updates, cosines)]
@@ -112,7 +112,7 @@ def carried_distances(module: ELTModule, labels: Tensor, seeds: Tensor, loops: i
 
     hook = backbone.register_forward_pre_hook(before_pass, with_kwargs=True)
     try:
-        module.sample(labels, loops, seeds, sampler=module.sampler.with_carry_state(True))
+        module.sample(labels, loops, seeds, sampler=module.sampler.with_settings(carry_state=True))
     finally:
         hook.remove()
     return distances

@@ -4,14 +4,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor
 
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.loop_schedule import LoopSchedule
 
 
 class Predict(Protocol):
@@ -29,7 +29,12 @@ class Predict(Protocol):
 
 
 Loops = int | Sequence[int]
-"""One loop count for every sampling step, or one for each."""
+"""One loop count L, which the sampler's schedule spreads over its steps, or one for each sampling step."""
+
+OF_GUIDANCE = {"guidance": "scale", "exit_scale": "exit_scale", "weak_loops": "weak_loops"}
+OF_LOOPS = {"loop_schedule": "shape", "tolerance": "tolerance"}
+SETTINGS = ("steps", "carry_state", *OF_GUIDANCE, *OF_LOOPS)
+"""The settings of a sampler that may be swept, by the names that flags, tables and plans have."""
 
 
 class Sampler(ABC):
@@ -39,9 +44,10 @@ class Sampler(ABC):
         process: the model's.
         num_classes: the null class.
         steps: K, sampling steps.
-        guidance: classifier-free guidance.
+        guidance: by the class and by an exit.
         carry_state: begin the loop of every step but the first from the state that the step before ended with, in both
             branches of guidance; this needs a network with recall. None: where the network has recall.
+        loop_schedule: how loops are spread over the steps, and when a sample's loop may stop.
 
     Raises:
         ValueError: fewer than one step.
@@ -54,12 +60,13 @@ class Sampler(ABC):
         steps: int,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
+        loop_schedule: LoopSchedule | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {steps}")
         self.process = process
         self.num_classes, self.steps, self.guidance = num_classes, steps, guidance or Guidance()
-        self.carry_state = carry_state
+        self.carry_state, self.loop_schedule = carry_state, loop_schedule or LoopSchedule()
 
     @abstractmethod
     def sample(
@@ -70,6 +77,7 @@ class Sampler(ABC):
         loops: Loops,
         seeds: Tensor,
         known: Tensor | None = None,
+        spent: list[Tensor] | None = None,
     ) -> Tensor:
         """Draw samples.
 
@@ -80,92 +88,82 @@ class Sampler(ABC):
             loops: a number, or one per sampling step.
             seeds: (B,) int64 per-sample seeds; sample i depends on seeds[i] alone.
             known: (B, *shape) what is given and must stay, the mask token or NaN elsewhere; None for nothing.
+            spent: takes the loops (B,) that each step ran, float: of two branches of guidance the mean.
 
         Returns:
             (B, *shape) tokens or latents.
         """
 
-    def with_guidance_scale(self, scale: float) -> Self:
-        """Return the same sampler with another guidance scale."""
-        other = copy.copy(self)
-        other.guidance = replace(self.guidance, scale=scale)
-        return other
+    @abstractmethod
+    def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
+        """Measure how much a prediction for x (b, …) differs from the loop before's: (b,), at least 0."""
 
-    def with_carry_state(self, carry_state: bool | None) -> Self:
-        """Return the same sampler with the state carried from step to step, or not, or as suits the network."""
+    def settings(self) -> dict[str, Any]:
+        """Return what may be swept; ``weak_loops`` is None where there is no exit guidance."""
+        settings = {"steps": self.steps, "carry_state": bool(self.carry_state)}
+        settings |= {name: getattr(self.guidance, field) for name, field in OF_GUIDANCE.items()}
+        settings |= {name: getattr(self.loop_schedule, field) for name, field in OF_LOOPS.items()}
+        return settings | ({} if self.guidance.exit_scale else {"weak_loops": None})
+
+    def with_settings(self, **changes: Any) -> Self:
+        """Return the same sampler with some of its :meth:`settings` changed; ``weak_loops`` None leaves it as it is.
+
+        Raises:
+            ValueError: a value that the setting may not have.
+        """
         other = copy.copy(self)
-        other.carry_state = carry_state
+        if changes.get("weak_loops", 0) is None:
+            del changes["weak_loops"]
+        for part, fields in (("guidance", OF_GUIDANCE), ("loop_schedule", OF_LOOPS)):
+            changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
+            setattr(other, part, replace(getattr(self, part), **changed))
+        other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
+        if changes or other.steps < 1:
+            raise ValueError(f"a sampler has no such setting: {changes or f'steps {other.steps}'}")
         return other
 
     def suited_to(self, has_recall: bool) -> Self:
         """Return the same sampler with ``carry_state`` settled for a network that has recall, or has none.
 
         Raises:
-            ValueError: the state is to be carried, and the network has no recall.
+            ValueError: the state is to be carried, or a loop to stop by a tolerance, and the network has no recall.
         """
-        if self.carry_state and not has_recall:
-            raise ValueError(
-                "carry_state needs a network with recall, and this one has none: set the sampler's carry_state to "
-                "false or null, or train a network with recall: true"
-            )
-        return self.with_carry_state(has_recall if self.carry_state is None else self.carry_state)
+        for name, asked in (("carry_state", self.carry_state), ("tolerance", self.loop_schedule.tolerance is not None)):
+            if asked and not has_recall:
+                raise ValueError(
+                    f"{name} needs a network with recall, and this one has none: set the sampler's {name} to "
+                    f"{'false or ' if name == 'carry_state' else ''}null, or train a network with recall: true"
+                )
+        return self.with_settings(carry_state=has_recall if self.carry_state is None else self.carry_state)
 
     def loops_per_step(self, loops: Loops) -> list[int]:
-        """Write out the loop count of each step.
+        """Write out the loop count of each step; with a tolerance, the most that it may run.
 
         Raises:
-            ValueError: a loop count below 1, or a list whose length is not the number of steps.
+            ValueError: a loop count below 1, a list whose length is not the number of steps, or exit guidance at a step
+                that has no loop beyond the weak exit.
         """
-        per_step = [loops] * self.steps if isinstance(loops, int) else list(loops)
+        per_step = self.loop_schedule.per_step(loops, self.steps) if isinstance(loops, int) else list(loops)
         if len(per_step) != self.steps or min(per_step) < 1:
             raise ValueError(
                 f"loops must be a number from 1 up, or {self.steps} of them, one per sampling step: {loops}"
             )
+        for step, count in enumerate(per_step):
+            if any(weak >= count for weak in self.guidance.exits(step, self.steps)):
+                raise ValueError(
+                    f"exit guidance pushes away from exit {self.guidance.weak_loops}, which must come before the last: "
+                    f"sampling step {step + 1} runs {count}; lower weak_loops, raise loops, or set an exit_interval"
+                )
         return per_step
 
-    def network_calls(self, loops: Loops) -> list[int]:
-        """List the loop count of every forward pass that one sample costs, both guidance branches included."""
-        per_step = enumerate(self.loops_per_step(loops))
-        return [count for step, count in per_step for _ in range(self.guidance.branches(step, self.steps))]
+    def network_calls(self, loops: Loops) -> list[tuple[int, tuple[int, ...]]]:
+        """List loop count and further exits of every forward pass that one sample costs, guidance branches included.
 
-
-class GuidedSteps:
-    """Guided predictions of the network, step after step, with the loop's state carried along.
-
-    Both branches of guidance go through the network in one batch, each with its own state. Where guidance
-    begins to act after the first step, its null branch begins from the state of the other one, which has seen the same
-    input: both tend to fixed points that differ by the class alone.
-
-    Args:
-        sampler: its steps, guidance and ``carry_state``.
-        predict: the network.
-        loops: a number, or one per sampling step.
-        channels: of x̂, in predictions that may hold a variance too.
-
-    Raises:
-        ValueError: loops that do not fit the steps.
-    """
-
-    def __init__(self, sampler: Sampler, predict: Predict, loops: Loops, channels: int | None = None) -> None:
-        self.sampler, self.predict, self.loops = sampler, predict, sampler.loops_per_step(loops)
-        self.channels = channels
-        self.state: Tensor | None = None
-
-    def __call__(self, step: int, x: Tensor, condition: Condition) -> Tensor:
-        """Return the prediction for x (B, …) at a step (0-based): logits (B, T, V) or x̂."""
-        sampler, loops, batch = self.sampler, self.loops[step], len(x)
-        branches = sampler.guidance.branches(step, sampler.steps)
-        if sampler.guidance.acts(step, sampler.steps):
-            null = condition.with_labels(torch.full_like(condition.labels, sampler.num_classes))
-            condition = condition.joined(null) if branches == 2 else null
-            x = x.repeat(branches, *[1] * (x.ndim - 1))
-        state = self.state
-        if state is not None and len(state) != len(x):  # guidance begins or ceases to act
-            state = state[:batch].repeat(branches, 1, 1)
-        predictions, state = self.predict(x, condition, loops, state=state)
-        if sampler.carry_state:
-            self.state = state
-        if branches == 1:
-            return predictions[loops]
-        of_class, of_null = predictions[loops].chunk(2)
-        return sampler.guidance.combine(of_class, of_null, step, sampler.steps, self.channels)
+        With a tolerance these are passes of one loop each, as many as there can be at most.
+        """
+        calls: list[tuple[int, tuple[int, ...]]] = []
+        for step, count in enumerate(self.loops_per_step(loops)):
+            exits = self.guidance.exits(step, self.steps)
+            once = [(1, ())] * count if self.loop_schedule.tolerance is not None else [(count, exits)]
+            calls += self.guidance.branches(step, self.steps) * once
+        return calls

@@ -17,8 +17,10 @@ from elt_lightning.processes.base import check_process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import GaussianProcess
 from elt_lightning.processes.noise import Stream, normal
-from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
+from elt_lightning.samplers.base import Loops, Predict, Sampler
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.guided_steps import GuidedSteps
+from elt_lightning.samplers.loop_schedule import LoopSchedule
 
 
 class Level(NamedTuple):
@@ -48,6 +50,7 @@ class DiffusionSampler(Sampler):
         clip: x̂ is cut to ±clip after guidance, for data that lie in that range; None for no cut.
         guidance: classifier-free guidance, on x̂.
         carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
+        loop_schedule: as there.
     """
 
     def __init__(
@@ -58,12 +61,19 @@ class DiffusionSampler(Sampler):
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
+        loop_schedule: LoopSchedule | None = None,
     ) -> None:
         check_process(self, process, GaussianProcess)
-        super().__init__(process, num_classes, steps, guidance, carry_state)
+        super().__init__(process, num_classes, steps, guidance, carry_state, loop_schedule)
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be above 0, not {clip}")
         self.schedule, self.clip = process.schedule, clip
+
+    def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
+        """Measure the relative change of x̂, ‖now − before‖ / ‖now‖, over all elements of each sample."""
+        now, before = (value[:, : x.shape[1]] for value in (now, before))  # without a variance
+        difference, size = (value.float().flatten(1).norm(dim=1) for value in (now - before, now))
+        return difference / size.clamp(min=torch.finfo(torch.float32).tiny)
 
     @abstractmethod
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
@@ -100,6 +110,7 @@ class DiffusionSampler(Sampler):
         loops: Loops,
         seeds: Tensor,
         known: Tensor | None = None,
+        spent: list[Tensor] | None = None,
     ) -> Tensor:
         """Draw latents (B, *shape) float32.
 
@@ -114,7 +125,7 @@ class DiffusionSampler(Sampler):
             raise ValueError(f"known has shape {tuple(known.shape)}, the samples {(len(seeds), *shape)}")
         state = normal(seeds, 0, Stream.INITIAL_NOISE, shape)
         levels = self.levels()
-        clean, guided = state, GuidedSteps(self, predict, loops, shape[0])
+        clean, guided = state, GuidedSteps(self, predict, loops, spent, shape[0])
         for step in range(self.steps):
             previous_clean = clean
             time = torch.full((len(seeds),), levels[step].time, device=seeds.device)
@@ -153,6 +164,7 @@ class DDPMSampler(DiffusionSampler):
         clip: as in :class:`DiffusionSampler`.
         guidance: classifier-free guidance; the paper uses scale 3.
         carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
+        loop_schedule: as there.
     """
 
     def __init__(
@@ -164,8 +176,9 @@ class DDPMSampler(DiffusionSampler):
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
+        loop_schedule: LoopSchedule | None = None,
     ) -> None:
-        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
+        super().__init__(process, num_classes, steps, clip, guidance, carry_state, loop_schedule)
         if variance_interpolation != "learned" and not 0 <= variance_interpolation <= 1:
             raise ValueError(f"variance_interpolation must lie in [0, 1] or be learned, not {variance_interpolation}")
         self.variance_interpolation = variance_interpolation
@@ -222,8 +235,9 @@ class DPMSolverSampler(DiffusionSampler):
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
+        loop_schedule: LoopSchedule | None = None,
     ) -> None:
-        super().__init__(process, num_classes, steps, clip, guidance, carry_state)
+        super().__init__(process, num_classes, steps, clip, guidance, carry_state, loop_schedule)
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""

@@ -10,8 +10,10 @@ from elt_lightning.processes.base import check_process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.masking import MaskingProcess, num_still_masked, ranks
 from elt_lightning.processes.noise import Stream, categorical, gumbel, over_steps, uniform
-from elt_lightning.samplers.base import GuidedSteps, Loops, Predict, Sampler
+from elt_lightning.samplers.base import Loops, Predict, Sampler
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.guided_steps import GuidedSteps
+from elt_lightning.samplers.loop_schedule import LoopSchedule
 
 
 class MaskGITSampler(Sampler):
@@ -33,6 +35,7 @@ class MaskGITSampler(Sampler):
         choice_temperature: noise on the confidence; MaskGIT and MAGVIT use 4.5.
         guidance: classifier-free guidance.
         carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
+        loop_schedule: as there.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class MaskGITSampler(Sampler):
         choice_temperature: float = 4.5,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
+        loop_schedule: LoopSchedule | None = None,
     ) -> None:
         check_process(self, process, MaskingProcess)
-        super().__init__(process, num_classes, steps, guidance, carry_state)
+        super().__init__(process, num_classes, steps, guidance, carry_state, loop_schedule)
         if temperature_bias <= 0 or temperature_scale < 0 or choice_temperature < 0:
             raise ValueError("sampling needs temperature_bias > 0, temperature_scale >= 0 and choice_temperature >= 0")
         if self.guidance.channels is not None:
@@ -64,13 +68,14 @@ class MaskGITSampler(Sampler):
         loops: Loops,
         seeds: Tensor,
         known: Tensor | None = None,
+        spent: list[Tensor] | None = None,
     ) -> Tensor:
         """Decode tokens (B, T) int64 in [0, V); ``known`` holds V where nothing is given. See the base class."""
         tokens = known if known is not None else seeds.new_full((len(seeds), *shape), self.masking.codebook_size)
         num_unknown = self.masking.is_hidden(tokens).sum(1)
         numbers = over_steps(uniform, seeds, self.steps, Stream.SAMPLED_TOKENS, shape)
         noise = over_steps(gumbel, seeds, self.steps, Stream.SAMPLED_CONFIDENCE, shape)
-        guided = GuidedSteps(self, predict, loops)
+        guided = GuidedSteps(self, predict, loops, spent)
         for step in range(self.steps):
             masked = self.masking.is_hidden(tokens)
             logits = guided(step, tokens, condition).float()
@@ -81,6 +86,13 @@ class MaskGITSampler(Sampler):
             remasked = ranks(confidence.masked_fill(~masked, torch.inf)) < still_masked[:, None]
             tokens = self.masking.hide(guess, remasked)
         return tokens
+
+    def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
+        """Measure the mean of KL(now ‖ before) over the hidden positions of tokens x (b, T); 0 where none is hidden."""
+        log_p, log_q = now.float().log_softmax(-1), before.float().log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        hidden = self.masking.is_hidden(x)
+        return (divergence * hidden).sum(-1) / hidden.sum(-1).clamp(min=1)
 
     def temperature(self, step: int) -> float:
         """Return STemp of step k (0-based)."""

@@ -1,9 +1,10 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -26,6 +27,10 @@ from elt_lightning.training.weights import differences
 
 VAL_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
+
+
+AUTO_LOOPS = 8
+"""How many times L_max a loop that stops by itself may run."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,18 @@ class ELTModule(LightningModule):
     def max_loops(self) -> int:
         """L_max, the loop count of the teacher."""
         return self.distillation.max_loops
+
+    def loop_count(self, asked: int | Literal["auto"] | None, sampler: Sampler | None = None) -> int:
+        """Return L: what was asked for, by default L_max; "auto" is the most that a loop may run which ends by itself.
+
+        Raises:
+            UserError: a loop is to end by itself, and the sampler has no tolerance that says when.
+        """
+        if asked == "auto":
+            if (sampler or self.sampler).loop_schedule.tolerance is None:
+                raise UserError("loops auto: a tolerance must say when a sample's loop ends, such as --tolerance 0.01")
+            return AUTO_LOOPS * self.max_loops
+        return asked or self.max_loops
 
     @property
     def codebook_size(self) -> int | None:
@@ -227,6 +244,7 @@ class ELTModule(LightningModule):
         seeds: Tensor,
         known: Tensor | None = None,
         sampler: Sampler | None = None,
+        spent: list[Tensor] | None = None,
     ) -> Tensor:
         """Draw samples with the module's sampler or another one.
 
@@ -236,20 +254,24 @@ class ELTModule(LightningModule):
             seeds: (B,) int64 from :func:`~elt_lightning.processes.noise.sample_seeds`.
             known: (B, …) what is given and must stay, or None.
             sampler: in place of the module's own.
+            spent: takes the loops (B,) of each step, as :meth:`~elt_lightning.samplers.base.Sampler.sample` says.
 
         Returns:
             (B, …) tokens or latents; the data's tokenizer turns them into pixels.
 
         Raises:
-            ValueError: the sampler carries the state, and the network has no recall.
+            ValueError: the sampler carries the state or has a tolerance, and the network has no recall.
         """
         sampler = (sampler or self.sampler).suited_to(self.network.has_recall)
-        return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known)
+        return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known, spent)
 
     def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
-        """Count the multiply–accumulates of drawing one sample: every step, both guidance branches."""
-        calls = (sampler or self.sampler).network_calls(loops)
-        return sum(self.network.macs(count) for count in calls)
+        """Count the multiply–accumulates of drawing one sample: every step, both guidance branches, every head.
+
+        With a tolerance it is the most that a sample can cost.
+        """
+        calls = Counter((sampler or self.sampler).network_calls(loops))
+        return sum(times * self.network.macs(*call) for call, times in calls.items())
 
     def num_parameters(self) -> tuple[int, int]:
         """Count parameters: of the shared backbone, which the paper's tables report for ELT, and in all."""
