@@ -87,6 +87,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     return recipe
 
 
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """Read how a checkpoint's or exported model's settings were, without its weights; as :func:`read_pretrained`."""
+    if is_exported(source):
+        return read_description(Path(source))
+    return read_pretrained(source)["elt"]
+
+
 def is_exported(path: str | Path) -> bool:
     """Return whether there is the folder of an exported model."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / META).is_file()

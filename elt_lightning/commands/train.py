@@ -33,7 +33,7 @@ from elt_lightning.checkpoints.pretrained import (
     is_exported,
     read_as_checkpoint,
     read_description,
-    read_pretrained,
+    read_recipe,
 )
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
@@ -533,7 +533,7 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
         if checkpoint not in (None, "null"):
             raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
         stored = scratch / "init_from.yaml"
-        section = without_links({"model": read_pretrained(begins_at)["elt"]["model"]})
+        section = without_links({"model": read_recipe(begins_at)["model"]})
         stored.write_text(yaml.safe_dump(section))
         return ["--config", str(stored), *arguments]
     if checkpoint in (None, "null"):
