@@ -104,8 +104,6 @@ PLACEHOLDER = {
     "C": "configs/quickstart.yaml",
     "CONFIG.yaml": "configs/quickstart.yaml",
     "FILE.yaml": "configs/quickstart.yaml",
-    "N": "2",
-    "L": "4",
 }
 ALL_COMMANDS = sorted(
     {line for page in PAGES if page.stem != "CHANGELOG" for line in commands(page)} - {"elt COMMAND --help"}
