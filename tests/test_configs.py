@@ -8,7 +8,7 @@ import yaml
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
-from elt_lightning.commands.train import with_bases
+from elt_lightning.commands.settings import with_bases
 from elt_lightning.errors import UserError
 from elt_lightning.tokenizers.vq_training import VQTraining
 

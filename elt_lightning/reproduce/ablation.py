@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from elt_lightning import __version__
 from elt_lightning.cli import status_of
-from elt_lightning.commands.train import config_and_bases
+from elt_lightning.commands.settings import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.comparison import Curve, draw, table
 from elt_lightning.files import write_json, write_text, written_aside
