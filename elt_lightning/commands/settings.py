@@ -138,12 +138,12 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     parser.add_argument("--ckpt_path")
     parser.add_argument("--init_from")
     known = parser.parse_known_args(arguments)[0]
-    checkpoint, begins_at = (None if path == "null" else path for path in (known.ckpt_path, known.init_from))
-    if checkpoint is None and begins_at is None:
+    checkpoint, begins_at = (path if path not in (None, "null") else "" for path in (known.ckpt_path, known.init_from))
+    if not (checkpoint or begins_at):
         return arguments
-    if checkpoint is not None and begins_at is not None:
+    if checkpoint and begins_at:
         raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
-    if begins_at is not None:
+    if begins_at:
         config, checkpoint = {"model": read_recipe(begins_at)["model"]}, "init_from"
     elif is_exported(checkpoint) and not goes_on:
         recipe = read_description(Path(checkpoint))
