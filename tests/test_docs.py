@@ -157,10 +157,11 @@ def test_commands_parse(line: str, workplace: Path, capsys: pytest.CaptureFixtur
 
 
 def parse_for_trainer(command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Let `elt` print the config that these arguments come to; checkpoints, which are not there, are left out."""
-    while "--ckpt_path" in arguments:
-        place = arguments.index("--ckpt_path")
-        del arguments[place : place + 2]
+    """Let `elt` print the config that these arguments come to; checkpoints and plans, which are not there, are left out."""
+    for flag in ("--ckpt_path", "--plan"):
+        while flag in arguments:
+            place = arguments.index(flag)
+            del arguments[place : place + 2]
     arguments = [argument for argument in arguments if not argument.startswith("--print_config")]
     if "--config" not in arguments:
         arguments = ["--config", "configs/quickstart.yaml", *arguments]

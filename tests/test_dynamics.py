@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from test_recall import dit, masked
 
+from elt_lightning import from_pretrained
+from elt_lightning.cli import main
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
@@ -19,6 +21,8 @@ from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce import dynamics
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training import loop_monitor
+from elt_lightning.training.loop_monitor import token_cosine
 from elt_lightning.training.module import ELTModule
 
 
@@ -26,7 +30,7 @@ def test_the_cosine_between_tokens_is_that_of_all_pairs() -> None:
     torch.manual_seed(0)
     h = torch.randn(2, 4, 5)
     pairs = [F.cosine_similarity(sample[i], sample[j], dim=0) for sample in h for i, j in combinations(range(4), 2)]
-    torch.testing.assert_close(dynamics.token_cosine(h), torch.stack(pairs).mean())
+    torch.testing.assert_close(token_cosine(h), torch.stack(pairs).mean())
 
 
 def test_loops_are_followed_and_carried_states_compared_with_settled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +52,7 @@ def test_loops_are_followed_and_carried_states_compared_with_settled_ones(monkey
     for loop in (1, 2, 3):
         moved = ((states[loop] - states[loop - 1]).norm(dim=-1) / states[loop].norm(dim=-1)).mean()
         assert update[loop - 1] == pytest.approx(float(moved), rel=1e-5)
-        assert cosine[loop - 1] == pytest.approx(float(dynamics.token_cosine(states[loop])), rel=1e-5)
+        assert cosine[loop - 1] == pytest.approx(float(token_cosine(states[loop])), rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [masked, dit])
@@ -80,3 +84,23 @@ def test_the_program_compares_checkpoints(small_squares: Path, tmp_path: Path, m
     assert len(found["update"]) == len(found["cosine"]) == 3
     assert "carried" not in found
     assert (tmp_path / "dynamics.png").stat().st_size > 1000
+
+
+def test_validation_logs_what_loops_do_and_warns_of_tokens_that_grow_alike(
+    small_squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    monkeypatch.setattr(loop_monitor, "ALIKE", -1.0)
+    with pytest.warns(UserWarning, match=r"tokens have grown alike: mean cosine .* after 4 loops.* set model.network"):
+        assert main(["validate", "--ckpt_path", str(small_squares), "--run_dir=watched"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("validation  L")]
+    assert [line[1] for line in lines] == ["L1", "L2", "L3", "L4"]
+    for line in lines:
+        assert 0 < float(line[line.index("update") + 1]) < 2
+        assert -1 <= float(line[line.index("token_cosine") + 1]) <= 1
+    module = from_pretrained(small_squares)
+    assert not module.network.backbone.layers._forward_hooks
+    assert "set model.network.init_args.recall to true (" in loop_monitor.alike_line(module, 4, 0.99)
+    for block in module.network.backbone.layers:
+        block.residual_scale = 1.0
+    assert "residual_scale to 3 or model.network.init_args.recall" in loop_monitor.alike_line(module, 4, 0.99)

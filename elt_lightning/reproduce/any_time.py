@@ -126,7 +126,7 @@ def measure(run: Run) -> str:
         "primary_metric": trained.data.primary_metric,
         "higher_is_better": trained.data.higher_is_better,
     }
-    content = json.loads(run.records.read_text()) if run.records.is_file() else about | {"records": []}
+    content: dict[str, Any] = json.loads(run.records.read_text()) if run.records.is_file() else about | {"records": []}
     if {name: content.get(name) for name in about} != about:
         raise UserError(f"{run.records} was measured of other weights, or otherwise: delete it to measure again")
     done = {key_of(record) for record in content["records"]}
