@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "test": "sweep a checkpoint over loop counts: table, JSON, CSV, pictures",
     "predict": "write many samples of a checkpoint to files, over all devices",
     "sample": "draw a picture from a checkpoint alone, a row for each loop count",
+    "compare": "lay the sweeps of several runs side by side: table and picture",
     "calibrate": "find what a compute budget is best spent on: steps, loops, guidance",
     "encode": "turn pictures into tokens or latents: WebDataset shards to train on",
     "stats": "measure a folder of pictures as FID's reference",
@@ -27,7 +28,7 @@ SUBCOMMANDS = {
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
     name: f"elt_lightning.commands.{name}"
-    for name in ("sample", "calibrate", "encode", "stats", "plan", "export", "bench")
+    for name in ("sample", "compare", "calibrate", "encode", "stats", "plan", "export", "bench")
 }
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L

@@ -27,6 +27,29 @@ def printable(text: str, longest: int = 300) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+MOST = {
+    "max_loops": 10**6,
+    "loops": 10**6,
+    "steps": 10**6,
+    "num_samples": 10**8,
+    "num_validation_samples": 10**8,
+    "num_workers": 1000,
+    "devices": 10**5,
+}
+"""The most that a setting of this name may be: nobody waits longer, and no machine has more of it."""
+
+
+def check_most(**sizes: int | None) -> None:
+    """Refuse, before anything is made of them, sizes that no machine gets through: see :data:`MOST`.
+
+    Raises:
+        UserError: one of these settings is too large.
+    """
+    for name, size in sizes.items():
+        if size is not None and size > MOST[name]:
+            raise UserError(f"{name} must be at most {MOST[name]}, not {size}")
+
+
 def check_memory(what: str, needed: int, available: int | None = None) -> None:
     """Refuse what needs more bytes than there are, by default of this machine's memory, before any is allocated.
 

@@ -238,6 +238,19 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         ["fit", f"--config={QUICKSTART}", "--data.init_args.num_train=10000000000"],
         "num_train 10000000000 needs 59,605 GiB of memory: there are",
     ),
+    "fit on devices that nobody has": ([*FIT, "--trainer.devices=1000000000"], "devices must be at most 100000"),
+    "test of more samples than anybody waits for": (
+        ["test", "--ckpt_path=trained/checkpoints/last.ckpt", "--num_samples=1000000", "--repeats=1000"],
+        "num_samples must be at most 100000000, not 1000000000",
+    ),
+    "predict of more samples than anybody waits for": (
+        ["predict", "--ckpt_path=trained/checkpoints/last.ckpt", "--num_samples=1000000000"],
+        "num_samples must be at most 100000000, not 1000000000",
+    ),
+    "predict at more loops than anybody waits for": (
+        ["predict", "--ckpt_path=trained/checkpoints/last.ckpt", "--loops=1000000000"],
+        "loops must be at most 1000000, not 1000000000",
+    ),
     "test of a FIFO": (["test", "--ckpt_path=fifo"], "fifo: it is a FIFO"),
     "sample of a FIFO": (["sample", "--ckpt_path=fifo"], "fifo: it is a FIFO"),
     "stats with a FIFO as network": (
@@ -364,7 +377,23 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
             "elt_lightning.samplers.masked.MaskGITSampler}",
             "elt_lightning.samplers.base.Sampler, init_args: {steps: 2}}",
         ).encode(),
-        "abstract class Sampler",
+        "Sampler is abstract: choose a class of that kind, DDIMSampler, DDPM",
+    ),
+    "an abstract class that the parser knows": (
+        TOKENS.replace("elt_lightning.networks.masked.LoopedMaskedTransformer", "LoopedNetwork").encode(),
+        "model.network: LoopedNetwork is abstract: choose a class of that kind, LoopedDiT, LoopedMasked",
+    ),
+    "hidden units that this machine cannot hold": (
+        TOKENS.replace("num_heads: 2", "num_heads: 2, mlp_width: 10_000_000_000").encode(),
+        "a network of num_layers 1, width 16 and mlp_width 10000000000 needs 1,192 GiB of memory",
+    ),
+    "loader processes that no machine has": (
+        TOKENS.replace("num_workers: 0", "num_workers: 1_000_000").encode(),
+        "num_workers must be at most 1000, not 1000000",
+    ),
+    "steps of sampling that nobody waits for": (
+        LATENTS.replace("steps: 2}", "steps: 1_000_000_000}").encode(),
+        "steps must be at most 1000000",
     ),
     "a network without its settings": (TOKENS.replace(", width: 16, num_heads: 2", "").encode(), "width"),
     "a width below 0": (TOKENS.replace("width: 16", "width: -16").encode(), "width must be at least 1, not -16"),
@@ -1146,6 +1175,23 @@ def test_checkpoints_to_go_on_from(case: tuple[Callable[[Path], bytes], str], ho
     (home / "bad.ckpt").write_bytes(make(home))
     refused(["fit", "--ckpt_path=bad.ckpt", "--run_dir=new", "--trainer.max_steps=3"], telling)
     assert not (home / "ran").exists()
+
+
+@pytest.mark.parametrize("arguments", [["sample"], ["test", "--num_samples=4"], ["predict", "--num_samples=4"]])
+def test_predictions_that_are_not_finite(arguments: list[str], home: Path, tmp_path: Path, refused: Refused) -> None:
+    """Finite weights can overflow: neither a black picture nor scores of it are made."""
+
+    def overflow(content: dict[str, Any]) -> None:
+        for weights in (content["state_dict"], content["ema"]["weights"]):
+            for name, weight in weights.items():
+                if "layers" in name:
+                    weight.mul_(1e30).add_(1e30)
+
+    (home / "bad.ckpt").write_bytes(changed(home, overflow))
+    if arguments[0] == "sample":
+        arguments = [*arguments, "--num=1", f"--output={tmp_path / 'grid.png'}"]
+    refused([*arguments, "--ckpt_path=bad.ckpt"], "the model's predictions are not finite")
+    assert not list(tmp_path.iterdir())
 
 
 def edited(**values: object) -> Callable[[Path], None]:

@@ -12,7 +12,8 @@ import pytest
 from small_runs import SMALL_SQUARES
 
 from elt_lightning.cli import main
-from elt_lightning.training import meter
+from elt_lightning.commands import train
+from elt_lightning.training import announce, meter
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 FIT = ["fit", "--config", str(QUICKSTART), *SMALL_SQUARES]
@@ -51,6 +52,31 @@ def test_a_sweep_and_a_prediction_say_how_far_they_are(small_squares: Path, caps
     assert main(["predict", *flags, "--samples.format=png", "--run_dir=pictures"]) == 0
     assert capsys.readouterr().out.endswith("10 pictures, of 12 asked for, in pictures/samples\n")
     assert main(["predict", *flags, "--trainer.limit_predict_batches=0"]) == 2
+
+
+def test_long_work_says_beforehand_what_it_takes(
+    small_squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is drawn otherwise for it. What counts as long is brought down to what a test has time for."""
+    flags = ["--ckpt_path", str(small_squares)]
+    assert main(["predict", *flags, "--num_samples=12", "--run_dir=unsaid"]) == 0
+    monkeypatch.setattr(announce, "LONG", 0)
+    monkeypatch.setattr(train, "MOST_REHEARSED", 1)
+    capsys.readouterr()
+    for arguments, what in (
+        (["predict", *flags, "--num_samples=12", "--run_dir=said"], "predict"),
+        (["test", *flags, "--num_samples=12", "--loops=1", "--run_dir=swept"], "test"),
+        (["sample", *flags, "--num=1"], "L = 4"),
+        (
+            [*FIT, "--trainer.max_steps=1", "--trainer.limit_val_batches=0"],
+            "a pass of 16 samples at max_loops 4, 0.0 GiB",
+        ),
+    ):
+        assert main(arguments) == 0
+        line = rf"^{what}: [\d.e+]+ floating-point operations a device, about [\d:]+ [sh] on this CPU$"
+        assert re.search(line, capsys.readouterr().err, re.MULTILINE)
+    said, unsaid = (np.load(f"{name}/samples.npz")["arr_0"] for name in ("said", "unsaid"))
+    np.testing.assert_array_equal(said, unsaid)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -102,6 +102,16 @@ def test_lists_and_names_may_come_from_windows(own_layout: tuple[Path, Path], ca
         (lambda root, lists: root.rename(root.with_name("gone")), 1, "UCF-101 cannot be read"),
         (lambda root, lists: write_lines(lists / "trainlist01.txt", ["Yo/v.avi 1"]), 1, "Yo/v.avi is of a class"),
         (lambda root, lists: write_lines(lists / "trainlist01.txt", []), 1, "has no videos"),
+        (
+            lambda root, lists: write_lines(lists / "trainlist01.txt", ["Yo/v.avi 1", "Yo/v.AVI 1"]),
+            1,
+            "trainlist01.txt has 1 videos more than once, such as Yo/v.avi",
+        ),
+        (
+            lambda root, lists: [(root / "Biking" / name).touch() for name in ("v.avi", "v.AVI")],
+            1,
+            "has 1 videos more than once, such as Biking/v.avi",
+        ),
         (lambda root, lists: write_lines(lists / "classInd.txt", ["0 A", "1 B"]), 1, "number classes from 1"),
         (lambda root, lists: write_lines(lists / "classInd.txt", ["1 A", "2"]), 1, "a number and a name"),
         (lambda root, lists: write_lines(lists / "classInd.txt", ["1 Biking"]), "all", "is of a class"),

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from elt_lightning.data.crops import default_workers
-from elt_lightning.errors import UserError
+from elt_lightning.errors import MOST, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ def whole(smallest: int, largest: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         # More digits than any number here has: Python itself refuses to read thousands of them.
         if not text.isdecimal() or len(text) > 99 or not smallest <= int(text) <= largest:
-            limit = f"to {largest}" if text.isdecimal() and len(text) > 9 else "up"
+            limit = f"to {largest}" if (text.isdecimal() and largest < 2**63 - 1) or len(text) > 9 else "up"
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} {limit}")
         return int(text)
 
@@ -94,7 +94,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe what a command that decodes pictures or clips for a network takes of the machine."""
     workers, text = default_workers(), "decoding processes (default: one per core)"
-    parser.add_argument("--num_workers", type=whole(0), default=workers, help=text)
+    parser.add_argument("--num_workers", type=whole(0, MOST["num_workers"]), default=workers, help=text)
     add_device_argument(parser)
 
 

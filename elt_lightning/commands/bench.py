@@ -28,7 +28,7 @@ from elt_lightning.commands.arguments import (
     wholes,
 )
 from elt_lightning.commands.train import quieten_libraries
-from elt_lightning.errors import UserError
+from elt_lightning.errors import MOST, UserError
 from elt_lightning.files import write_json
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.training.precision import PRECISIONS
@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("jpegs", 512, "pictures that are decoded (default 512, 60 MB; 0 for none)"),
     ):
         data.add_argument(f"--num_{counted}", type=whole(0), default=default, help=of_what)
-    data.add_argument("--num_workers", type=whole(0), default=os.cpu_count() or 1, help="loader processes")
+    data.add_argument(
+        "--num_workers", type=whole(0, MOST["num_workers"]), default=os.cpu_count() or 1, help="loader processes"
+    )
     data.add_argument("--batch_size", type=whole(1), help="samples per batch (default: those of the configs)")
     data.add_argument("--repeats", type=whole(1), default=5, help="epochs that are timed (default 5)")
     data.add_argument("--output", type=file_path, metavar="PATH", help="write the figures as JSON")

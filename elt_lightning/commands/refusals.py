@@ -11,7 +11,7 @@ import inspect
 import pydoc
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 TYPES = {
@@ -30,6 +30,9 @@ NOISE = re.compile(
     "Does not validate|Subtypes:|Errors:|Given value type|Expected a path but|Subclass types|a class path|a dict with"
 )
 """Lines of the tree that say nothing of the reason."""
+
+PACKAGES = ("elt_lightning.", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
+"""Where classes are looked for that a name may have been meant for."""
 
 UNKNOWN_CLASS = re.compile(
     r"Expected a dot import path string: *(\S+)|No module named (\S+)|has no attribute (\S+)", re.DOTALL
@@ -137,6 +140,10 @@ def reason_of(place: Place, reasons: list[str], value: str | None) -> str:
         return f"{name} is no {wrong_kind.group(2) or wrong_kind.group(1)}"
     types, words = [], []
     for reason in reasons:
+        if reason.startswith("Expected an instantiatable class"):
+            given = re.search(r", but (\S+) is abstract", reason)
+            words.append(abstract_class(given.group(1) if given else str(value)))
+            continue
         absent = UNKNOWN_CLASS.search(reason)
         if absent:
             words.append(no_class(next(part for part in absent.groups() if part).strip("'.")))
@@ -166,18 +173,33 @@ def type_in_words(text: str) -> str:
 
 def no_class(path: str) -> str:
     """Return a line about a class that does not exist, with the nearest name that does."""
-    packages = ("elt_lightning.", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
-    names = {
-        name
-        for package, module in list(sys.modules.items())
-        if package.startswith(packages)
-        for name, value in vars(module).items()
-        if isinstance(value, type)
-    }
+    names = {kind.__name__ for kind in classes_of(*PACKAGES)}
     name = path.rpartition(".")[2]
+    if name in names:
+        return f"the class {path!r} is of another kind than is needed here"
     near = sorted(other for other in names if other.startswith(name)) or difflib.get_close_matches(name, names, 1, 0.75)
     hint = f"did you mean {near[0]}?" if near else "a class_path is written package.module.Class"
     return f"there is no class {path!r}: {hint}"
+
+
+def abstract_class(path: str) -> str:
+    """Return a line about a class that only says what others of its kind have, and which these are."""
+    name = path.rpartition(".")[2]
+    pending = [kind for kind in classes_of(*PACKAGES) if kind.__name__ == name and inspect.isabstract(kind)]
+    kinds: set[str] = set()
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
+            kinds.add(kind.__name__)
+    return f"{name} is abstract: choose a class of that kind, {', '.join(sorted(kinds))}"
+
+
+def classes_of(*packages: str) -> Iterator[type]:
+    """List the classes in these packages' modules that are loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(packages):
+            yield from (value for value in vars(module).values() if isinstance(value, type))
 
 
 def alternatives(key: str, known: list[str]) -> str:

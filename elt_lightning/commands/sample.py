@@ -1,7 +1,6 @@
 """`elt sample`: a picture from a checkpoint alone, one row for each loop count."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,7 @@ from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
-from elt_lightning.errors import UserError
+from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
@@ -21,6 +20,7 @@ from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.tokenizers.loading import load_tokenizer
+from elt_lightning.training.announce import announce
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
 """What an output may end in; the last two are for clips."""
@@ -73,8 +73,7 @@ def run(name: str, arguments: list[str]) -> None:
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
     for loops in counts:
         macs = options.num * module.macs_per_sample(loops, sampler)
-        if macs > LONG:
-            print(f"L = {loops}: {2 * macs:.2g} floating-point operations", file=sys.stderr, flush=True)
+        announce(f"L = {loops}", macs, module, sampler, options.num)
         spent: list[Tensor] = []
         codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler, spent)
         if sampler.loop_schedule.tolerance is not None:
@@ -85,10 +84,6 @@ def run(name: str, arguments: list[str]) -> None:
         rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
     write_samples(options.output, rows)
     print(options.output)
-
-
-LONG = 10**14
-"""Multiply–accumulates that take a CPU minutes: announced beforehand."""
 
 
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
@@ -128,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
     add(
         "--loops",
-        type=lambda text: text if text == "auto" else wholes(1, 10**6)(text),
+        type=lambda text: text if text == "auto" else wholes(1, MOST["loops"])(text),
         metavar="1,2,4",
         help="a row each; by default the count of training; auto: until --tolerance is met",
     )
@@ -143,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("true", "false"),
         help="begin each step's loop where the last one stopped; by default where the model has recall",
     )
-    add("--steps", type=whole(1, 10**6), help="sampling steps; by default the model's")
+    add("--steps", type=whole(1, MOST["steps"]), help="sampling steps; by default the model's")
     add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
     add("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")

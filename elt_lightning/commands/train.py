@@ -8,6 +8,7 @@ import logging
 import os
 import pkgutil
 import pydoc
+import re
 import tempfile
 import warnings
 from contextlib import ExitStack, suppress
@@ -30,15 +31,16 @@ from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.recipe import Recipe, found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
-from elt_lightning.commands.refusals import explain
+from elt_lightning.commands.refusals import abstract_class, explain
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
-from elt_lightning.errors import UserError, check_memory
+from elt_lightning.errors import UserError, check_memory, check_most
 from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
 from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
+from elt_lightning.training.announce import announce
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.loop_monitor import LoopMonitor
@@ -304,6 +306,8 @@ class RunCommandLine(LightningCLI):
         limit = LIMITS[str(self.subcommand)]
         if config.trainer[limit] == 0:
             raise UserError(f"{limit} is 0: elt {self.subcommand} would have nothing to do")
+        if str(config.trainer.devices).isdecimal():
+            check_most(devices=int(config.trainer.devices))
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         self.held.enter_context(locked(self.run_dir))
@@ -327,6 +331,8 @@ class RunCommandLine(LightningCLI):
             # A class refused its settings, or broke on them: which of the two, its author alone knows.
             if isinstance(error, ValueError | MisconfigurationException):
                 raise UserError(explain(str(error))) from error
+            if abstract := re.match(r"Can't instantiate abstract class (\w+)", str(error)):
+                raise UserError(abstract_class(abstract.group(1))) from error
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"a class broke on its settings ({reason}); --debug shows where") from error
 
@@ -432,19 +438,19 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), LoopMonitor(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
-        """Refuse loops whose activations the device cannot hold, before it fills up."""
+        """Refuse loops whose activations the device cannot hold, before it fills up; say what many of them take."""
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
-            kept, backbone = rehearse(self.model, types), self.model.network.backbone
-            of_each = kept.recomputing if backbone.activation_checkpointing else kept.per_sample
+            kept, network = rehearse(self.model, types), self.model.network
+            of_each = kept.recomputing if network.backbone.activation_checkpointing else kept.per_sample
             samples = self.datamodule.share_batch(self.trainer.world_size)[0]
             device = self.trainer.strategy.root_device
             is_gpu = device.type == "cuda"
-            check_memory(
-                f"a pass of {samples} samples at max_loops {self.model.max_loops}",
-                samples * of_each,
-                torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
-            )
+            what, memory = f"a pass of {samples} samples at max_loops {self.model.max_loops}", samples * of_each
+            check_memory(what, memory, torch.cuda.get_device_properties(device).total_memory if is_gpu else None)
+            exits = self.model.distillation.student_exits(self.model.seed, 0)
+            macs = 3 * samples * network.macs(self.model.max_loops, exits)  # forward, and twice as much backward
+            announce(f"{what}, {memory / 2**30:,.1f} GiB", macs, self.model, self.model.sampler, samples)
 
     def recipe(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return both sections, with what is linked from the data filled in."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from elt_lightning.data.workers import Loader, obey_parent_alone
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, check_most
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers.base import Tokenizer
@@ -180,6 +180,7 @@ class BatchedDataModule(LightningDataModule):
             raise ValueError(
                 f"batch sizes must be at least 1 and num_workers at least 0, not {batch_size}, {num_workers}"
             )
+        check_most(num_workers=num_workers)
         self.batch_size, self.micro_batch_size, self.num_workers, self.seed = (
             batch_size,
             micro_batch_size,

@@ -6,7 +6,8 @@ Source: "UCF101: A dataset of 101 human actions classes from videos in the wild"
 
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -123,12 +124,15 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, val: bo
         UserError: a list or a video is missing, or a class is unknown.
     """
     labels = {name: label for label, name in enumerate(read_classes(annotations))}
-    present = {with_small_suffix(name): name for name in _present(Path(root))}
+    found = sorted(_present(Path(root)))
+    check_unique(str(root), map(with_small_suffix, found))
+    present = {with_small_suffix(name): name for name in found}
     if split == "all":
         where, names = str(root), sorted(present)
     else:
         path = Path(annotations) / f"{'test' if val else 'train'}list{split:02d}.txt"
-        where, names = str(path), sorted({with_small_suffix(line.split()[0]) for line in _lines(path)})
+        where, names = str(path), sorted(with_small_suffix(line.split()[0]) for line in _lines(path))
+        check_unique(where, names)
     videos = []
     for name in names:
         class_name = name.partition("/")[0]
@@ -143,6 +147,13 @@ def list_videos(root: str | Path, annotations: str | Path, split: Split, val: bo
     if not videos:
         raise UserError(f"{where} has no videos: {WHERE}")
     return videos
+
+
+def check_unique(where: str, names: Iterable[str]) -> None:
+    """Check that a list or folder has no video twice, but for its suffix in capitals (UserError: it has)."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{where} has {len(twice)} videos more than once, such as {twice[0]}: keep one of each")
 
 
 def with_small_suffix(name: str) -> str:

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from elt_lightning.data.base import VAL_LOSS, Batch, data_of
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, check_most
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
@@ -20,6 +20,7 @@ from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape
+from elt_lightning.training.announce import announce
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.module import AUTO_LOOPS, ELTModule
 from elt_lightning.training.preemption import end_if_asked
@@ -108,6 +109,11 @@ class LoopMetrics(Callback):
             raise ValueError(
                 "need num_samples >= 2, num_validation_samples >= 0, and batch_size, repeats, num_pictures >= 1"
             )
+        check_most(
+            num_samples=num_samples * repeats,
+            num_validation_samples=num_validation_samples,
+            loops=max(loops) if isinstance(loops, list) else None,
+        )
         self.loops = loops
         self.num_samples, self.num_validation_samples = num_samples, num_validation_samples
         self.batch_size, self.repeats, self.seed, self.num_pictures = batch_size, repeats, seed, num_pictures
@@ -163,8 +169,20 @@ class LoopMetrics(Callback):
             log_picture(trainer, "val/samples", picture)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the metrics ready for the reconstructions; without a checkpoint there is no model to measure."""
+        """Say what long work takes, and make the metrics ready for the reconstructions.
+
+        Without a checkpoint there is no model to measure.
+        """
         self._has_model = trainer.ckpt_path is not None
+        if self._has_model:
+            module = cast(ELTModule, pl_module)
+            loops, settings = self._loops(module), self._settings(module, swept=True)
+            of_each = self.num_samples * self.repeats // trainer.world_size
+            held_out = int(sum(trainer.num_test_batches)) * data_of(trainer).share_batch(trainer.world_size)[0]
+            macs = of_each * sum(module.macs_per_sample(count, sampler) for count, sampler in settings)
+            macs += held_out * module.network.macs(max(loops), loops)
+            with trainer.precision_plugin.forward_context():
+                announce("test", macs, module, settings[0][1], min(self.batch_size, self.num_samples))
         if self.reconstruction:
             for metric in self._metrics_on(trainer, pl_module.device):
                 metric.reset()

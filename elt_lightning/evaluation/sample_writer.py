@@ -8,8 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from elt_lightning.data.base import Request, data_of
+from elt_lightning.errors import check_most
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.files import written_aside
+from elt_lightning.training.announce import announce
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import run_folder
@@ -35,6 +37,7 @@ class SampleWriter(Callback):
     ) -> None:
         if num_samples < 1 or batch_size < 1 or (isinstance(loops, int) and loops < 1):
             raise ValueError(f"need num_samples, batch_size and loops >= 1, not {num_samples}, {batch_size}, {loops}")
+        check_most(num_samples=num_samples, loops=loops if isinstance(loops, int) else None)
         self.num_samples, self.loops, self.batch_size, self.format = num_samples, loops, batch_size, format
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -51,11 +54,15 @@ class SampleWriter(Callback):
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count: the trainer may be told to draw fewer samples than were asked for."""
-        devices = trainer.world_size
+        """Say what long work takes, and begin to count: the trainer may draw fewer samples than were asked for."""
+        devices, module = trainer.world_size, cast(ELTModule, pl_module)
         limit = trainer.num_predict_batches[0] * self.batch_size * devices
+        samples = int(min(self.num_samples, limit))
+        macs = samples * module.macs_per_sample(module.loop_count(self.loops)) // devices
+        with trainer.precision_plugin.forward_context():
+            announce("predict", macs, module, module.sampler, min(self.batch_size, samples))
         self._written = 0
-        self._meter = meter(trainer, int(min(self.num_samples, limit)), "sample").__enter__()
+        self._meter = meter(trainer, samples, "sample").__enter__()
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: Request, *_: Any

@@ -1,7 +1,6 @@
 """The sweep over settings: the same labels and seeds at each, scored, timed, and kept as pictures."""
 
 import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.base import Tokenizer
+from elt_lightning.training.announce import now
 from elt_lightning.training.module import ELTModule
 
 
@@ -103,10 +103,10 @@ class Sweep:
             for index in (numbers.to(module.device) + self.first for numbers in share):
                 labels, _, known, _ = request(index)
                 seeds, spent = sample_seeds(self.seed + repeat, index), list[Tensor]()
-                began = _now(module.device)
+                began = now(module.device)
                 with context():
                     codes = module.sample(labels, loops, seeds, known, sampler, spent)
-                seconds += _now(module.device) - began
+                seconds += now(module.device) - began
                 if sampler.loop_schedule.tolerance is not None:
                     counted.update(torch.stack(spent, 1))
                     row.loops_map = row.loops_map if len(row.loops_map) else torch.stack(spent, 1).cpu()
@@ -191,9 +191,3 @@ def keep_pictures(
 def joined(so_far: Tensor, more: Tensor) -> Tensor:
     """Add samples to those kept so far, of which there may be none."""
     return torch.cat([so_far, more]) if len(so_far) else more
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from elt_lightning.errors import check_memory
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -71,14 +75,20 @@ MOST_LAYERS = 100_000
 
 
 def check_possible(num_layers: int, width: int, mlp_width: int) -> None:
-    """Check that the layers can exist at all, before one of them is built: by their matrices in float32.
+    """Check that the layers can exist, before one of them is built: by their matrices in float32.
+
+    Where tensors are made without contents, on the ``meta`` device, only what no machine has is refused.
 
     Raises:
         ValueError: no machine has the memory.
+        UserError: this machine does not.
     """
     weights = num_layers * (4 * width**2 + 2 * width * mlp_width)
+    what = f"num_layers {num_layers}, width {width} and mlp_width {mlp_width}"
     if 4 * weights > MOST_BYTES or num_layers > MOST_LAYERS:
         raise ValueError(
-            f"no machine has the memory for num_layers {num_layers}, width {width} and mlp_width {mlp_width}: at most "
+            f"no machine has the memory for {what}: at most "
             f"{MOST_LAYERS} layers and {MOST_BYTES / 1e12:.0f} TB of weights, not {4 * weights / 1e12:.2g} TB"
         )
+    if torch.get_default_device().type != "meta":
+        check_memory(f"a network of {what}", 4 * weights)

@@ -11,13 +11,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from elt_lightning.errors import check_most
 from elt_lightning.objectives.base import Corrupted, Objective
 from elt_lightning.processes.noise import Stream, integer
 
 Mode = Literal["ilsd", "vanilla", "ground_truth", "distillation", "deep_supervision"]
-
-MOST_LOOPS = 10**6
-"""The most loops: nobody waits longer, and no machine holds the activations of so many in training."""
 
 
 class ILSD:
@@ -43,8 +41,7 @@ class ILSD:
             raise ValueError(
                 f"need 1 <= min_loops < max_loops (or both 1), not min_loops {min_loops}, max_loops {max_loops}"
             )
-        if max_loops > MOST_LOOPS:
-            raise ValueError(f"max_loops must be at most {MOST_LOOPS}, not {max_loops}")
+        check_most(max_loops=max_loops)
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
         self.max_loops, self.min_loops, self.mode = max_loops, min_loops, mode

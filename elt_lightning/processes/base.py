@@ -24,4 +24,6 @@ class Process:
 def check_process(user: object, process: Process, kind: type[Process]) -> None:
     """Check that an objective or a sampler is given the kind of process it is made for (ValueError: it is not)."""
     if not isinstance(process, kind):
-        raise ValueError(f"{type(user).__name__} needs a {kind.__name__} as the model's process, not {process}")
+        raise ValueError(
+            f"{type(user).__name__} needs a {kind.__name__} as the model's process, not a {type(process).__name__}"
+        )

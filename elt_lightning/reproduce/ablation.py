@@ -22,20 +22,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elt_lightning import __version__
 from elt_lightning.cli import status_of
 from elt_lightning.commands.train import config_and_bases
 from elt_lightning.errors import UserError
-from elt_lightning.files import markdown_table, with_deviation, write_json, write_text, written_aside
+from elt_lightning.evaluation.comparison import Curve, draw, table
+from elt_lightning.files import write_json, write_text, written_aside
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--override", nargs="*", type=setting, default=[], metavar="NAME=VALUE", help="settings for every run"
     )
+    parser.add_argument("--gather", action="store_true", help="run nothing, lay out the seeds that are whole")
     options = parser.parse_args()
     title = options.config.stem
     runs, output = options.runs or Path("runs", title), options.output or Path("docs/results", title)
@@ -101,7 +102,7 @@ def main() -> None:
     arms = [replace(arm, settings=arm.settings | overrides) for arm in arms_of(config)]
     # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
     longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
-    pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first]
+    pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first if not options.gather]
     if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
         prepare(config["prepare"])
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -293,65 +294,37 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     with written_aside(folder / "ablation.png") as aside:
         figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
-    write_text(folder / "ablation.md", "\n".join(table(summary, arms, metric) for metric in metrics))
+    tables = [table(curves(summary, arms, name), name, in_percent=not name.startswith("fd_")) for name in metrics]
+    write_text(folder / "ablation.md", "\n".join(tables))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
     """Draw metrics side by side against the loop count."""
     drawing = Figure(figsize=(7 * len(metrics), 4.5), dpi=150)
     for axes, metric in zip(drawing.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        draw(axes, summary, arms, metric)
+        draw(axes, curves(summary, arms, metric))
+        axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
     return drawing
 
 
-def curves(summary: dict[str, Any], arm: Arm) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return what was measured of an arm over loop counts, (label, rows) each: from zero, and carried if it was."""
-    rows = summary["arms"][arm.name]["rows"]
-    from_zero = [row for row in rows if not row.get("carry_state")]
-    carried = [row for row in rows if row.get("carry_state")]
-    return [(arm.label, from_zero), *([(f"{arm.label}, carried", carried)] if carried else [])]
-
-
-def draw(axes: Axes, summary: dict[str, Any], arms: list[Arm], metric: str) -> None:
-    """Draw one metric: a line for each looped arm, a level for each unlooped one."""
+def curves(summary: dict[str, Any], arms: list[Arm], metric: str) -> list[Curve]:
+    """Return what was measured of the arms over loop counts: from zero, and carried where that was measured."""
+    found = []
     for arm in arms:
-        for label, rows in curves(summary, arm):
-            values = [row["metrics"][metric] for row in rows]  # loop counts, seeds
-            means, loops = [mean(seeds) for seeds in values], [row["loops"] for row in rows]
-            if arm.max_loops == 1:
-                axes.axhline(means[0], color="gray", linestyle=":", linewidth=1)
-                axes.annotate(
-                    label,
-                    (0.99, means[0]),
-                    xycoords=("axes fraction", "data"),
-                    ha="right",
-                    va="bottom",
-                    fontsize=7,
-                    color="gray",
+        for carried in (False, True):
+            rows = [row for row in summary["arms"][arm.name]["rows"] if bool(row.get("carry_state")) == carried]
+            if rows:
+                loops = [row["loops"] for row in rows]
+                found.append(
+                    Curve(
+                        f"{arm.label}, carried" if carried else arm.label,
+                        pd.DataFrame([row["metrics"][metric] for row in rows], index=loops),
+                        pd.Series([row["macs_per_sample"] for row in rows], index=loops),
+                        arm.max_loops,
+                        rows[0]["params_backbone"],
+                    )
                 )
-            else:
-                (line,) = axes.plot(loops, means, marker="o", label=label)
-                for seed in zip(*values, strict=True):
-                    axes.plot(loops, seed, marker=".", linestyle="none", color=line.get_color(), alpha=0.4)
-                axes.axvline(arm.max_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
-    axes.set_xlabel("loops at inference (dashed: the loop count of training)")
-    axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it would hide points
-    axes.grid(alpha=0.3)
-
-
-def table(summary: dict[str, Any], arms: list[Arm], metric: str) -> str:
-    """Write a metric as a Markdown table: arms down, loop counts across."""
-    columns = sorted({row["loops"] for arm in arms for row in summary["arms"][arm.name]["rows"]})
-    is_distance, lines = metric.startswith("fd_"), []
-    scale, form = (1, ".3g") if is_distance else (100, ".1f")  # shares are in percent
-    for label, measured in (curve for arm in arms for curve in curves(summary, arm)):
-        rows = {row["loops"]: row for row in measured}
-        values = [[scale * v for v in rows[loops]["metrics"][metric]] if loops in rows else [] for loops in columns]
-        cells = [with_deviation(seeds, form) if seeds else "" for seeds in values]
-        lines.append((label, f"{next(iter(rows.values()))['params_backbone']:,}", *cells))
-    headings = [metric + ("" if is_distance else ", %"), "backbone parameters", *(f"L = {loops}" for loops in columns)]
-    return markdown_table(headings, lines) + "\n"
+    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
+from elt_lightning.errors import check_most
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.guidance import Guidance
@@ -64,6 +65,7 @@ class Sampler(ABC):
     ) -> None:
         if steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+        check_most(steps=steps)
         self.process = process
         self.num_classes, self.steps, self.guidance = num_classes, steps, guidance or Guidance()
         self.carry_state, self.loop_schedule = carry_state, loop_schedule or LoopSchedule()

@@ -18,6 +18,11 @@ EVERY_SECONDS_ON_TERMINALS = 0.25
 """At least this long between two changes of a bar."""
 
 
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that work together, or the only one."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 class Meter:
     """Shows, between entering and leaving it, how much is done, how fast that goes and what time is left.
 
@@ -31,8 +36,7 @@ class Meter:
     """
 
     def __init__(self, total: int | None, unit: str, done: int = 0, shown: bool = True) -> None:
-        is_first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-        self.total, self.unit, self.first, self.shown = total, unit, done, shown and is_first
+        self.total, self.unit, self.first, self.shown = total, unit, done, shown and is_first_process()
         self._began = self._last = time.perf_counter()
         self._bar: Progress | None = None
 

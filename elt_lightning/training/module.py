@@ -1,11 +1,13 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,6 +24,8 @@ from elt_lightning.samplers.base import Loops, Sampler
 from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
 from elt_lightning.training.weights import differences
+
+logger = logging.getLogger(__name__)
 
 VAL_STEP = 0
 """Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
@@ -212,9 +216,28 @@ class ELTModule(LightningModule):
 
         Raises:
             ValueError: the sampler carries the state or has a tolerance, and the network has no recall.
+            UserError: what the network predicts is not finite; a training only warns of it, and goes on.
         """
         sampler = (sampler or self.sampler).suited_to(self.network.has_recall)
-        return sampler.sample(self.predict, self.network.sample_shape, Condition(labels), loops, seeds, known, spent)
+        broken: list[Tensor] = []
+
+        def without_nan(
+            x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
+        ) -> Pass:
+            predictions, state = self.predict(x, condition, loops, exits, state)
+            # A sampler could not go on with NaN, and to look whether there is any would be to wait for the device.
+            nan = {r: prediction.isnan() for r, prediction in predictions.items()}
+            broken.extend(where.any() for where in nan.values())
+            return Pass({r: prediction.masked_fill(nan[r], 0) for r, prediction in predictions.items()}, state)
+
+        shape, condition = self.network.sample_shape, Condition(labels)
+        samples = sampler.sample(without_nan, shape, condition, loops, seeds, known, spent)
+        if torch.stack(broken).any() or not samples.isfinite().all():
+            message = f"at {loops} loops the model's predictions are not finite, though its weights are: they overflow"
+            if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+                raise UserError(f"{message}; try fewer loops, a wider --trainer.precision, or another checkpoint")
+            logger.warning("%s; the scores of this validation say nothing", message)
+        return samples
 
     def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
         """Count the multiply–accumulates of drawing one sample: every step, both guidance branches, every head.

@@ -1,0 +1,138 @@
+"""`elt compare`: the sweeps of several runs on one sheet, runs that differ in their seed alone as one curve."""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from elt_lightning.commands.arguments import Parser
+from elt_lightning.errors import UserError
+from elt_lightning.evaluation.comparison import Curve, sheet, table
+from elt_lightning.files import next_numbered, parse_json, write_text, written_aside
+
+SETTINGS = ("steps", "guidance", "weak_loops", "exit_scale", "carry_state", "loop_schedule", "tolerance")
+"""Columns of ``loops.json`` that were swept where they differ between its rows."""
+
+SEED = "seed_everything"
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Read the runs, print their table, and write table and picture.
+
+    Raises:
+        UserError: a run has no sweep, or the runs do not share a metric.
+    """
+    options = build_parser().parse_args(arguments)
+    sweeps = []
+    for text in options.runs:
+        label, _, place = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        path = sweep_of(Path(place))
+        sweeps.append((label, path, read_sweep(path)))
+    metric = options.metric or sweeps[0][2]["primary_metric"]
+    groups: dict[tuple[str, str], list[tuple[str, Path, dict[str, Any]]]] = defaultdict(list)
+    for label, path, sweep in sweeps:
+        if metric not in sweep["rows"][0]["metrics"]:
+            known = ", ".join(sweep["rows"][0]["metrics"])
+            raise UserError(f"{path} has no {metric}, but {known}: choose a --metric that all runs have")
+        groups[label, recipe_of(path)].append((label, path, sweep))
+    curves = [curve for group in groups.values() for curve in curves_of(group, metric)]
+    if len({curve.label for curve in curves}) < len(curves):
+        raise UserError("runs of different configs have the same name: name them, as in ours=runs/a theirs=runs/b")
+    first = sweeps[0][2]
+    higher = bool(first["higher_is_better"]) if metric == first["primary_metric"] else not is_distance(metric)
+    folder = options.output or next_numbered("runs", "compare")
+    text = table(curves, metric, in_percent=higher and all((curve.scores <= 1).all(axis=None) for curve in curves))
+    print(text, end="")
+    write_text(folder / "compare.md", text)
+    with written_aside(folder / "compare.png") as aside:
+        sheet(curves, metric, higher).savefig(aside, bbox_inches="tight")
+    print("\n".join(str(folder / f"compare.{ending}") for ending in ("png", "md")))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = Parser(prog="elt compare", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of elt fit or elt test, or a loops.json; NAME=RUN names it")
+    add("--metric", help="which score is compared; by default the primary metric of the first run")
+    add("--output", type=Path, metavar="DIR", help="folder of compare.png and compare.md (default: a new one in runs)")
+    return parser
+
+
+def is_distance(metric: str) -> bool:
+    """Return whether less of a metric is better."""
+    return metric.startswith(("fd_", "fid", "sfid", "fvd")) or metric == "loss"
+
+
+def sweep_of(path: Path) -> Path:
+    """Find the ``loops.json`` of a run.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    if path.is_file():
+        return path
+    if (path / "loops.json").is_file():
+        return path / "loops.json"
+    found = sorted(path.glob("*/loops.json"))
+    if len(found) != 1:
+        several = f"several sweeps, name one: {', '.join(str(file.parent) for file in found)}"
+        raise UserError(f"{path} has {several if found else 'no loops.json of elt test'}")
+    return found[0]
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """Read a ``loops.json``.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        sweep: dict[str, Any] = parse_json(path.read_text())
+        needed = ("loops", "macs_per_sample", "params_backbone", "metrics")
+        if not sweep["rows"] or any(name not in row for row in sweep["rows"] for name in needed):
+            raise ValueError("its rows lack something")
+        return {"primary_metric": sweep["primary_metric"], "higher_is_better": sweep["higher_is_better"]} | sweep
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no loops.json of elt test: {error}") from error
+
+
+def recipe_of(sweep: Path) -> str:
+    """Return the config that a sweep's model was trained by, its seed aside, as text; the sweep's path without one."""
+    for folder in sweep.resolve().parent, sweep.resolve().parent.parent:
+        if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            return json.dumps({name: value for name, value in config.items() if name != SEED}, sort_keys=True)
+    return str(sweep.resolve())
+
+
+def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str) -> list[Curve]:
+    """Join the sweeps of one recipe: a curve for each setting of the sampler that was swept."""
+    label, path, first = group[0]
+    run = path.parent.parent if path.parent.name.startswith("test") else path.parent
+    name = label or (run.name if len(group) == 1 else f"{run.name} and {len(group) - 1} more")
+    rows = pd.DataFrame(
+        {"seed": seed, "score": row["metrics"][metric]["mean"]}
+        | {key: row[key] for key in ("loops", "macs_per_sample", "params_backbone")}
+        | {key: str(row.get(key)) for key in SETTINGS}
+        for seed, (_, _, sweep) in enumerate(group)
+        for row in sweep["rows"]
+    )
+    swept = [setting for setting in SETTINGS if rows[setting].nunique() > 1]
+    curves = []
+    for values, part in rows.groupby(swept, sort=False) if swept else [((), rows)]:
+        words = ", ".join(f"{setting} {value}" for setting, value in zip(swept, values, strict=True))
+        curves.append(
+            Curve(
+                f"{name}, {words}" if words else name,
+                part.pivot_table(index="loops", columns="seed", values="score"),
+                part.groupby("loops")["macs_per_sample"].first(),
+                int(first.get("train_loops", 1)),
+                int(part["params_backbone"].iloc[0]),
+            )
+        )
+    return curves

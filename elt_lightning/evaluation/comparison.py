@@ -1,0 +1,87 @@
+"""Several sweeps on one sheet: quality against loops and against compute, with the spread over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from elt_lightning.files import markdown_table, with_deviation
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one model, or the seeds of one, scored over loop counts."""
+
+    label: str
+    scores: pd.DataFrame  # of one metric: a row for each loop count, a column for each seed
+    macs: pd.Series  # {loops: multiply–accumulates of a sample}
+    train_loops: int  # L_max; 1 is unlooped
+    parameters: int  # of the looped stack
+
+
+def sheet(curves: Sequence[Curve], metric: str, higher_is_better: bool) -> Figure:
+    """Draw the curves twice: against loop counts, and against multiply–accumulates of a sample."""
+    drawing = Figure(figsize=(13, 4.5), dpi=150)
+    loops, compute = drawing.subplots(1, 2, sharey=True)
+    draw(loops, curves)
+    draw(compute, curves, against_compute=True)
+    loops.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)")
+    return drawing
+
+
+def draw(axes: Axes, curves: Sequence[Curve], against_compute: bool = False) -> None:
+    """Draw a line through the means of each curve, its seeds as dots; an unlooped model is a level, or a point."""
+    for curve in curves:
+        means = curve.scores.mean(axis=1)
+        places = pd.Series(means.index, index=means.index) if not against_compute else curve.macs / 1e9
+        if curve.train_loops == 1 and len(means) == 1 and not against_compute:
+            axes.axhline(means.iloc[0], color="gray", linestyle=":", linewidth=1)
+            axes.annotate(
+                curve.label,
+                (0.99, means.iloc[0]),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=7,
+                color="gray",
+            )
+            continue
+        (line,) = axes.plot(places[means.index], means, marker="o", label=curve.label)
+        for seed in curve.scores:
+            axes.plot(
+                places[means.index],
+                curve.scores[seed],
+                marker=".",
+                linestyle="none",
+                color=line.get_color(),
+                alpha=0.4,
+            )
+        if not against_compute:
+            axes.axvline(curve.train_loops, color="black", linestyle="--", linewidth=0.5, alpha=0.3)
+    axes.set_xlabel(
+        "compute of a sample (10⁹ multiply–accumulates)"
+        if against_compute
+        else "loops at inference (dashed: the loop count of training)"
+    )
+    if axes.get_legend_handles_labels()[0]:  # below: it would hide points
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.grid(alpha=0.3)
+
+
+def table(curves: Sequence[Curve], metric: str, in_percent: bool) -> str:
+    """Lay the curves out in Markdown: a row for each, loop counts across, mean ± standard deviation over seeds."""
+    columns = sorted({loops for curve in curves for loops in curve.scores.index})
+    scale, form = (100, ".1f") if in_percent else (1, ".3g")
+    lines = []
+    for curve in curves:
+        cells = [
+            with_deviation([scale * value for value in curve.scores.loc[loops].dropna()], form)
+            if loops in curve.scores.index
+            else ""
+            for loops in columns
+        ]
+        lines.append((curve.label, f"{curve.parameters:,}", *cells))
+    headings = (metric + (", %" if in_percent else ""), "backbone parameters", *(f"L = {loops}" for loops in columns))
+    return markdown_table(headings, lines) + "\n"
