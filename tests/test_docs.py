@@ -157,7 +157,7 @@ def test_commands_parse(line: str, workplace: Path, capsys: pytest.CaptureFixtur
 
 
 def parse_for_trainer(command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Let `elt` print the config that these arguments come to; checkpoints and plans, which are not there, are left out."""
+    """Let `elt` print the config that these arguments come to; files that are not there are left out."""
     for flag in ("--ckpt_path", "--plan"):
         while flag in arguments:
             place = arguments.index(flag)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_recall import dit, masked
 
 from elt_lightning import from_pretrained
@@ -87,17 +88,18 @@ def test_the_program_compares_checkpoints(small_squares: Path, tmp_path: Path, m
 
 
 def test_validation_logs_what_loops_do_and_warns_of_tokens_that_grow_alike(
-    small_squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_squares: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(small_squares.parents[3])
     monkeypatch.setattr(loop_monitor, "ALIKE", -1.0)
+    quick = ["--loop_metrics.num_validation_samples=0", "--trainer.limit_val_batches=1"]
     with pytest.warns(UserWarning, match=r"tokens have grown alike: mean cosine .* after 4 loops.* set model.network"):
-        assert main(["validate", "--ckpt_path", str(small_squares), "--run_dir=watched"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("validation  L")]
-    assert [line[1] for line in lines] == ["L1", "L2", "L3", "L4"]
-    for line in lines:
-        assert 0 < float(line[line.index("update") + 1]) < 2
-        assert -1 <= float(line[line.index("token_cosine") + 1]) <= 1
+        assert main(["validate", *quick, "--ckpt_path", str(small_squares), "--run_dir=watched"]) == 0
+    events = EventAccumulator(str(small_squares.parents[1])).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("loops/")]
+    logged = {name: events.Scalars(name)[-1].value for name in names}
+    assert set(logged) == {f"loops/{name}@L{loop}" for name in ("update", "token_cosine") for loop in range(1, 5)}
+    assert all(0 < value < 2 if "update" in name else -1 <= value <= 1 for name, value in logged.items())
     module = from_pretrained(small_squares)
     assert not module.network.backbone.layers._forward_hooks
     assert "set model.network.init_args.recall to true (" in loop_monitor.alike_line(module, 4, 0.99)

@@ -40,7 +40,7 @@ def test_a_checkpoint_is_measured_setting_by_setting_and_only_once(
     assert any_time.measure(runs[0]) == "squares_ilsd_seed0: 5 settings measured, 0 before"
     content = json.loads(runs[0].records.read_text())
     settings = [tuple(each[name] for name in ("loops", "steps", "exit_scale")) for each in content["records"]]
-    assert settings == [(1, 1, 0), (4, 1, 0), (1, 3, 0), (4, 3, 0), (4, 3, 0.5)]
+    assert settings == [(1, 1, 0), (1, 3, 0), (4, 1, 0), (4, 3, 0), (4, 3, 0.5)]
     lost = content["records"].pop(2)
     runs[0].records.write_text(json.dumps(content))
     assert any_time.measure(runs[0]) == "squares_ilsd_seed0: 1 settings measured, 4 before"

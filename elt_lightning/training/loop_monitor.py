@@ -45,7 +45,7 @@ def followed_loops(layers: nn.Module) -> Iterator[tuple[list[Tensor], list[Tenso
 
 
 class LoopMonitor(Callback):
-    """Log in validation, for each loop of its first batch, ``val/update@L…`` and ``val/token_cosine@L…``.
+    """Log in validation, for each loop of its first batch, ``loops/update@L…`` and ``loops/token_cosine@L…``.
 
     The first, ‖h_l − h_(l−1)‖/‖h_l‖, tells at the last loop whether more loops would still change anything. The second
     goes to 1 where tokens grow alike, and attention has nothing left to tell apart: a warning names the setting to
@@ -77,7 +77,7 @@ class LoopMonitor(Callback):
         if not updates or cosines[0].isnan():  # a single token has none to be like
             return
         for name, values in (("update", updates), ("token_cosine", cosines)):
-            module.log_dict({f"val/{name}@L{loop}": value for loop, value in enumerate(values, 1)}, sync_dist=True)
+            module.log_dict({f"loops/{name}@L{loop}": value for loop, value in enumerate(values, 1)}, sync_dist=True)
         loops = min(module.max_loops, len(cosines))
         if float(cosines[loops - 1]) > ALIKE and not trainer.sanity_checking:
             rank_zero_warn(alike_line(module, loops, float(cosines[loops - 1])))
