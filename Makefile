@@ -18,7 +18,7 @@ FIGURES := fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
 EXPERIMENTS := $(subst _,-,$(patsubst experiments/%.yaml,%,$(filter-out %/any_time.yaml,$(wildcard experiments/*.yaml))))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-video test test-all any-time claims imagenet ucf101 tables figures clean \
+.PHONY: help quickstart quickstart-video fashion any-time test test-all claims imagenet ucf101 tables figures clean \
 	$(EXPERIMENTS) $(TABLES) $(FIGURES)
 
 help: ## show this list
@@ -36,6 +36,9 @@ quickstart: $(BIN)/elt ## train a looped generator on Latin squares, test it at 
 
 quickstart-video: $(BIN)/elt ## the same for clips, on tokens of moving digits (12 minutes; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper)
+
+fashion: $(BIN)/elt ## real pictures: a tokenizer, masked and diffusion ELT on Fashion-MNIST (resumes); SMOKE=1: a few steps on other files
+	$(BIN)/python -m elt_lightning.reproduce.fashion $(if $(SMOKE),--smoke)
 
 test: $(BIN)/elt ## lint, check types, run the fast tests
 	$(BIN)/ruff check .

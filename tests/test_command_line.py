@@ -17,7 +17,8 @@ from PIL import Image
 from small_runs import SMALL, SMALL_SQUARES, train_small_squares
 
 from elt_lightning.cli import main, with_underscores
-from elt_lightning.commands.train import ELTCommandLine, with_bases
+from elt_lightning.commands.settings import with_bases
+from elt_lightning.commands.train import ELTCommandLine
 from elt_lightning.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent

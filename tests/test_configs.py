@@ -8,7 +8,7 @@ import yaml
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
-from elt_lightning.commands.train import with_bases
+from elt_lightning.commands.settings import with_bases
 from elt_lightning.errors import UserError
 from elt_lightning.tokenizers.vq_training import VQTraining
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 IMAGENET = sorted(
     path
     for path in (ROOT / "configs" / "imagenet256").glob("*.yaml")
-    if path.stem not in ("masked", "diffusion", "smoke")
+    if path.stem not in ("masked", "diffusion", "smoke", "upcycling")  # not whole by themselves, or small
 )
 
 

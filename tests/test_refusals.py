@@ -65,7 +65,11 @@ REFUSED: dict[str, tuple[str, object, str]] = {
     "trainer, type": ("trainer.max_steps", "ten", "trainer.max_steps: expected a whole number, not ten"),
     "trainer, choice": ("trainer.precision", 7, "bf16-mixed"),
     "average": ("ema.decay", "slow", "ema.decay: expected a number, not slow"),
-    "measurements": ("loop_metrics.loops", "[all]", "loop_metrics.loops: expected a whole number or null, not all"),
+    "measurements": (
+        "loop_metrics.loops",
+        "[all]",
+        "loop_metrics.loops: expected a whole number or one of auto or null, not all",
+    ),
     "a section of no program": ("modle.seed", 3, "there is no setting modle.seed: there are"),
     "a section that is a number": ("ema", 3, "ema: expected a section of settings, not 3"),
     "what the data decide": ("model.num_classes", 3, "model.num_classes is decided by the data: leave it out"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from elt_lightning.commands.encode_images import build_tokenizer
+from elt_lightning.commands.encode_images import build_image_tokenizer
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.tokenizers import vq_losses
@@ -354,7 +354,7 @@ def test_pictures_train_the_same_way(tmp_path: Path) -> None:
     trained(module, 80, tmp_path, content, callbacks=[record])
     assert record.logged[-1]["train/reconstruction"] < 0.3 * record.logged[0]["train/reconstruction"]
     path = str(tmp_path / "tokenizer.safetensors")
-    tokenizer = build_tokenizer("elt_lightning.tokenizers.video_vq.ImageVQ", path)
+    tokenizer = build_image_tokenizer("elt_lightning.tokenizers.video_vq.ImageVQ", path)
     assert isinstance(tokenizer, ImageTokenizer)
     assert (tokenizer.downsampling, tokenizer.codebook_size, tokenizer.latent_channels) == (2, 16, None)
     assert tokenizer.code_shape(16, 24) == (8, 12)

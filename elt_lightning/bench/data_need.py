@@ -1,10 +1,12 @@
 """How much of what is read one GPU would take in, by counting what a training step computes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.tokenizers.vq_training import VQTraining
@@ -15,23 +17,23 @@ FLOPS_PER_SECOND = 0.5 * 989e12
 
 def masked_need() -> float:
     """Return the training images per second that one GPU takes of the paper's scale L, at 24 layers passed through."""
-    with torch.device("meta"):
-        network = LoopedMaskedTransformer(1024, (16, 16), 1000, num_layers=8, scale="L")
-    return FLOPS_PER_SECOND / flops_per_training_image(network.macs(3))
+    return _need(3, lambda: LoopedMaskedTransformer(1024, (16, 16), 1000, num_layers=8, scale="L"))
 
 
 def diffusion_need() -> float:
     """Return the same for the paper's diffusion models, at 32 layers passed through."""
-    with torch.device("meta"):
-        network = LoopedDiT((4, 32, 32), 1000, 8, 2, scale="wide", block="film", condition_width=1024)
-    return FLOPS_PER_SECOND / flops_per_training_image(network.macs(4))
+    settings: dict[str, Any] = {"scale": "wide", "block": "film", "condition_width": 1024}
+    return _need(4, lambda: LoopedDiT((4, 32, 32), 1000, 8, 2, **settings))
 
 
 def video_need() -> float:
     """Return the clips per second that one GPU trains configs/ucf101/elt_6n4l.yaml on, at 24 layers passed through."""
+    return _need(4, lambda: LoopedMaskedTransformer(1024, (4, 16, 16), 101, num_layers=6, scale="L"))
+
+
+def _need(loops: int, build: Callable[[], LoopedNetwork]) -> float:
     with torch.device("meta"):
-        network = LoopedMaskedTransformer(1024, (4, 16, 16), 101, num_layers=6, scale="L")
-    return FLOPS_PER_SECOND / flops_per_training_image(network.macs(4))
+        return FLOPS_PER_SECOND / flops_per_training_image(build().macs(loops))
 
 
 def flops_per_training_image(macs: int) -> int:

@@ -123,13 +123,10 @@ def bench_inference(options: argparse.Namespace) -> None:
         settings = inference.Settings(
             loops=options.loops or sorted({loops for loops in (1, 2, 4, 8, shape.loops) if loops <= shape.loops}),
             batch_sizes=options.batch_sizes or ([1, 8, 64] if on_gpu else [1, 8]),
-            compile=options.compile,
             precision=options.precision or ("bf16-true" if on_gpu else "32-true"),
             steps=options.steps or (shape.paper_steps if on_gpu else 2),
             guidance=options.guidance,
-            rounds=options.rounds,
-            turn_seconds=options.turn_seconds,
-            device=device,
+            **turns(options, device),
         )
         return inference.measure(name, shape, settings)
 
@@ -146,17 +143,19 @@ def bench_train(options: argparse.Namespace) -> None:
             num_layers=options.num_layers or shape.num_layers,
             loops=options.loops or [shape.loops],
             batch_sizes=options.batch_sizes or ([8, 32] if on_gpu else [2, 8]),
-            compile=options.compile,
             activation_checkpointing=[choice == "yes" for choice in options.activation_checkpointing],
             recall=options.recall,
             precision=options.precision or ("bf16-mixed" if on_gpu else "32-true"),
-            rounds=options.rounds,
-            turn_seconds=options.turn_seconds,
-            device=device,
+            **turns(options, device),
         )
         return training.measure(name, shape, settings)
 
     measure_networks(options, device, options.scale or (["wide"] if on_gpu else ["small"]), rows, training_lines)
+
+
+def turns(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the settings that both kinds of measurements take as they are given."""
+    return {name: getattr(options, name) for name in ("compile", "rounds", "turn_seconds")} | {"device": device}
 
 
 def measure_networks(

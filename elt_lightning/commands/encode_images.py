@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from elt_lightning.commands.arguments import device_of
-from elt_lightning.commands.encoding import add_shared_arguments, build, encode_into_shards, find_class
+from elt_lightning.commands.encoding import add_shared_arguments, build_tokenizer, encode_into_shards
 from elt_lightning.data.crops import CROPS
 from elt_lightning.data.encode_images import ImageEncoding
 from elt_lightning.data.images import open_source
@@ -53,23 +53,15 @@ def encode_images(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output} lies in --root: choose a folder beside it")
     device = device_of(options.device)
     classes = read_classes(options.classes_from) if options.classes_from else None
-    tokenizer = build_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
+    tokenizer = build_image_tokenizer(options.tokenizer, options.tokenizer_path).to(device).eval()
     source = open_source(options.root, options.labels, classes, options.samples_per_shard, options.seed)
     encoding = ImageEncoding(source, tokenizer, options.size, options.mirrored, CROPS[options.orientation])
     encode_into_shards(encoding, options, device)
 
 
-def build_tokenizer(name: str, path: str | None) -> ImageTokenizer:
-    """Build the tokenizer of pictures of a short name or a class path.
-
-    Raises:
-        UserError: there is no such tokenizer, its file is missing or wrong, or it takes none.
-    """
-    kind = find_class(name, TOKENIZERS)
-    if not (isinstance(kind, type) and issubclass(kind, ImageTokenizer)):
-        raise UserError(f"--tokenizer {name} is not an ImageTokenizer")
-    tokenizer: ImageTokenizer = build(kind, name, path)
-    return tokenizer
+def build_image_tokenizer(name: str, path: str | None) -> ImageTokenizer:
+    """Build the tokenizer of pictures of a short name or a class path; see :func:`build_tokenizer`."""
+    return build_tokenizer(name, path, TOKENIZERS, lambda kind: issubclass(kind, ImageTokenizer), "an ImageTokenizer")
 
 
 def read_classes(location: str) -> tuple[str, ...]:

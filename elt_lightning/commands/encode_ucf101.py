@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from elt_lightning.commands.arguments import device_of, whole
-from elt_lightning.commands.encoding import add_shared_arguments, build, encode_into_shards, find_class
+from elt_lightning.commands.encoding import add_shared_arguments, build_tokenizer, encode_into_shards
 from elt_lightning.data.encode_clips import ClipEncoding, ClipSource, ClipTokenizer
 from elt_lightning.data.ucf101 import Split, list_videos, read_classes
 from elt_lightning.errors import UserError
@@ -44,7 +42,9 @@ def encode_ucf101(options: argparse.Namespace) -> None:
     device = device_of(options.device)
     split: Split = "all" if options.split == "all" else int(options.split)
     videos = list_videos(options.root, options.annotations, split, options.val)
-    tokenizer = build_clip_tokenizer(options.tokenizer, options.tokenizer_path, device)
+    otherwise = f"a tokenizer of clips: choose one of {', '.join(TOKENIZERS)}"
+    built = build_tokenizer(options.tokenizer, options.tokenizer_path, TOKENIZERS, is_of_clips, otherwise)
+    tokenizer: ClipTokenizer = built.to(device).eval()
     source = ClipSource(
         videos, read_classes(options.annotations), options.clips_per_video, options.samples_per_shard, options.seed
     )
@@ -52,15 +52,6 @@ def encode_ucf101(options: argparse.Namespace) -> None:
     encode_into_shards(encoding, options, device)
 
 
-def build_clip_tokenizer(name: str, path: str | None, device: torch.device) -> ClipTokenizer:
-    """Build the tokenizer of clips of a short name or a class path, ready to encode on a device.
-
-    Raises:
-        UserError: there is no such tokenizer, its file is missing or wrong, or it takes none.
-    """
-    kind = find_class(name, TOKENIZERS)
-    is_of_clips = isinstance(kind, type) and issubclass(kind, Tokenizer) and not issubclass(kind, ImageTokenizer)
-    if not (is_of_clips and hasattr(kind, "code_shape")):
-        raise UserError(f"--tokenizer {name} is not a tokenizer of clips: choose one of {', '.join(TOKENIZERS)}")
-    tokenizer: ClipTokenizer = build(kind, name, path).to(device).eval()
-    return tokenizer
+def is_of_clips(kind: type) -> bool:
+    """Return whether a class is a tokenizer of clips."""
+    return issubclass(kind, Tokenizer) and not issubclass(kind, ImageTokenizer) and hasattr(kind, "code_shape")

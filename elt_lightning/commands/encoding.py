@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -98,24 +98,25 @@ def watch(batches: Iterator[Crops], total: int | None, encoding: Encoding) -> st
     return f"{encoded}, {num_unreadable} unreadable, {speed:.1f} {encoding.unit}"
 
 
-def find_class(name: str, short_names: dict[str, str]) -> Any:
-    """Import what a short name or a class path means (UserError: there is no such thing)."""
+def build_tokenizer(
+    name: str, path: str | None, short_names: dict[str, str], suits: Callable[[type], bool], otherwise: str
+) -> Any:
+    """Build the tokenizer of a short name or a class path, with its file where one is given.
+
+    Raises:
+        UserError: there is no such class, it does not suit (``otherwise`` says what it is not), its file is missing or
+            wrong, or it takes none.
+    """
     module_name, _, class_name = short_names.get(name, name).rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        kind = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(short_names)
         raise UserError(
             f"--tokenizer {name} is neither one of {known} nor a class that can be imported ({error})"
         ) from error
-
-
-def build(kind: Any, name: str, path: str | None) -> Any:
-    """Build a tokenizer, with its file where one is given.
-
-    Raises:
-        UserError: its file is missing or wrong, or it takes none.
-    """
+    if not (isinstance(kind, type) and suits(kind)):
+        raise UserError(f"--tokenizer {name} is not {otherwise}")
     try:
         return kind(**({} if path is None else {"path": path}))
     except TypeError as error:

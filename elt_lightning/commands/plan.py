@@ -20,17 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from elt_lightning.checkpoints.pretrained import empty_module, read_recipe
 from elt_lightning.commands.arguments import ABOVE_0, Parser, file_path, number, whole
 from elt_lightning.commands.planning import Settings, make_plan
 from elt_lightning.commands.refusals import explain
-from elt_lightning.commands.train import (
-    ELTCommandLine,
-    find_section,
-    long_flags,
-    quieten_libraries,
-    with_bases,
-    with_stored_config,
-)
+from elt_lightning.commands.settings import find_section, prepared
+from elt_lightning.commands.train import ELTCommandLine, quieten_libraries
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.data.crops import Picture
 from elt_lightning.data.encode import ShardWriter
@@ -142,8 +137,7 @@ def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str
     """
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = with_bases(long_flags("fit", arguments), Path(scratch))
-            arguments = with_stored_config(arguments, Path(scratch))
+            arguments = prepared("fit", arguments, Path(scratch))
             if not any(argument.partition("=")[0] == "--config" for argument in arguments):
                 raise UserError("elt plan needs a config: --config PATH")
             command_line = cast(PlanCommandLine, PlanCommandLine.for_arguments(["fit", *arguments]))
@@ -152,6 +146,8 @@ def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str
         command_line.datamodule = data.module
         with torch.device("meta"):  # no memory for weights
             module: ELTModule = build(ELTModule, command_line.recipe()[0])
+            if module.outer_teacher is not None:
+                module.learn_from(empty_module(read_recipe(module.outer_teacher.path)["model"]))
     except (ArgumentError, ValueError) as error:
         raise UserError(explain(str(error))) from error
     return config, data, module

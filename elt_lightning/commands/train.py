@@ -1,18 +1,13 @@
 """`elt fit`, `validate`, `test` and `predict`: LightningCLI with this project's links, run folders and messages."""
 
-import argparse
 import importlib
-import inspect
-import json
 import logging
 import os
 import pkgutil
-import pydoc
 import re
 import tempfile
 import warnings
 from contextlib import ExitStack, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +23,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from elt_lightning import data, networks, objectives, processes, samplers
-from elt_lightning.checkpoints.recipe import Recipe, found
-from elt_lightning.checkpoints.store import read_checkpoint
+from elt_lightning.checkpoints.initial import begin_from
+from elt_lightning.checkpoints.pretrained import from_pretrained, is_exported, read_as_checkpoint
+from elt_lightning.checkpoints.recipe import Recipe
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import abstract_class, explain
+from elt_lightning.commands.settings import (
+    FROM_DATA,
+    LINKED,
+    SHORT_FLAGS,
+    find_section,
+    prepared,
+    trains_tokenizer,
+)
 from elt_lightning.data.base import BatchedDataModule, GenerativeDataModule
 from elt_lightning.errors import UserError, check_memory, check_most
-from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
-from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.announce import announce
 from elt_lightning.training.checkpointing import Checkpoint
@@ -54,53 +56,8 @@ from elt_lightning.training.strategies import check_strategy, supported_strategy
 from elt_lightning.training.throughput import Throughput
 from elt_lightning.training.trainer_settings import check_trainer_settings, count_in_steps, watch_monitored
 
-FROM_DATA = {
-    "num_classes": ("model.num_classes", "model.network.init_args.num_classes"),
-    "input_shape": ("model.network.init_args.input_shape",),
-    "codebook_size": ("model.network.init_args.codebook_size", "model.process.init_args.codebook_size"),
-}
-"""What the data module decides, and which settings of the model take it; a class without the setting is passed over."""
-
-SEEDS = ("model.seed", "data.init_args.seed", "model.init_args.seed")
-LINKED = dict.fromkeys(SEEDS, "seed_everything")
-LINKED |= {target: "the data" for targets in FROM_DATA.values() for target in targets}
-"""{setting: what decides it}: given otherwise it would have no effect."""
-
-EVALUATION_FLAGS = {f"--{name}": f"--loop_metrics.{name}" for name in ("loops", "guidance", "num_samples", "repeats")}
-TEST_FLAGS = EVALUATION_FLAGS | {
-    f"--{name}": f"--loop_metrics.{name}"
-    for name in (*SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
-}
-SAMPLER_FLAGS = {
-    **{f"--{name}": f"--model.sampler.init_args.{name}" for name in SETTINGS},
-    **{f"--{name}": f"--model.sampler.init_args.guidance.{setting}" for name, setting in OF_GUIDANCE.items()},
-    **{f"--{name}": f"--model.sampler.init_args.loop_schedule.{setting}" for name, setting in OF_LOOPS.items()},
-}
-PREDICTION_FLAGS = {f"--{name}": f"--samples.{name}" for name in ("loops", "num_samples")} | SAMPLER_FLAGS
-SHORT_FLAGS = {
-    "fit": {"--weights": "--ema.weights"},
-    "validate": EVALUATION_FLAGS | {"--weights": "--ema.weights"},
-    "test": TEST_FLAGS | {"--weights": "--ema.weights"},
-    "predict": PREDICTION_FLAGS | {"--weights": "--ema.weights"},
-}
-"""Short names for the settings that a command is mostly called with."""
-
-SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_metrics.diversity")
-"""Settings that a bare flag turns on."""
-
-LIMITS = {
-    "fit": "limit_train_batches",
-    "validate": "limit_val_batches",
-    "test": "limit_test_batches",
-    "predict": "limit_predict_batches",
-}
-"""The setting that limits each command's batches; with 0 batches Lightning runs and does nothing."""
-
-MOST_SETTINGS = 100_000
-"""What a config may hold; a few lines of YAML can stand for more than any memory holds."""
-
-LISTS = tuple(f"--loop_metrics.{name}" for name in ("loops", *SETTINGS))
-"""Settings that may be given as 1,2,4."""
+BATCHES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+"""What each command's batches are called in the setting that limits them; with 0 Lightning runs and does nothing."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -112,8 +69,7 @@ def run(name: str, arguments: list[str]) -> None:
         ELTCommandLine.for_arguments([name, "--help"])
     try:
         with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
-            arguments = with_bases(long_flags(name, with_plan(name, arguments)), Path(scratch))
-            arguments = with_stored_config(arguments, Path(scratch))
+            arguments = prepared(name, arguments, Path(scratch))
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])
     except ArgumentError as error:
@@ -169,55 +125,6 @@ def quieten_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not record.getMessage().startswith(SAYS_NOTHING)
     )
-
-
-def with_plan(name: str, arguments: list[str]) -> list[str]:
-    """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
-
-    Raises:
-        UserError: the command takes none, there is no file, or it is no plan.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plan", type=Path)
-    try:
-        options, others = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    if options.plan is None:
-        return arguments
-    if name not in ("test", "predict"):
-        raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
-    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
-    return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
-
-
-def long_flags(name: str, arguments: list[str]) -> list[str]:
-    """Write short flags and lists as the parser reads them: --loops 1,2 becomes --loop_metrics.loops=[1,2].
-
-    Raises:
-        UserError: a flag of what links decide, which would have no effect.
-    """
-    written: list[str] = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        target = flag.removeprefix("--")
-        if target in LINKED:
-            raise UserError(f"{target} is decided by {LINKED[target]}: leave it out")
-        flag = SHORT_FLAGS[name].get(flag, flag)
-        if written and written[-1] in LISTS:
-            written[-1] += f"={bracketed(argument)}"
-        elif flag in SWITCHES and not equals:
-            written.append(f"{flag}=true")
-        elif equals:
-            written.append(f"{flag}={bracketed(value) if flag in LISTS else value}")
-        else:
-            written.append(flag)
-    return written
-
-
-def bracketed(value: str) -> str:
-    """Turn 1,2,4 into [1,2,4], which is how the parser reads a list."""
-    return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
 class EventLogger(TensorBoardLogger):
@@ -303,7 +210,7 @@ class RunCommandLine(LightningCLI):
             raise UserError("say how long to train: --trainer.max_steps N or --trainer.max_epochs N")
         if self.subcommand == "fit":
             check_trainer_settings(config.trainer)
-        limit = LIMITS[str(self.subcommand)]
+        limit = f"limit_{BATCHES[str(self.subcommand)]}_batches"
         if config.trainer[limit] == 0:
             raise UserError(f"{limit} is 0: elt {self.subcommand} would have nothing to do")
         if str(config.trainer.devices).isdecimal():
@@ -354,6 +261,9 @@ class RunCommandLine(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None and is_exported(checkpoint):
+            trainer.strategy.load_checkpoint = read_as_checkpoint  # type: ignore[method-assign, assignment]
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
@@ -414,6 +324,9 @@ class ELTCommandLine(RunCommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that have settings, and the links."""
         super().add_arguments_to_parser(parser)
+        if self.command == "fit":
+            line = "model folder or checkpoint to begin from: its settings, which configs and flags change, its weights"
+            parser.add_argument("--init_from", type=str | None, default=None, help=line)
         parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleWriter, "samples")
@@ -438,7 +351,14 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), LoopMonitor(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
-        """Refuse loops whose activations the device cannot hold, before it fills up; say what many of them take."""
+        """Load what training begins from; refuse loops that the device cannot hold; say what many take."""
+        config = self.config[self.subcommand]
+        if config.init_from is not None:
+            line = begin_from(self.model, config.init_from)
+            if self.trainer.is_global_zero:
+                print(line, flush=True)
+        if self.model.outer_teacher is not None:
+            self.model.learn_from(from_pretrained(self.model.outer_teacher.path))
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
             kept, network = rehearse(self.model, types), self.model.network
@@ -497,129 +417,3 @@ def sizes(model: LightningModule) -> str:
             frozen = "" if any(parameter.requires_grad for parameter in parameters) else " (frozen)"
             parts.append(f"{name} {sum(parameter.numel() for parameter in parameters):,}{frozen}")
     return f"parameters: {', '.join(parts)}"
-
-
-def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
-    """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
-    if checkpoint in (None, "null"):
-        return arguments
-    recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-    stored = scratch / f"{Path(checkpoint).stem}.yaml"  # a new run is named after it
-    stored.write_text(yaml.safe_dump(without_links({"model": recipe["model"], "data": found(recipe, "data")})))
-    return ["--config", str(stored), *arguments]
-
-
-def trains_tokenizer(arguments: list[str]) -> bool:
-    """Return whether the configs name a class as their model, as those of tokenizers do.
-
-    Raises:
-        UserError: one does and another, or the checkpoint, does not.
-    """
-    paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
-    models = [yaml.safe_load(Path(path).read_text()).get("model") for path in paths]
-    kinds = {bool(model.keys() & {"class_path", "init_args"}) for model in models if isinstance(model, dict)}
-    if len(kinds) > 1:
-        raise UserError("of the configs and the checkpoint one trains a tokenizer, another a model of its codes")
-    return True in kinds
-
-
-def with_bases(arguments: list[str], scratch: Path) -> list[str]:
-    """Put the ``base`` that a config names, a path from its own folder, before it: the config's own settings win.
-
-    Raises:
-        UserError: a config or its base does not exist, or is none.
-    """
-    written: list[str] = []
-    pending = list(arguments)
-    while pending:
-        flag, equals, value = pending.pop(0).partition("=")
-        if flag not in ("--config", "-c") or not (equals or pending):
-            written.append(flag + equals + value)
-            continue
-        for path in config_and_bases(Path(value if equals else pending.pop(0)), scratch):
-            written += ["--config", str(path)]
-    return written
-
-
-def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """List the files that make up a config, the lowest layer first.
-
-    Where it names a base or has paths below ``~``, a copy without that line, and with whole paths.
-    """
-    if path in seen:
-        raise UserError(f"the config {path} is its own base")
-    named = f"the config {path}{f', the base of {seen[-1]},' if seen else ''}"
-    try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{named} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
-    if is_larger(config, MOST_SETTINGS):
-        raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
-    if config.get("ckpt_path") is not None:
-        raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
-    for target in SEEDS:
-        value: Any = config
-        for key in target.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value not in (None, config.get("seed_everything", 0)):
-            raise UserError(f"{target} is decided by seed_everything: leave it out")
-    written = with_home(config)
-    if "base" not in config and written == config:
-        return [path]
-    base = written.pop("base", None)
-    copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # the run is named after the file
-    copy.write_text(yaml.safe_dump(written))
-    return [*(config_and_bases(path.parent / str(base), scratch, (*seen, path)) if base is not None else ()), copy]
-
-
-def with_home(tree: Any) -> Any:
-    """Replace ``~`` at the beginning of settings by the home folder, as a shell does in flags alone."""
-    if isinstance(tree, dict):
-        return {name: with_home(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [with_home(value) for value in tree]
-    return os.path.expanduser(tree) if isinstance(tree, str) and tree.startswith("~/") else tree
-
-
-def is_larger(tree: Any, limit: int) -> bool:
-    """Return whether nested settings hold more than ``limit`` values, where YAML's aliases count every time."""
-    pending, count = [tree], 0
-    while pending and count <= limit:
-        value = pending.pop()
-        count += 1
-        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return count > limit
-
-
-def without_links(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the settings that links fill in, which a config may not hold."""
-    for target in LINKED:
-        section, last = find_section(config, target)
-        if section is not None:
-            section.pop(last, None)
-    return config
-
-
-def find_section(config: dict[str, Any], target: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the section that holds a dotted setting, and its last name; None where the class has no such setting."""
-    *path, last = target.split(".")
-    section, class_path = config, ""
-    for key in path:
-        class_path = section.get("class_path", "")
-        if not isinstance(section.get(key), dict):  # a checkpoint's may be damaged: building from it reports that
-            return None, last
-        section = section[key]
-    if path[-1] == "init_args":
-        kind = pydoc.locate(str(class_path))
-        if not callable(kind) or last not in inspect.signature(kind).parameters:
-            return None, last
-    return section, last

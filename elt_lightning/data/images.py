@@ -30,6 +30,7 @@ from elt_lightning.data.crops import (
     crop_all,
     default_workers,
 )
+from elt_lightning.data.idx import NAME, IdxPicture, IdxSet
 from elt_lightning.data.image_labels import read_labels
 from elt_lightning.errors import UserError
 from elt_lightning.files import counted_by_suffix, open_regular, parse_json, sha256
@@ -77,11 +78,11 @@ def open_source(
     samples_per_shard: int = 10_000,
     seed: int = 0,
 ) -> ImageSource:
-    """Open a folder of pictures or tar files of pictures.
+    """Open a folder of pictures, tar files of pictures, or a file of pictures in the IDX format.
 
     Args:
         roots: one folder of pictures; or WebDataset tars: their folder, or names of tars, which may have braces such
-            as ``train-{000..127}.tar``.
+            as ``train-{000..127}.tar``; or a file called as MNIST's are, ``train-images-idx3-ubyte.gz``.
         labels: file that says the class of each picture of a folder, see :func:`read_labels`; None where each class has
             a folder of its own.
         classes: all class names in their order, for pictures that may not show every class; None to take what there is.
@@ -91,6 +92,10 @@ def open_source(
     Raises:
         UserError: there is nothing there, or pictures and labels do not go together.
     """
+    if is_idx(roots):
+        if labels is not None:
+            raise UserError(f"--labels is for folders of pictures: {roots[0]} has its labels in a file beside it")
+        return IdxSource(roots[0], classes, samples_per_shard)
     tars = find_tars(roots, report_others=True)
     if not tars:
         return FolderSource(roots[0], labels, classes, samples_per_shard, seed)
@@ -207,6 +212,50 @@ class TarSource(ImageSource):
 
     def count(self, number: int) -> None:  # noqa: D102
         return None
+
+
+class IdxSource(ImageSource):
+    """A file of pictures in the IDX format, in its own order: those of MNIST and its heirs are shuffled already.
+
+    Args:
+        path: of the pictures; their labels lie beside it.
+        classes: as for :func:`open_source`; without them a class is called by its number.
+        samples_per_shard: pictures of a part.
+    """
+
+    def __init__(self, path: str, classes: Sequence[str] | None, samples_per_shard: int) -> None:
+        self.path, self.samples_per_shard = path, samples_per_shard
+        labels = IdxSet(path).labels()
+        self._labels: list[int] = labels.tolist()
+        if (count := len(IdxSet(path).images())) != len(labels):
+            raise UserError(f"{path} has {count} pictures and {len(labels)} labels")
+        highest = max(self._labels, default=-1)
+        self.classes = tuple(map(str, range(highest + 1))) if classes is None else tuple(classes)
+        if highest >= len(self.classes):
+            raise UserError(f"{path} has pictures of class {highest}, which the list of --classes_from lacks")
+        self.num_parts = -(-len(labels) // samples_per_shard)
+        self.description = {
+            "pictures": sha256(path),
+            "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+            "samples_per_shard": samples_per_shard,
+        }
+
+    def part(self, number: int) -> list[Picture]:
+        """List the pictures of a part; a picture's number is its place in the file."""
+        first, name = number * self.samples_per_shard, Path(self.path).name
+        stretch = self._labels[first : first + self.samples_per_shard]
+        return [
+            IdxPicture(f"{name}/{place}", self.path, label=label, number=place)
+            for place, label in enumerate(stretch, start=first)
+        ]
+
+    def count(self, number: int) -> int:  # noqa: D102
+        return min(self.samples_per_shard, len(self._labels) - number * self.samples_per_shard)
+
+
+def is_idx(roots: Sequence[str]) -> bool:
+    """Return whether the one root is a file that is called as pictures in the IDX format are."""
+    return len(roots) == 1 and NAME.fullmatch(Path(roots[0]).name) is not None and os.path.isfile(roots[0])
 
 
 def _in_order(classes: set[str]) -> tuple[str, ...]:
@@ -455,6 +504,10 @@ def batches(root: str, size: int, batch_size: int, workers: int | None = None, c
 
 
 def _all_pictures(root: str) -> Iterator[Picture]:
+    if is_idx([root]):
+        count, name = len(IdxSet(root).images()), Path(root).name
+        yield from (IdxPicture(f"{name}/{number}", root, number=number) for number in range(count))
+        return
     tars = find_tars([root], report_others=True)
     for tar in tars:
         pictures, _, others = read_tar(tar)

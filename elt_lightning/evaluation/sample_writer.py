@@ -41,11 +41,7 @@ class SampleWriter(Callback):
         self.num_samples, self.loops, self.batch_size, self.format = num_samples, loops, batch_size, format
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask the data module for the samples.
-
-        Raises:
-            UserError: a loop is to end by itself, and nothing says when.
-        """
+        """Ask the data module for the samples (UserError: a loop is to end by itself, and nothing says when)."""
         if stage == "predict":
             loops = cast(ELTModule, pl_module).loop_count(self.loops)
             data_of(trainer).request_samples(self.num_samples, self.batch_size, loops)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.handwriting import SIDE, Handwriting
+from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
 
 
 class DigitNetwork(nn.Module):
@@ -44,11 +44,12 @@ class DigitNetwork(nn.Module):
         return self.classifier(self.features(images))
 
 
-def load_or_train_digit_network(path: Path, training: Handwriting, val: Handwriting) -> DigitNetwork:
-    """Load the network from its cache, or train it once, seeded, in a few seconds, and write the cache."""
-    network = DigitNetwork()
+def load_digit_network(root: Path) -> DigitNetwork:
+    """Load the network from its cache in a folder, or train it once, seeded, in a few seconds, and write the cache."""
+    network, path = DigitNetwork(), root / "digit_network.safetensors"
     if not is_file(path):
-        train_digit_network(network, training)
+        train_digit_network(network, load_handwriting(val=False))
+        val = load_handwriting(val=True)
         keep(network, path, val.images, val.labels, "the digit network, which reads {:.1%} of the held-out digits")
     network.load_state_dict(load_file(path))
     return network.eval().requires_grad_(False)

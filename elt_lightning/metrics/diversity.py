@@ -38,11 +38,7 @@ class Diversity(SampleMetric):
         self.seen.append(self.features(pixels).double())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the three scores.
-
-        Raises:
-            ValueError: there are fewer samples or real pictures than neighbours.
-        """
+        """Return the three scores (ValueError: there are fewer samples or real pictures than neighbours)."""
         seen = torch.cat(self.seen) if isinstance(self.seen, list) else self.seen
         return manifold_scores(self.real.to(seen), seen)
 

@@ -23,6 +23,7 @@ from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 from elt_lightning.tokenizers import vq_losses
 from elt_lightning.tokenizers.base import to_bytes
+from elt_lightning.tokenizers.continuous import PixelScaling
 from elt_lightning.tokenizers.discriminator import Discriminator
 from elt_lightning.tokenizers.perceptual import PerceptualLoss
 from elt_lightning.tokenizers.video_vq import read_tokenizer, write_tokenizer
@@ -38,6 +39,8 @@ FREE_IN_2D = ("dimensions", "temporal_levels", "padding")
 
 class VQTraining(LightningModule):
     """Train a tokenizer of clips or of pictures on batches that have ``pixels``: (B, 3, *sample_shape) in [0, 1].
+
+    Data whose codes are pixels, as for diffusion without an autoencoder, will do too.
 
     The average of its weights is what validation judges and what the run's folder gets as ``tokenizer.safetensors``, at
     every checkpoint and at the end; :class:`~elt_lightning.tokenizers.video_vq.VideoVQ` and ``ImageVQ`` read it.
@@ -315,14 +318,26 @@ class VQTraining(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def pixels_of(self, batch: Any) -> Tensor:
-        """Take the pixels of a batch, (B, 3, *sample_shape) (UserError: they have another shape)."""
-        found = tuple(batch.pixels.shape[1:])
+        """Take the pixels of a batch, (B, 3, *sample_shape); those of a data set for diffusion are grey or colours.
+
+        Raises:
+            UserError: they have another shape, or the data are codes of a tokenizer already.
+        """
+        if hasattr(batch, "pixels"):
+            pixels: Tensor = batch.pixels
+        else:
+            tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+            if not isinstance(tokenizer, PixelScaling):
+                raise UserError("a tokenizer is trained on pixels: these data are codes of one, leave out their shards")
+            pixels = tokenizer.decode(batch.x)
+            pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+        found = tuple(pixels.shape[1:])
         if found != (3, *self.sample_shape):
             raise UserError(
                 f"the data have samples of {times(found)} and the tokenizer takes {times((3, *self.sample_shape))}: "
                 "set model.sample_shape to what the data give"
             )
-        return batch.pixels
+        return pixels
 
     def count_codes(self, quantized: Quantized) -> Tensor:
         """Count how many vectors of this device's batch chose each code: (V,) int64."""

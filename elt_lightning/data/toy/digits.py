@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elt_lightning.data.base import IndexedDataModule, TensorBatches
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.digits import DigitNetwork, RecognisedShare, load_or_train_digit_network
+from elt_lightning.metrics.digits import RecognisedShare, load_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
 from elt_lightning.metrics.handwriting import LEVELS, SIDE, load_handwriting
 from elt_lightning.tokenizers.base import Tokenizer
@@ -42,12 +42,7 @@ class DigitsDataModule(IndexedDataModule):
 
     def prepare_data(self) -> None:
         """Train the digit network, once."""
-        self.load_digit_network()
-
-    def load_digit_network(self) -> DigitNetwork:
-        """Load the network that recognises digits, training it where there is no cached one."""
-        path = self.root / "digit_network.safetensors"
-        return load_or_train_digit_network(path, load_handwriting(val=False), load_handwriting(val=True))
+        load_digit_network(self.root)
 
     @property
     def tokenizer(self) -> Tokenizer:  # noqa: D102
@@ -65,7 +60,7 @@ class DigitsDataModule(IndexedDataModule):
 
     def build_metrics(self) -> list[SampleMetric]:
         """Build ``recognised``, the share read as the asked digit, and ``fd_digits`` to held-out handwriting."""
-        network = self.load_digit_network()
+        network = load_digit_network(self.root)
         distance = FrechetDistance("fd_digits", network.features, network.num_features, "digit_network")
         distance.network = network  # a module inside a metric moves to the samples' device with it
         distance.set_reference([load_handwriting(val=True).images])

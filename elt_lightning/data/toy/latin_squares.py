@@ -15,7 +15,7 @@ from torch import Tensor
 from elt_lightning.data.base import IndexedDataModule, Request, TensorBatches
 from elt_lightning.errors import check_memory
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.digits import DigitNetwork, load_or_train_digit_network
+from elt_lightning.metrics.digits import DigitNetwork, load_digit_network
 from elt_lightning.metrics.frechet import FrechetDistance
 from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.metrics.latin_squares import LatinSquareScores
@@ -98,8 +98,7 @@ class LatinSquaresDataModule(IndexedDataModule):
 
     def load_digit_network(self) -> DigitNetwork:
         """Load the network that reads cells, training it where there is no cached one."""
-        path = self.root / "digit_network.safetensors"
-        return load_or_train_digit_network(path, load_handwriting(val=False), load_handwriting(val=True))
+        return load_digit_network(self.root)
 
     def setup(self, stage: str) -> None:
         """Draw the pictures and encode them."""
