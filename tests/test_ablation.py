@@ -152,3 +152,36 @@ def test_what_an_experiment_may_not_say_is_named(
     with pytest.raises(UserError, match=line):
         ablation.main()
     assert commands == []
+
+
+def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more jobs than one they wait for it; whatever begins from nothing does not."""
+    monkeypatch.chdir(tmp_path)
+    noted: list[tuple[str, ...]] = []
+
+    def elt(*arguments: str) -> None:
+        noted.append(arguments)
+        if arguments[0] == "fit":
+            folder = Path(arguments[arguments.index("--run_dir") + 1])
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "checkpoints" / "last.ckpt").touch()
+
+    monkeypatch.setattr(ablation, "elt", elt)
+    monkeypatch.setattr(ablation, "write_record", lambda *_: None)
+    monkeypatch.setattr(ablation, "write_results", lambda *_: None)
+    config = yaml.safe_load((ROOT / "experiments" / "upcycling.yaml").read_text())
+    config |= {"config": str(ROOT / config["config"]), "seeds": [0]}
+    config["arms"] = {name: config["arms"][name] for name in ("blocks_25", "taught_25", "unlooped_8", "nothing_25")}
+    Path("upcycling.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["ablation", "--config", "upcycling.yaml", "--jobs", "3"])
+    ablation.main()
+    fits = {Path(call[call.index("--run_dir") + 1]).name: call for call in noted if call[0] == "fit"}
+    assert set(fits) == {f"{name}_seed0" for name in config["arms"]}
+    assert "--init_from" not in fits["nothing_25_seed0"]
+    original = "runs/upcycling/unlooped_8_seed0/checkpoints/last.ckpt"
+    assert f"--model.outer_teacher.path={original}" in fits["taught_25_seed0"]
+    loops = {call[call.index("--init") + 1]: call for call in noted if call[0] == "loop"}
+    assert set(loops) == {"blocks", "average"}
+    assert loops["blocks"][:3] == ("loop", "--from", original)
+    assert fits["blocks_25_seed0"][-2:] == ("--init_from", "runs/upcycling/blocks_25_seed0/beginning")
+    assert all(noted.index(fits["unlooped_8_seed0"]) < noted.index(call) for call in loops.values())

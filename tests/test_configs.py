@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 IMAGENET = sorted(
     path
     for path in (ROOT / "configs" / "imagenet256").glob("*.yaml")
-    if path.stem not in ("masked", "diffusion", "smoke")
+    if path.stem not in ("masked", "diffusion", "smoke", "upcycling")  # not whole by themselves, or small
 )
 
 

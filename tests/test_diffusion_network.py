@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from elt_lightning.networks.diffusion import LoopedDiT, from_dit_state_dict
+from elt_lightning.checkpoints.dit import from_dit_state_dict
+from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.embeddings import patchify, sine_positions, unpatchify
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL
 
-from elt_lightning.cli import SUBCOMMANDS, main, with_underscores
+from elt_lightning.cli import _MODULES, SUBCOMMANDS, main, with_underscores
 
 ROOT = Path(__file__).parent.parent
 OTHERS = (
@@ -147,7 +147,7 @@ def test_commands_parse(line: str, workplace: Path, capsys: pytest.CaptureFixtur
     if command in ("fit", "validate", "test", "predict"):
         parse_for_trainer(command, arguments, capsys)
     elif arguments:
-        module = importlib.import_module(f"elt_lightning.commands.{command}")
+        module = importlib.import_module(_MODULES[command])
         options, settings = module.build_parser().parse_known_args(arguments)
         assert vars(options)
         if command == "plan":
@@ -158,12 +158,17 @@ def test_commands_parse(line: str, workplace: Path, capsys: pytest.CaptureFixtur
 
 def parse_for_trainer(command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Let `elt` print the config that these arguments come to; checkpoints, which are not there, are left out."""
-    while "--ckpt_path" in arguments:
-        place = arguments.index("--ckpt_path")
-        del arguments[place : place + 2]
+    latents = any("shards" in argument for argument in arguments)
+    for flag in ("--ckpt_path", "--init_from"):
+        while flag in arguments:
+            place = arguments.index(flag)
+            del arguments[place : place + 2]
+            if flag == "--init_from":  # its settings come first
+                arguments = ["--config", "configs/imagenet256/dit_16.yaml", *arguments]
     arguments = [argument for argument in arguments if not argument.startswith("--print_config")]
     if "--config" not in arguments:
-        arguments = ["--config", "configs/quickstart.yaml", *arguments]
+        config = "configs/imagenet256/dit_16.yaml" if latents else "configs/quickstart.yaml"
+        arguments = ["--config", config, *arguments]
     with pytest.raises(SystemExit) as ended:
         raise SystemExit(main([command, *arguments, "--print_config"]))
     captured = capsys.readouterr()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +94,31 @@ def test_sample_draws_the_same_from_the_folder_as_from_the_checkpoint(
         assert Path(f"{checkpoint}.png").read_bytes() == Path(f"{folder}.png").read_bytes()
     assert main(["sample", f"--ckpt_path={tmp_path / 'raw'}", f"--output={tmp_path / 'none.png'}"]) == 2
     assert "--weights raw" in capsys.readouterr().err
+
+
+def test_test_and_predict_measure_an_exported_model_as_its_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the data's settings are not in the folder."""
+    folder = export(checkpoint, tmp_path / "model")
+    settings = {"num_train": 64, "num_val": 40, "batch_size": 16, "codes_per_digit": 4}
+    data = [f"--data.init_args.{name}={value}" for name, value in settings.items()]
+    draws = ["--loops=1,3", "--loop_metrics.num_samples=12"]
+    reports, samples = [], []
+    for source, flags in ((checkpoint, []), (folder, data)):
+        home = tmp_path / source.stem
+        assert main(["test", f"--ckpt_path={source}", *flags, *draws, f"--run_dir={home}/test"]) == 0
+        reports.append(json.loads((home / "test" / "loops.json").read_text()))
+        six = ["--num_samples=6", "--loops=2", f"--run_dir={home}/predict"]
+        assert main(["predict", f"--ckpt_path={source}", *flags, *six]) == 0
+        samples.append(np.load(home / "predict" / "samples.npz")["arr_0"])
+    for row in (row for report in reports for row in report["rows"]):
+        del row["samples_per_second"]
+    assert reports[0] == reports[1]
+    assert (reports[1]["weights"], reports[1]["train_steps"]) == ("ema", 6)
+    assert np.array_equal(*samples)
+    assert main(["test", f"--ckpt_path={folder}", *data, "--weights=raw", f"--run_dir={tmp_path / 'raw'}"]) == 2
+    assert "--weights ema" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unless_asked(

@@ -19,7 +19,7 @@ ARROWS = {
     "metrics": "tokenizers training",
     "data": "data.toy metrics processes tokenizers",
     "data.toy": "data metrics processes tokenizers",
-    "checkpoints": "training",
+    "checkpoints": "networks training",
     "evaluation": "checkpoints data metrics processes samplers tokenizers training",
     "bench": LOW,
     "commands": f"bench {LOW}",

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
+import lightning
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from elt_lightning.checkpoints.recipe import check_recipe
 from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json
-from elt_lightning.training.ema import averaged_weights
+from elt_lightning.training.ema import averaged_weights, check_exported
 from elt_lightning.training.module import ELTModule
 
 set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
@@ -62,15 +63,45 @@ def read_exported(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged, or comes from a newer version.
     """
+    recipe = read_description(folder)
     try:
-        recipe = parse_json((folder / CONFIG).read_bytes())
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
+    return {"elt": recipe, "state_dict": weights, "exported": recipe["weights"], "global_step": recipe.get("step")}
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Read what an exported model's ``config.json`` says of it.
+
+    Raises:
+        UserError: the file is missing or damaged, or comes from a newer version.
+    """
+    try:
+        recipe: dict[str, Any] = parse_json((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} was not written by `elt export`, or is damaged: {error}") from error
     check_recipe(folder / CONFIG, recipe)
     if recipe.get("weights") not in get_args(Weights):
         raise UserError(f"{folder / CONFIG} does not say which weights lie beside it, ema or raw: export it again")
-    return {"elt": recipe, "state_dict": weights, "exported": recipe["weights"]}
+    return recipe
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """Read how a checkpoint's or exported model's settings were, without its weights; as :func:`read_pretrained`."""
+    if is_exported(source):
+        return read_description(Path(source))
+    return read_pretrained(source)["elt"]
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether there is the folder of an exported model."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / META).is_file()
+
+
+def read_as_checkpoint(path: str | Path, **_: Any) -> dict[str, Any]:
+    """Read an exported model, with what Lightning asks of a checkpoint that it tests or predicts from."""
+    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__, "callbacks": {}}
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -99,14 +130,7 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     if "class_path" in checkpoint["elt"]["model"]:
         raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
     state = chosen_weights(checkpoint, weights)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ELTModule, "model")
-    try:
-        module: ELTModule = parser.instantiate(parser.parse_object({"model": checkpoint["elt"]["model"]})).model
-    except UserError:
-        raise
-    except Exception as error:  # a class may raise anything on settings that do not suit it
-        raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
+    module = empty_module(checkpoint["elt"]["model"])
     module.on_load_checkpoint({"state_dict": state})
     module.load_state_dict(state)
     if "ema" in checkpoint and weights == "ema":
@@ -115,11 +139,24 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     return module.eval()
 
 
+def empty_module(section: dict[str, Any]) -> ELTModule:
+    """Build the model that a recipe's ``model`` section describes, untrained (UserError: it cannot be built)."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ELTModule, "model")
+    try:
+        module: ELTModule = parser.instantiate(parser.parse_object({"model": section})).model
+    except UserError:
+        raise
+    except Exception as error:  # a class may raise anything on settings that do not suit it
+        raise UserError(f"the model that the checkpoint describes cannot be built: {error}") from error
+    return module
+
+
 def chosen_weights(checkpoint: dict[str, Any], weights: Weights) -> dict[str, Tensor]:
     """Return the averaged or the raw weights of a checkpoint (UserError: it does not hold these)."""
     exported = checkpoint.get("exported")
-    if exported not in (None, weights):
-        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
+    if exported:
+        check_exported(exported, weights)
     if weights == "raw" or exported:
         return checkpoint["state_dict"]
     return averaged_weights(checkpoint)

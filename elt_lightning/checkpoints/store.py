@@ -56,7 +56,10 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
         UserError: the file is missing, is no checkpoint, is not one of ours, or comes from a newer version.
     """
     if (Path(path) / CONFIG).is_file():
-        raise UserError(f"{path} is an exported model, not a checkpoint: `elt sample` and from_pretrained read it")
+        raise UserError(
+            f"{path} is an exported model, not a checkpoint: `elt test`, `predict` and `sample` take it for one, and "
+            "`elt fit` with --init_from"
+        )
     is_sharded = (Path(path) / META).is_file()
     if not (is_sharded or is_file(path)):
         raise UserError(f"there is no checkpoint {path}")

@@ -24,15 +24,10 @@ def run(name: str, arguments: list[str]) -> None:
         UserError: the command line or the checkpoint is wrong, or the folder cannot be written.
     """
     options = build_parser().parse_args(arguments)
-    taken = [file for file in (WEIGHTS, CONFIG) if (options.output / file).exists()]
-    if taken and not options.overwrite:
-        raise UserError(f"{options.output} has a {taken[0]}: choose another --output, or add --overwrite")
+    check_free(options.output, options.overwrite)
     checkpoint = read_checkpoint(options.ckpt_path)
     module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
-    try:
-        write(options.output, module, describe(checkpoint, options.weights))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{options.output} cannot be written: {error}") from error
+    write_model(options.output, module, describe(checkpoint, options.weights))
     print(options.output)
 
 
@@ -69,10 +64,28 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
-    """Write both files aside, then give both their names: whatever fails, an older export there stays as it was."""
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Check that a model may be written into a folder.
+
+    Raises:
+        UserError: there is one.
+    """
+    taken = [file for file in (WEIGHTS, CONFIG) if (folder / file).exists()]
+    if taken and not overwrite:
+        raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
+
+
+def write_model(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
+    """Write both files aside, then give both their names: whatever fails, an older export there stays as it was.
+
+    Raises:
+        UserError: they cannot be written.
+    """
     # The format refuses tensors that share memory, as tied weights do.
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with written_aside(folder / CONFIG) as config, written_aside(folder / WEIGHTS) as weights:
-        config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
-        save_file(state, weights, metadata={"format": "pt"})
+    try:
+        with written_aside(folder / CONFIG) as config, written_aside(folder / WEIGHTS) as weights:
+            config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
+            save_file(state, weights, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from elt_lightning.checkpoints.pretrained import empty_module, read_recipe
 from elt_lightning.commands.arguments import ABOVE_0, Parser, file_path, number, whole
 from elt_lightning.commands.planning import Settings, make_plan
 from elt_lightning.commands.refusals import explain
@@ -145,6 +146,8 @@ def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str
         command_line.datamodule = data.module
         with torch.device("meta"):  # no memory for weights
             module: ELTModule = build(ELTModule, command_line.recipe()[0])
+            if module.outer_teacher is not None:
+                module.learn_from(empty_module(read_recipe(module.outer_teacher.path)["model"]))
     except (ArgumentError, ValueError) as error:
         raise UserError(explain(str(error))) from error
     return config, data, module

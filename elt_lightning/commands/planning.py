@@ -65,6 +65,7 @@ def rehearse_at(module: ELTModule, types: Types, loops: int, exits: Sequence[int
     ``loops`` are the teacher's and ``exits`` the students'; the module, best on the ``meta`` device, is not changed.
     """
     module = copy.deepcopy(module)
+    module.outer_teacher = None  # of a frozen model nothing is kept
     module.distillation.max_loops = loops
     module.distillation.student_exits = lambda *_: tuple(exits)  # type: ignore[method-assign]  # it asks for a number
     network = module.network.to(device="meta", dtype=types.weights).train()
@@ -171,12 +172,17 @@ def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
         "averaged weights": average,
         f"copies in {str(types.products).removeprefix('torch.')}": kept.copies,
     }
+    teacher, taught = module.teacher, 0
+    if teacher is not None:
+        resident["the outer teacher's weights"] = sum(weight.nbytes for weight in teacher.network.parameters())
+        taught = teacher.network.macs(teacher.max_loops)
     fixed = sum(resident.values())
     room = max(0, round(settings.device_memory * 2**30) - fixed)
 
     loops, exits = module.max_loops, module.distillation.student_exits(module.seed, 0)
     again = (network.macs(2) - network.macs(1)) * loops if network.backbone.activation_checkpointing else 0
-    image = 3 * network.macs(loops, exits) + again  # forward, backward (twice as much), loops computed again
+    # Forward, backward (twice as much), loops computed again, the outer teacher.
+    image = 3 * network.macs(loops, exits) + again + taught
     sample = {count: module.macs_per_sample(count) for count in settings.loops}
     val = settings.num_val * network.macs(max(settings.loops), settings.loops)
     validation = settings.num_validation_samples * sum(sample.values()) + val

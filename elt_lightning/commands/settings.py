@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from elt_lightning.checkpoints.pretrained import is_exported, read_description, read_recipe
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.errors import UserError
@@ -67,7 +68,8 @@ def prepared(name: str, arguments: list[str], scratch: Path) -> list[str]:
     Raises:
         UserError: a config or checkpoint cannot be read, or a flag would have no effect.
     """
-    return with_stored_config(with_bases(long_flags(name, with_plan(name, arguments)), scratch), scratch)
+    arguments = with_bases(long_flags(name, with_plan(name, arguments)), scratch)
+    return with_stored_config(arguments, scratch, goes_on=name == "fit")
 
 
 def with_plan(name: str, arguments: list[str]) -> list[str]:
@@ -119,19 +121,36 @@ def bracketed(value: str) -> str:
     return value if value.startswith("[") or value in ("auto", "null") else f"[{value}]"
 
 
-def with_stored_config(arguments: list[str], scratch: Path) -> list[str]:
+def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True) -> list[str]:
     """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
+
+    Of what a training begins from that is its model alone.
+
+    Args:
+        arguments: of the command line.
+        scratch: folder of what is written for the parser.
+        goes_on: whether a training goes on, for which an exported model, whose data are a class alone, lacks too much.
 
     Raises:
         UserError: the checkpoint cannot be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    checkpoint = parser.parse_known_args(arguments)[0].ckpt_path
-    if checkpoint in (None, "null"):
+    parser.add_argument("--init_from")
+    known = parser.parse_known_args(arguments)[0]
+    checkpoint, begins_at = (path if path not in (None, "null") else "" for path in (known.ckpt_path, known.init_from))
+    if not (checkpoint or begins_at):
         return arguments
-    recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-    config = {"model": recipe["model"], "data": found(recipe, "data")}
+    if checkpoint and begins_at:
+        raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
+    if begins_at:
+        config, checkpoint = {"model": read_recipe(begins_at)["model"]}, "init_from"
+    elif is_exported(checkpoint) and not goes_on:
+        recipe = read_description(Path(checkpoint))
+        config = {"model": recipe["model"], "data": {"class_path": recipe["data"]["class_path"]}}
+    else:
+        recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
+        config = {"model": recipe["model"], "data": found(recipe, "data")}
     for target in LINKED:  # which a config may not hold
         section, last = find_section(config, target)
         if section is not None:

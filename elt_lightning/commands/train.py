@@ -23,6 +23,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from elt_lightning import data, networks, objectives, processes, samplers
+from elt_lightning.checkpoints.initial import begin_from
+from elt_lightning.checkpoints.pretrained import from_pretrained, is_exported, read_as_checkpoint
 from elt_lightning.checkpoints.recipe import Recipe
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import abstract_class, explain
@@ -258,6 +260,9 @@ class RunCommandLine(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_dir)
         trainer = super().instantiate_trainer(**kwargs)
         cache_weight_casts(trainer)
+        checkpoint = self.config[self.subcommand].ckpt_path
+        if checkpoint is not None and is_exported(checkpoint):
+            trainer.strategy.load_checkpoint = read_as_checkpoint  # type: ignore[method-assign, assignment]
         return trainer
 
     def own_callbacks(self) -> list[Callback]:
@@ -318,6 +323,9 @@ class ELTCommandLine(RunCommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that have settings, and the links."""
         super().add_arguments_to_parser(parser)
+        if self.command == "fit":
+            line = "model folder or checkpoint to begin from: its settings, which configs and flags change, its weights"
+            parser.add_argument("--init_from", type=str | None, default=None, help=line)
         parser.add_lightning_class_args(LoopMetrics, "loop_metrics")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleWriter, "samples")
@@ -342,7 +350,14 @@ class ELTCommandLine(RunCommandLine):
         return [Throughput(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
-        """Refuse loops whose activations the device cannot hold, before it fills up; say what many of them take."""
+        """Load what training begins from; refuse loops that the device cannot hold; say what many take."""
+        config = self.config[self.subcommand]
+        if config.init_from is not None:
+            line = begin_from(self.model, config.init_from)
+            if self.trainer.is_global_zero:
+                print(line, flush=True)
+        if self.model.outer_teacher is not None:
+            self.model.learn_from(from_pretrained(self.model.outer_teacher.path))
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
             kept, network = rehearse(self.model, types), self.model.network

@@ -40,7 +40,7 @@ class Report:
     seed: int  # of the first repeat
     train_loops: int  # L_max of training
     train_mode: str  # of `ILSD`
-    train_steps: int  # optimiser steps that the checkpoint was trained for
+    train_steps: int | None  # optimiser steps that the model was trained for; None where that is not known
     sampling_steps: int  # K
     recall: bool  # whether every loop reads the input again
     weights: str  # "ema" or "raw"

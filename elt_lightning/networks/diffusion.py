@@ -1,9 +1,8 @@
 """The looped diffusion transformer: DiT with its layers shared over loops."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ BLOCKS: dict[str, type[AdaptiveNormBlock] | type[FiLMBlock]] = {"adaln_zero": Ad
 class LoopedDiT(LoopedNetwork):
     """Predict from a noisy image or video what the process asks for, after any number of loops, with one head.
 
-    Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep: see
-    :func:`from_dit_state_dict`. At the start of training every exit predicts zero.
+    Source: facebookresearch/DiT around the paper's loop F_(N,L). Run with one loop it is DiT itself, N layers deep,
+    whose weights `elt import` reads. At the start of training every exit predicts zero.
 
     Letters: B batch, C channels, H W height and width, F frames, T tokens, D width.
 
@@ -43,12 +42,14 @@ class LoopedDiT(LoopedNetwork):
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
         out_channels: channels of the output; C unless given. DiT's published networks have 2·C, half of them for a
-            variance that no objective here uses.
+            variance, which :class:`~elt_lightning.objectives.ddpm.DDPMObjective` trains and
+            :class:`~elt_lightning.samplers.diffusion.DDPMSampler` can use.
         activation_checkpointing: save memory in training by computing each loop again for its gradient.
         recall: every loop reads the embedded input again, as :class:`~elt_lightning.networks.recall.ResidualRecall`
             says: D parameters more, and loops beyond those of training go on refining. ELT has none.
         class_std: standard deviation of the class table's initial weights; DiT has 0.02, which suits long trainings of
             wide networks. With it a few hundred steps barely teach the class; with 1 they do.
+        time_scale: what times in [0, 1] are multiplied by before they are embedded: 1000 as in DiT, 1 as in SiT.
 
     Raises:
         ValueError: the patch does not divide the input, a size is below what it may be, or a choice is unknown.
@@ -75,6 +76,7 @@ class LoopedDiT(LoopedNetwork):
         activation_checkpointing: bool = False,
         recall: bool = False,
         class_std: float = 0.02,
+        time_scale: float = 1000.0,
     ) -> None:
         super().__init__()
         width, num_heads, mlp_width = layer_shape(scale, width, num_heads, mlp_width)
@@ -82,6 +84,8 @@ class LoopedDiT(LoopedNetwork):
         check_sizes(1, condition_width=condition_width, out_channels=out_channels)
         if not 0 <= class_std < math.inf:
             raise ValueError(f"class_std must be at least 0 and finite, not {class_std}")
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"time_scale must be above 0 and finite, not {time_scale}")
         condition_width = condition_width or width
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
@@ -106,7 +110,7 @@ class LoopedDiT(LoopedNetwork):
             self.register_buffer("positions", table, persistent=False)
         else:
             self.positions = nn.Parameter(table)
-        self.condition = TimeClassEmbedding(num_classes, condition_width)
+        self.condition = TimeClassEmbedding(num_classes, condition_width, time_scale)
         self.backbone = LoopedStack(
             lambda: BLOCKS[block](width, num_heads, mlp_width, condition_width),
             num_layers,
@@ -201,54 +205,3 @@ class OutputHead(nn.Module):
         """Return the multiply–accumulates for one sample, the modulation included; tokens of all exits count."""
         modulate = 0 if self.modulate is None else self.modulate.in_features * self.modulate.out_features
         return num_tokens * self.linear.in_features * self.linear.out_features + modulate
-
-
-_DIT_NAMES = (
-    (r"x_embedder\.proj", "embedding"),
-    (r"t_embedder\.mlp\.0", "condition.time_in"),
-    (r"t_embedder\.mlp\.2", "condition.time_out"),
-    (r"y_embedder\.embedding_table", "condition.classes"),
-    (r"blocks\.(\d+)\.attn\.qkv", r"backbone.layers.\1.attention.query_key_value"),
-    (r"blocks\.(\d+)\.attn\.proj", r"backbone.layers.\1.attention.output"),
-    (r"blocks\.(\d+)\.mlp\.fc1", r"backbone.layers.\1.mlp_in"),
-    (r"blocks\.(\d+)\.mlp\.fc2", r"backbone.layers.\1.mlp_out"),
-    (r"blocks\.(\d+)\.adaLN_modulation\.1", r"backbone.layers.\1.modulate"),
-    (r"final_layer\.linear", "head.linear"),
-    (r"final_layer\.adaLN_modulation\.1", "head.modulate"),
-)
-
-
-def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the weights of a facebookresearch/DiT checkpoint for a :class:`LoopedDiT` of as many layers.
-
-    The patch convolution becomes a linear layer; the output's rows, there ordered (row, column, channel), are put in
-    the order (channel, row, column) that patches have here; the fixed positions, which are computed, are left out.
-
-    Args:
-        state: the weights, or a checkpoint of DiT's training, of which the averaged ones, ``ema``, are taken; names may
-            begin as those of wrapped modules do, with ``module.`` or ``_orig_mod.``.
-
-    Raises:
-        ValueError: a name that no DiT has, or no weights where DiT's patches are embedded.
-    """
-    state = next((state[part] for part in ("ema", "model") if isinstance(state.get(part), Mapping)), state)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError(f"x_embedder.proj.weight of facebookresearch/DiT is missing: here is {', '.join(state)[:200]}")
-    patch = state["x_embedder.proj.weight"].shape[2:]
-    renamed = {}
-    for name, value in state.items():
-        if name == "pos_embed":
-            continue
-        if name == "x_embedder.proj.weight":
-            value = value.flatten(1)
-        elif name.startswith("final_layer.linear."):
-            value = value.unflatten(0, (math.prod(patch), -1)).transpose(0, 1).flatten(0, 1)
-        stem, _, kind = name.rpartition(".")
-        for pattern, replacement in _DIT_NAMES:
-            if re.fullmatch(pattern, stem):
-                renamed[f"{re.sub(pattern, replacement, stem)}.{kind}"] = value
-                break
-        else:
-            raise ValueError(f"{name} is not a weight of facebookresearch/DiT")
-    return renamed

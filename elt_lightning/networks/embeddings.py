@@ -97,13 +97,14 @@ class TimeClassEmbedding(nn.Module):
     Args:
         num_classes: row ``num_classes`` of the class table is the null class.
         width: of the condition that comes out.
+        time_scale: what t is multiplied by.
     """
 
     NUM_SINUSOIDS = 256
-    TIME_SCALE = 1000.0
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, time_scale: float = 1000.0) -> None:
         super().__init__()
+        self.time_scale = time_scale
         self.time_in = nn.Linear(self.NUM_SINUSOIDS, width)
         self.time_out = nn.Linear(width, width)
         self.classes = nn.Embedding(num_classes + 1, width)
@@ -113,7 +114,7 @@ class TimeClassEmbedding(nn.Module):
         if condition.time is None:
             raise ValueError("a diffusion network needs condition.time")
         # In half precision neighbouring times would fall together: the sinusoids are computed in float32.
-        sine, cosine = sinusoids(condition.time.float() * self.TIME_SCALE, self.NUM_SINUSOIDS // 2)
+        sine, cosine = sinusoids(condition.time.float() * self.time_scale, self.NUM_SINUSOIDS // 2)
         sinusoid = torch.cat([cosine, sine], dim=-1).to(self.time_in.weight.dtype)
         return self.time_out(F.silu(self.time_in(sinusoid))) + self.classes(condition.labels)
 

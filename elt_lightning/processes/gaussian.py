@@ -8,12 +8,15 @@ precision a network runs in: at the ends of time α or σ is only 5·10⁻⁴.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cached_property
+from itertools import accumulate, repeat
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elt_lightning.errors import UserError
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 
@@ -29,9 +32,14 @@ class NoiseSchedule(ABC):
     def logsnr(self, time: Tensor) -> Tensor:
         """Return log(α²/σ²) at times of any shape; finite at 0 and at 1, and falling."""
 
-    @abstractmethod
     def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (α, σ) at a log signal-to-noise ratio of any shape."""
+        """Return (α, σ) at a log signal-to-noise ratio of any shape; here √sigmoid(logsnr) and √sigmoid(−logsnr)."""
+        logsnr = _precise(logsnr)
+        return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+    def times(self, steps: int) -> Tensor:
+        """Return the times (K,) float64 at which a sampler of K steps calls the network: 1, 1 − 1/K, …, 1/K."""
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,6 @@ class ShiftedCosine(NoiseSchedule):
         """Return d logsnr/dt = −2·(t_max − t_min) / (sin·cos) of the angle: negative, any shape."""
         angle, complement, span = self._angles(time)
         return -2 * span / (torch.sin(angle) * torch.sin(complement))
-
-    def amounts(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return α = √sigmoid(logsnr) and σ = √sigmoid(−logsnr)."""
-        logsnr = _precise(logsnr)
-        return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
     def _angles(self, time: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return the angle that belongs to a time, π/2 less that angle, and the angle between times 0 and 1."""
@@ -103,6 +106,56 @@ class StraightPath(NoiseSchedule):
         return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
 
+@dataclass(frozen=True)
+class LinearBetas(NoiseSchedule):
+    """The 1,000 steps of DDPM and DiT: α² = ∏(1 − β) over the steps so far, β rising linearly; α² + σ² = 1.
+
+    Step t is time t/1000. Between steps logsnr is interpolated, and carried on to time 1, one step beyond the last.
+    Source: Ho, Jain and Abbeel 2020; facebookresearch/DiT.
+
+    Attributes:
+        first: β of step 0.
+        last: β of step 999.
+    """
+
+    STEPS: ClassVar[int] = 1000
+
+    first: float = 1e-4
+    last: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first <= self.last < 1:
+            raise ValueError(f"need 0 < first <= last < 1: {self}")
+
+    def logsnr(self, time: Tensor) -> Tensor:
+        """Return log(α²/(1 − α²)), a table's value where the time is a step's."""
+        time = _precise(time)
+        of_steps = self._of_steps.to(time.device, time.dtype, non_blocking=True)
+        place = time * self.STEPS
+        below = place.detach().floor().clamp(0, self.STEPS - 2).long()
+        return torch.lerp(of_steps[below], of_steps[below + 1], place - below)
+
+    @cached_property
+    def _of_steps(self) -> Tensor:
+        betas = torch.linspace(self.first, self.last, self.STEPS, dtype=torch.float64, device="cpu")
+        log_alpha_squared = torch.log1p(-betas).cumsum(0)
+        return log_alpha_squared - torch.log(-torch.expm1(log_alpha_squared))
+
+    def times(self, steps: int) -> Tensor:
+        """Return the times of K steps spread over the thousand, first and last among them, as DiT's respacing does.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        if steps > self.STEPS:
+            raise UserError(f"the noise schedule LinearBetas has {self.STEPS} steps: a sampler cannot take {steps}")
+        if steps == 1:
+            return torch.tensor([self.STEPS - 1], dtype=torch.float64) / self.STEPS
+        stride = (self.STEPS - 1) / (steps - 1)
+        places = [round(place) for place in accumulate(repeat(stride, steps - 1), initial=0.0)]
+        return torch.tensor(places[::-1], dtype=torch.float64) / self.STEPS
+
+
 class GaussianProcess(Process):
     """Mix data with noise along a schedule; a network predicts one quantity that separates them.
 
@@ -129,12 +182,19 @@ class GaussianProcess(Process):
         return self.schedule.amounts(self.schedule.logsnr(time))
 
     def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
-        """Turn what the network predicted for z (B, …) at ``condition.time`` into x̂ (B, …)."""
+        """Turn what the network predicted for z (B, C, …) at ``condition.time`` into x̂.
+
+        What it predicted in further channels, such as a variance, is passed on in channels behind those of x̂.
+        """
         assert condition.time is not None
         alpha, sigma = self.amounts_at(condition.time)
+        channels = noisy.shape[1]
+        prediction, further = prediction[:, :channels], prediction[:, channels:]
         if self.prediction == "velocity":  # z = (1 − σ)·x + σ·ε, so that x̂ = z − σ·û
-            return noisy - _per_sample(sigma, noisy) * prediction.float()
-        return clean_and_noise(self.prediction, prediction, noisy, alpha, sigma)[0]
+            clean = noisy - _per_sample(sigma, noisy) * prediction.float()
+        else:
+            clean = clean_and_noise(self.prediction, prediction, noisy, alpha, sigma)[0]
+        return torch.cat([clean, further.float()], dim=1) if further.shape[1] else clean
 
 
 def sigmoid_weight(prediction: Prediction, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:

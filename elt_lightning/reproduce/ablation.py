@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,6 +60,9 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)  # this arm's, which come after those of all arms
     test_loops: list[int] | None = None  # loop counts to measure, in place of 1 … L_max + 2
     recall: bool = False  # every loop reads the input again; measured both from zero and with the state carried
+    begins_at: str | None = None  # the unlooped arm whose model `elt loop` makes this one's beginning of
+    init: str = "average"  # of `elt loop`
+    taught: bool = False  # that model is the outer teacher
 
     def loops(self) -> list[int]:
         """Return the loop counts to measure; a model that never looped is measured as it was trained."""
@@ -75,6 +78,11 @@ class Arm:
             *(["--model.network.init_args.recall=true"] if self.recall else []),
             *(f"--{name}={value}" for name, value in self.settings.items()),
         ]
+
+    def loop_flags(self) -> list[str]:
+        """Return how `elt loop` makes the beginning, where it does not begin from nothing."""
+        sizes = ["--layers", str(self.num_layers), "--loops", str(self.max_loops), "--init", self.init]
+        return [*sizes, *(["--recall"] if self.recall else [])] if self.begins_at else []
 
     def sweep(self) -> list[str]:
         """Return what is swept, as flags of `elt test`."""
@@ -106,7 +114,11 @@ def main() -> None:
     if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
         prepare(config["prepare"])
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs_to_do = [pool.submit(run_arm, arm, seed, config, runs, output) for seed, arm in pairs]
+        begun: dict[tuple[int, str], Future[str]] = {}
+        for seed, arm in sorted(pairs, key=lambda pair: pair[1].begins_at is not None):  # those begun from are first
+            after = begun.get((seed, arm.begins_at)) if arm.begins_at else None
+            begun[seed, arm.name] = pool.submit(run_arm, arm, seed, config, runs, output, after)
+        runs_to_do = list(begun.values())
         try:
             for number, run in enumerate(as_completed(runs_to_do), start=1):
                 print(f"[{number}/{len(pairs)}] {run.result()}", flush=True)
@@ -152,28 +164,40 @@ def setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Path) -> str:
+def run_arm(
+    arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Path, after: Future[str] | None = None
+) -> str:
     """Train and sweep one arm with one seed, unless it is done: a line that says what happened.
 
+    Args:
+        arm: what is trained.
+        seed: of everything.
+        config: of the experiment.
+        runs: folder of the runs.
+        output: folder of the results.
+        after: the run that this one begins from, and so waits for.
+
     Raises:
-        UserError: it was done with other settings.
+        UserError: it was done with other settings, or the run that it begins from is not here.
     """
     folder, record = runs / f"{arm.name}_seed{seed}", record_path(output, arm, seed)
     settings = [f"--{name}={value}" for name, value in config["settings"].items()]
     flags = ["--config", config["config"], "--seed_everything", str(seed), *settings, *arm.flags()]
     command = [*flags, *arm.sweep()]
+    begins = [arm.begins_at, *arm.loop_flags(), *(["taught"] if arm.taught else [])] if arm.begins_at else []
     base = settings_in(Path(config["config"]))
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if record.is_file():
         done = read_record(record)
-        if (done["command"], done["base_sha256"]) != (command, base):
+        if (done["command"], done["base_sha256"]) != ([*command, *begins], base):
             raise UserError(f"{record} was measured with other settings: delete it and {folder} to measure again")
         if not arm.recall or DIVERSITY in done or not checkpoint.is_file():
             return f"{record}: done before"
     began = time.perf_counter()
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
-        elt("fit", *flags, "--run_dir", str(folder), *unfinished)
+        beginning = begin(arm, runs, seed, folder, after) if begins and not unfinished else []
+        elt("fit", *flags, "--run_dir", str(folder), *unfinished, *beginning)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
         write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
@@ -181,8 +205,20 @@ def run_arm(arm: Arm, seed: int, config: dict[str, Any], runs: Path, output: Pat
     if arm.recall and not (folder / DIVERSITY / "loops.json").is_file():
         both = ["--loops", str(arm.max_loops), "--carry_state", "false,true", "--diversity"]
         elt("test", *flags, *both, "--run_dir", str(folder / DIVERSITY), "--ckpt_path", str(checkpoint))
-    write_record(record, command, base, folder)
+    write_record(record, [*command, *begins], base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
+
+
+def begin(arm: Arm, runs: Path, seed: int, folder: Path, after: Future[str] | None) -> list[str]:
+    """Make what an arm begins from; return the flags of `elt fit` (UserError: the unlooped run is not here)."""
+    if after is not None:
+        after.result()
+    original = runs / f"{arm.begins_at}_seed{seed}" / "checkpoints" / "last.ckpt"
+    if not original.is_file():
+        raise UserError(f"{arm.name} begins from {original}, which is not here: measure {arm.begins_at} again")
+    made = folder / "beginning"
+    elt("loop", "--from", str(original), *arm.loop_flags(), "--output", str(made), "--overwrite")
+    return ["--init_from", str(made), *([f"--model.outer_teacher.path={original}"] if arm.taught else [])]
 
 
 def record_path(output: Path, arm: Arm, seed: int) -> Path:

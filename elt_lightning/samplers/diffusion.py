@@ -7,11 +7,12 @@ and fresh noise; a class says with which weights. None needs α² + σ² = 1, so
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elt_lightning.errors import UserError
 from elt_lightning.processes.base import check_process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.gaussian import GaussianProcess
@@ -37,11 +38,10 @@ class StepWeights(NamedTuple):
     state: float
     clean: float
     previous_clean: float = 0.0
-    noise: float = 0.0
 
 
 class DiffusionSampler(Sampler):
-    """K steps evenly spaced in time; the last one gives x̂ itself.
+    """K steps at the times that the schedule says, evenly spaced but for :class:`LinearBetas`; the last one gives x̂.
 
     Args:
         process: the schedule, the same as in training.
@@ -71,6 +71,7 @@ class DiffusionSampler(Sampler):
 
     def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
         """Measure the relative change of x̂, ‖now − before‖ / ‖now‖, over all elements of each sample."""
+        now, before = (value[:, : x.shape[1]] for value in (now, before))  # without a variance
         difference, size = (value.float().flatten(1).norm(dim=1) for value in (now - before, now))
         return difference / size.clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -84,9 +85,19 @@ class DiffusionSampler(Sampler):
             after: u.
         """
 
+    def noise_weight(self, now: Level, after: Level, further: Tensor) -> float | Tensor:
+        """Return how much fresh noise a step adds: none.
+
+        Args:
+            now: t.
+            after: u.
+            further: (B, further channels, …) what the network predicted beside x̂.
+        """
+        return 0.0
+
     def levels(self) -> list[Level]:
-        """List times 1, 1 − 1/K, …, 0 with their amounts, in float64."""
-        time = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        """List the times of the K steps with their amounts, in float64."""
+        time = self.schedule.times(self.steps)
         logsnr = self.schedule.logsnr(time)
         columns = torch.stack([time, *self.schedule.amounts(logsnr), logsnr / 2], dim=1)
         return [Level(*row) for row in columns.tolist()]
@@ -114,12 +125,13 @@ class DiffusionSampler(Sampler):
             raise ValueError(f"known has shape {tuple(known.shape)}, the samples {(len(seeds), *shape)}")
         state = normal(seeds, 0, Stream.INITIAL_NOISE, shape)
         levels = self.levels()
-        clean, guided = state, GuidedSteps(self, predict, loops, spent)
+        clean, guided = state, GuidedSteps(self, predict, loops, spent, shape[0])
         for step in range(self.steps):
             previous_clean = clean
             time = torch.full((len(seeds),), levels[step].time, device=seeds.device)
             timed = Condition(condition.labels, time)
-            clean = guided(step, state, timed).float()
+            found = guided(step, state, timed).float()
+            clean, further = found[:, : shape[0]], found[:, shape[0] :]
             if self.clip is not None:
                 clean = clean.clamp(-self.clip, self.clip)
             if known is not None:
@@ -130,8 +142,9 @@ class DiffusionSampler(Sampler):
             state = weights.state * state + weights.clean * clean
             if weights.previous_clean:
                 state = state + weights.previous_clean * previous_clean
-            if weights.noise:
-                state = state + weights.noise * normal(seeds, step, Stream.SAMPLER_NOISE, shape)
+            noise = self.noise_weight(levels[step], levels[step + 1], further)
+            if isinstance(noise, Tensor) or noise:
+                state = state + noise * normal(seeds, step, Stream.SAMPLER_NOISE, shape)
         return clean
 
 
@@ -146,7 +159,8 @@ class DDPMSampler(DiffusionSampler):
         process: as in :class:`DiffusionSampler`.
         num_classes: the null class of guidance.
         steps: K; the paper uses 512.
-        variance_interpolation: γ in [0, 1]; 0.3 is our default (inferred).
+        variance_interpolation: γ in [0, 1]; 0.3 is our default (inferred). "learned": the network predicts v for every
+            value, and γ = (v + 1)/2, as in improved DDPM (arXiv 2102.09672) and DiT.
         clip: as in :class:`DiffusionSampler`.
         guidance: classifier-free guidance; the paper uses scale 3.
         carry_state: as in :class:`~elt_lightning.samplers.base.Sampler`.
@@ -158,25 +172,39 @@ class DDPMSampler(DiffusionSampler):
         process: GaussianProcess,
         num_classes: int,
         steps: int = 512,
-        variance_interpolation: float = 0.3,
+        variance_interpolation: float | Literal["learned"] = 0.3,
         clip: float | None = None,
         guidance: Guidance | None = None,
         carry_state: bool | None = None,
         loop_schedule: LoopSchedule | None = None,
     ) -> None:
         super().__init__(process, num_classes, steps, clip, guidance, carry_state, loop_schedule)
-        if not 0 <= variance_interpolation <= 1:
-            raise ValueError(f"variance_interpolation must lie in [0, 1], not {variance_interpolation}")
+        if variance_interpolation != "learned" and not 0 <= variance_interpolation <= 1:
+            raise ValueError(f"variance_interpolation must lie in [0, 1] or be learned, not {variance_interpolation}")
         self.variance_interpolation = variance_interpolation
 
     def step_weights(self, before: Level | None, now: Level, after: Level) -> StepWeights:
         """Evaluate the equation above."""
         log_ratio = 2 * (now.half_logsnr - after.half_logsnr)
         ratio, rest = math.exp(log_ratio), -math.expm1(log_ratio)
-        std = (
-            math.sqrt(rest) * now.sigma**self.variance_interpolation * after.sigma ** (1 - self.variance_interpolation)
-        )
-        return StepWeights(state=ratio * after.alpha / now.alpha, clean=rest * after.alpha, noise=std)
+        return StepWeights(state=ratio * after.alpha / now.alpha, clean=rest * after.alpha)
+
+    def noise_weight(self, now: Level, after: Level, further: Tensor) -> float | Tensor:
+        """Return the standard deviation: a number, or (B, C, …) where it is learned.
+
+        Raises:
+            UserError: it should be learned, and the network predicts none.
+        """
+        std = math.sqrt(-math.expm1(2 * (now.half_logsnr - after.half_logsnr)))
+        if self.variance_interpolation != "learned":
+            share = self.variance_interpolation
+            return std * now.sigma**share * after.sigma ** (1 - share)
+        if not further.shape[1]:
+            raise UserError(
+                "variance_interpolation learned needs a network that predicts a variance beside the rest: set its "
+                "out_channels to twice the channels of the latents, or give a number from 0 to 1"
+            )
+        return std * after.sigma * (now.sigma / after.sigma) ** ((further + 1) / 2)
 
 
 class DDIMSampler(DiffusionSampler):

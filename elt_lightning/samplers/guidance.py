@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Schedule = Literal["constant", "linear", "power_cosine"]
@@ -24,6 +25,8 @@ class Guidance:
         power: p of the power-cosine schedule.
         interval: the share of the steps in which guidance acts, from and to: step k of K is guided where
             from ≤ k/K < to. The others cost one branch (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        channels: guided are the first so many channels of latents, the others stay those of the class; None for all.
+            DiT's and SiT's published code guides three of four.
         exit_scale: w; 0 is no exit guidance.
         weak_loops: r, the exit that predictions are pushed away from; below the loops of every step that it acts in.
         exit_schedule: of w_k, which grows from 0 to w as s_k does from 1 to s.
@@ -34,6 +37,7 @@ class Guidance:
     schedule: Schedule = "constant"
     power: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    channels: int | None = None
     exit_scale: float = 0.0
     weak_loops: int = 1
     exit_schedule: Schedule = "constant"
@@ -46,6 +50,8 @@ class Guidance:
             raise ValueError(
                 f"exit guidance needs exit_scale >= 0 and weak_loops >= 1, not {self.exit_scale}, {self.weak_loops}"
             )
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance needs channels >= 1, not {self.channels}")
         for name, interval in (("interval", self.interval), ("exit_interval", self.exit_interval)):
             if not 0 <= interval[0] < interval[1] <= 1:
                 raise ValueError(f"guidance needs an {name} (from, to) with 0 <= from < to <= 1, not {interval}")
@@ -76,18 +82,41 @@ class Guidance:
 
     def branches(self, step: int, num_steps: int) -> int:
         """Return how many times the network sees each sample at step k of K; at s_k = 0 with the null class alone."""
-        return 2 if self.acts(step, num_steps) and self.scale_at(step, num_steps) != 0 else 1
+        needs_class = self.scale_at(step, num_steps) != 0 or self.channels is not None
+        return 2 if self.acts(step, num_steps) and needs_class else 1
 
     def exits(self, step: int, num_steps: int) -> tuple[int, ...]:
         """Return which exits step k of K needs beside the last: r, or none."""
         return (self.weak_loops,) if self.exit_scale_at(step, num_steps) else ()
 
-    def combine(self, conditional: Tensor, null: Tensor, step: int, num_steps: int) -> Tensor:
-        """Return the guided prediction (B, …) of step k of K, given both branches'."""
-        return null + self.scale_at(step, num_steps) * (conditional - null)
+    def combine(
+        self, conditional: Tensor, null: Tensor, step: int, num_steps: int, channels: int | None = None
+    ) -> Tensor:
+        """Return the guided prediction (B, …) of step k of K, given both branches'.
 
-    def away_from_exit(self, predictions: Mapping[int, Tensor], loops: int, step: int, num_steps: int) -> Tensor:
-        """Return p_L + w_k·(p_L − p_r), (B, …), at step k of K, given {exit: prediction}."""
+        Args:
+            conditional: of the class.
+            null: of the null class.
+            step: k, 0-based.
+            num_steps: K.
+            channels: of x̂, where a variance follows, which is never guided.
+        """
+        count = min((n for n in (self.channels, channels) if n is not None), default=None)
+        of_class, of_null = conditional[:, :count], null[:, :count]
+        return _with_rest(of_null + self.scale_at(step, num_steps) * (of_class - of_null), conditional)
+
+    def away_from_exit(
+        self, predictions: Mapping[int, Tensor], loops: int, step: int, num_steps: int, channels: int | None = None
+    ) -> Tensor:
+        """Return p_L + w_k·(p_L − p_r), (B, …), at step k of K, given {exit: prediction}; see :meth:`combine`."""
         weight = self.exit_scale_at(step, num_steps)
-        strong = predictions[loops]
-        return strong + weight * (strong - predictions[self.weak_loops]) if weight else strong
+        if not weight:
+            return predictions[loops]
+        strong, weak = predictions[loops][:, :channels], predictions[self.weak_loops][:, :channels]
+        return _with_rest(strong + weight * (strong - weak), predictions[loops])
+
+
+def _with_rest(guided: Tensor, prediction: Tensor) -> Tensor:
+    """Return what was guided, the first channels of a prediction, with its other channels as they are."""
+    rest = prediction[:, guided.shape[1] :]
+    return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided

@@ -22,13 +22,22 @@ class GuidedSteps:
         predict: the network.
         loops: a number, or one per sampling step.
         spent: takes the loops (B,) that each step ran, as :meth:`Sampler.sample` says.
+        channels: of x̂, in predictions that may hold a variance too.
 
     Raises:
         ValueError: loops that do not fit the steps, or not the weak exit of guidance.
     """
 
-    def __init__(self, sampler: Sampler, predict: Predict, loops: Loops, spent: list[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        predict: Predict,
+        loops: Loops,
+        spent: list[Tensor] | None = None,
+        channels: int | None = None,
+    ) -> None:
         self.sampler, self.predict, self.loops = sampler, predict, sampler.loops_per_step(loops)
+        self.channels = channels
         self.spent = spent
         self.state: Tensor | None = None
         self.last: Tensor | None = None
@@ -53,11 +62,11 @@ class GuidedSteps:
             self.spent.append(taken.view(branches, batch).float().mean(0))
         if sampler.carry_state:
             self.state = state
-        prediction = guidance.away_from_exit(predictions, loops, step, sampler.steps)
+        prediction = guidance.away_from_exit(predictions, loops, step, sampler.steps, self.channels)
         if branches == 1:
             return prediction
         of_class, of_null = prediction.chunk(2)
-        return guidance.combine(of_class, of_null, step, sampler.steps)
+        return guidance.combine(of_class, of_null, step, sampler.steps, self.channels)
 
     def _settle(
         self, x: Tensor, condition: Condition, most: int, exits: tuple[int, ...], state: Tensor | None

@@ -54,6 +54,8 @@ class MaskGITSampler(Sampler):
         super().__init__(process, num_classes, steps, guidance, carry_state, loop_schedule)
         if temperature_bias <= 0 or temperature_scale < 0 or choice_temperature < 0:
             raise ValueError("sampling needs temperature_bias > 0, temperature_scale >= 0 and choice_temperature >= 0")
+        if self.guidance.channels is not None:
+            raise ValueError(f"tokens have no channels to guide some of: leave out channels {self.guidance.channels}")
         self.masking = process
         self.temperature_bias, self.temperature_scale = temperature_bias, temperature_scale
         self.choice_temperature = choice_temperature

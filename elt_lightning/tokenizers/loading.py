@@ -22,7 +22,7 @@ def load_tokenizer(description: dict[str, Any], path: str | None = None) -> Toke
         raise UserError(f"{description} describes no tokenizer: what it was read from is damaged")
     description = dict(description)
     expected = description.pop("sha256", None)
-    if expected is not None and path is not None:
+    if path is not None and "path" in description["init_args"]:
         description["init_args"] = description["init_args"] | {"path": path}
     found = description["init_args"].get("path")
     another = UserError(f"{found} is not the tokenizer that the model or its data were made with (its sha256 differs)")

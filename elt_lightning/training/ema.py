@@ -34,13 +34,15 @@ class EMA(Callback):
         self.decay, self.weights = decay, weights
         self.average: dict[str, Tensor] = {}
         self.updates = 0
+        self.is_exported = False
+        """Whether the model has one set of weights, which are those that are judged."""
         self._raw: dict[str, Tensor] = {}
         """The raw weights, while the average is in their place."""
 
     @property
     def is_judged(self) -> bool:
-        """Whether the averaged weights stand in for the raw ones where the model is judged."""
-        return self.weights == "ema" and bool(self.average)
+        """Whether averaged weights are those that are judged."""
+        return self.weights == "ema" and (bool(self.average) or self.is_exported)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the initial weights, unless a checkpoint gave an average."""
@@ -81,7 +83,10 @@ class EMA(Callback):
         checkpoint["ema"] = {"updates": self.updates, "weights": self.average}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average from a checkpoint (UserError: it is of other weights)."""
+        """Take the average from a checkpoint (UserError: of other weights; an exported model has the others alone)."""
+        if "exported" in checkpoint:
+            check_exported(checkpoint["exported"], self.weights)
+            self.is_exported = True
         if "ema" in checkpoint:
             weights, here = checkpoint["ema"]["weights"], trainable_parameters(pl_module)
             if faults := differences(here, weights):
@@ -92,7 +97,7 @@ class EMA(Callback):
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
         """Put the average's values into the parameters, so that optimiser and graph keep their tensors."""
-        if self.is_judged and not self._raw:
+        if self.is_judged and self.average and not self._raw:
             release_weights(pl_module)
             parameters = trainable_parameters(pl_module)
             self._raw = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -106,6 +111,16 @@ class EMA(Callback):
             for name, parameter in trainable_parameters(pl_module).items():
                 parameter.copy_(self._raw[name])
             self._raw = {}
+
+
+def check_exported(exported: str, asked: str) -> None:
+    """Check that an exported model has the weights that are asked for.
+
+    Raises:
+        UserError: it has the others alone.
+    """
+    if exported != asked:
+        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
 
 
 def in_full(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 from elt_lightning.errors import UserError
 from elt_lightning.networks.base import LoopedNetwork, Pass
 from elt_lightning.networks.looped import CompileMode
-from elt_lightning.objectives.base import Objective
+from elt_lightning.objectives.base import Corrupted, Objective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition, drop_labels
@@ -35,6 +37,18 @@ AUTO_LOOPS = 8
 """How many times L_max a loop that stops by itself may run."""
 
 
+@dataclass(frozen=True)
+class OuterTeacher:
+    """A trained model that teaches L_max beside the data: the unlooped one that a looped one was made of."""
+
+    path: str  # a checkpoint or model folder
+    weight: float = 1.0  # of the distillation loss against it
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of the outer teacher must be above 0 and finite, not {self.weight}")
+
+
 class ELTModule(LightningModule):
     """An Elastic Looped Transformer, trained so that every loop count is a usable model.
 
@@ -52,6 +66,7 @@ class ELTModule(LightningModule):
         seed: decides every random number of training; linked to ``seed_everything``.
         compile: compile the body of the loop before training or testing: true, or a mode of `torch.compile`. Of these
             "reduce-overhead" replays CUDA graphs, for sampling few at a time on a GPU.
+        outer_teacher: a frozen model that L_max learns from too, by the distillation loss on the same corrupted batch.
     """
 
     def __init__(
@@ -67,6 +82,7 @@ class ELTModule(LightningModule):
         class_dropout_prob: float = 0.1,
         seed: int = 0,
         compile: bool | CompileMode = False,  # noqa: A002
+        outer_teacher: OuterTeacher | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= class_dropout_prob <= 1:
@@ -80,6 +96,8 @@ class ELTModule(LightningModule):
         self.make_optimizer = optimizer
         self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
+        self.outer_teacher = outer_teacher
+        self.teacher: ELTModule | None = None
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
@@ -149,7 +167,38 @@ class ELTModule(LightningModule):
         corrupted = self.objective.corrupt(batch.x, seeds, step)
         exits = self.distillation.student_exits(self.seed, step)
         predictions, _ = self.network(corrupted.inputs, Condition(labels, corrupted.time), self.max_loops, exits)
-        return self.distillation.loss(predictions, corrupted, self.objective, progress)
+        loss, terms = self.distillation.loss(predictions, corrupted, self.objective, progress)
+        if self.outer_teacher is not None:
+            taught = self._taught(predictions[self.max_loops], corrupted, labels)
+            loss = loss + self.outer_teacher.weight * taught
+            terms |= {"loss": loss.detach(), "loss_outer_teacher": taught.detach()}
+        return loss, terms
+
+    def learn_from(self, teacher: "ELTModule") -> None:
+        """Take the frozen model that ``outer_teacher`` names; it is no part of this module's weights.
+
+        Raises:
+            UserError: it predicts something else, of another noise, shape or classes.
+        """
+        of_both = [
+            (type(m.process), vars(m.process), m.network.sample_shape, m.num_classes, type(m.objective))
+            for m in (teacher, self)
+        ]
+        if of_both[0] != of_both[1]:
+            raise UserError("the outer teacher has another process, objective, shape of samples or number of classes")
+        self.__dict__["teacher"] = teacher.eval().requires_grad_(False)  # not as a part, whose weights would be saved
+
+    def _taught(self, prediction: Tensor, corrupted: Corrupted, labels: Tensor) -> Tensor:
+        """Return the loss of L_max against the outer teacher, which sees the same corrupted batch."""
+        teacher = self.teacher
+        if teacher is None:
+            raise UserError("outer_teacher names a model that was not loaded: `elt fit` loads it, or call learn_from")
+        if teacher.device != prediction.device:
+            teacher.to(prediction.device)
+        condition = Condition(labels, corrupted.time)
+        with torch.no_grad():
+            wanted = teacher.network(corrupted.inputs, condition, teacher.max_loops).predictions[teacher.max_loops]
+        return self.objective.distillation(prediction, wanted, corrupted).mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Take one step of training, and log the terms of its loss."""

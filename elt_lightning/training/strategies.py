@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.sharded_checkpoints import read_folder, write_folder
+from elt_lightning.training.sharded_checkpoints import META, read_folder, write_folder
 from elt_lightning.training.sharding import as_sharded
 
 
@@ -86,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or this device's part of a folder."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
+        if (path / META).is_file():
             return read_folder(path, self._tensors_here())
         return Strategy.load_checkpoint(self, path, weights_only)
 
@@ -126,7 +126,7 @@ def check_strategy(strategy: Strategy, model: LightningModule, checkpoint: str |
     is_sharded = isinstance(strategy, ShardedStrategy)
     if is_sharded and not is_overridden("configure_model", model):
         raise UserError(f"{type(model).__name__} cannot share its weights out: take --trainer.strategy=ddp")
-    if checkpoint and Path(checkpoint).is_dir() and not is_sharded:
+    if checkpoint and (Path(checkpoint) / META).is_file() and not is_sharded:
         raise UserError(
             f"{checkpoint} is a sharded checkpoint: read it with --trainer.strategy=model_parallel, on any number of "
             "devices, one included"
