@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from elt_lightning.data.workers import Loader, end_where_batches_are_lost
+from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.files import open_regular
 
 _ENDINGS = Image.registered_extensions()  # which loads Pillow's plugins
@@ -154,7 +154,7 @@ def crop_all(requests: Iterable[Request], size: int, num_workers: int, crop: str
     ``num_workers`` processes decode, 0 for this one; ``crop`` is :data:`CROP` or :data:`UPRIGHT_CROP`.
     """
     yield from Loader(
-        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged
+        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, obey_parent_alone, collate_fn=_unchanged
     )
 
 
