@@ -15,10 +15,10 @@ $(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); there
 
 TABLES := table1 table2 table3 table4 table8
 FIGURES := fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
-EXPERIMENTS := $(subst _,-,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
+EXPERIMENTS := $(subst _,-,$(patsubst experiments/%.yaml,%,$(filter-out %/any_time.yaml,$(wildcard experiments/*.yaml))))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-video fashion test test-all claims imagenet ucf101 tables figures clean \
+.PHONY: help quickstart quickstart-video fashion any-time test test-all claims imagenet ucf101 tables figures clean \
 	$(EXPERIMENTS) $(TABLES) $(FIGURES)
 
 help: ## show this list
@@ -52,6 +52,9 @@ test-all: test ## the slow tests too
 ablation: ## ILSD against others, 3 seeds (an hour); so every file of experiments/: ablation-video, …
 $(EXPERIMENTS): $(BIN)/elt
 	$(BIN)/python -m elt_lightning.reproduce.ablation --config experiments/$(subst -,_,$@).yaml
+
+any-time: $(BIN)/elt ## quality against compute, of the runs of recall, recall-sudoku, … at many settings (resumes)
+	$(BIN)/python -m elt_lightning.reproduce.any_time
 
 claims: $(BIN)/elt $(if $(RUN),$(filter ablation%,$(EXPERIMENTS))) ## the paper's claims, what was measured, verdicts; RUN=1 runs what is missing
 	$(BIN)/python -m elt_lightning.reproduce.claims

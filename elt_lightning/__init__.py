@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elt_lightning.checkpoints.pretrained import from_pretrained
+    from elt_lightning.evaluation.drawing import load
     from elt_lightning.training.module import ELTModule
 
 __version__ = "0.1.0"
-__all__ = ["ELTModule", "__version__", "from_pretrained"]
+__all__ = ["ELTModule", "__version__", "from_pretrained", "load"]
 
 _HOMES = {
     "ELTModule": "elt_lightning.training.module",
     "from_pretrained": "elt_lightning.checkpoints.pretrained",
+    "load": "elt_lightning.evaluation.drawing",
 }
 
 

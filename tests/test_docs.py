@@ -157,9 +157,9 @@ def test_commands_parse(line: str, workplace: Path, capsys: pytest.CaptureFixtur
 
 
 def parse_for_trainer(command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Let `elt` print the config that these arguments come to; checkpoints, which are not there, are left out."""
+    """Let `elt` print the config that these arguments come to; files that are not there are left out."""
     latents = any("shards" in argument for argument in arguments)
-    for flag in ("--ckpt_path", "--init_from"):
+    for flag in ("--ckpt_path", "--init_from", "--plan"):
         while flag in arguments:
             place = arguments.index(flag)
             del arguments[place : place + 2]

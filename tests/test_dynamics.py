@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_recall import dit, masked
 
+from elt_lightning import from_pretrained
+from elt_lightning.cli import main
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.objectives.diffusion import DiffusionObjective
 from elt_lightning.objectives.ilsd import ILSD
@@ -19,6 +22,8 @@ from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce import dynamics
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training import loop_monitor
+from elt_lightning.training.loop_monitor import token_cosine
 from elt_lightning.training.module import ELTModule
 
 
@@ -26,7 +31,7 @@ def test_the_cosine_between_tokens_is_that_of_all_pairs() -> None:
     torch.manual_seed(0)
     h = torch.randn(2, 4, 5)
     pairs = [F.cosine_similarity(sample[i], sample[j], dim=0) for sample in h for i, j in combinations(range(4), 2)]
-    torch.testing.assert_close(dynamics.token_cosine(h), torch.stack(pairs).mean())
+    torch.testing.assert_close(token_cosine(h), torch.stack(pairs).mean())
 
 
 def test_loops_are_followed_and_carried_states_compared_with_settled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +53,7 @@ def test_loops_are_followed_and_carried_states_compared_with_settled_ones(monkey
     for loop in (1, 2, 3):
         moved = ((states[loop] - states[loop - 1]).norm(dim=-1) / states[loop].norm(dim=-1)).mean()
         assert update[loop - 1] == pytest.approx(float(moved), rel=1e-5)
-        assert cosine[loop - 1] == pytest.approx(float(dynamics.token_cosine(states[loop])), rel=1e-5)
+        assert cosine[loop - 1] == pytest.approx(float(token_cosine(states[loop])), rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [masked, dit])
@@ -80,3 +85,24 @@ def test_the_program_compares_checkpoints(small_squares: Path, tmp_path: Path, m
     assert len(found["update"]) == len(found["cosine"]) == 3
     assert "carried" not in found
     assert (tmp_path / "dynamics.png").stat().st_size > 1000
+
+
+def test_validation_logs_what_loops_do_and_warns_of_tokens_that_grow_alike(
+    small_squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    monkeypatch.setattr(loop_monitor, "ALIKE", -1.0)
+    quick = ["--loop_metrics.num_validation_samples=0", "--trainer.limit_val_batches=1"]
+    with pytest.warns(UserWarning, match=r"tokens have grown alike: mean cosine .* after 4 loops.* set model.network"):
+        assert main(["validate", *quick, "--ckpt_path", str(small_squares), "--run_dir=watched"]) == 0
+    events = EventAccumulator(str(small_squares.parents[1])).Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith("loops/")]
+    logged = {name: events.Scalars(name)[-1].value for name in names}
+    assert set(logged) == {f"loops/{name}@L{loop}" for name in ("update", "token_cosine") for loop in range(1, 5)}
+    assert all(0 < value < 2 if "update" in name else -1 <= value <= 1 for name, value in logged.items())
+    module = from_pretrained(small_squares)
+    assert not module.network.backbone.layers._forward_hooks
+    assert "set model.network.init_args.recall to true (" in loop_monitor.alike_line(module, 4, 0.99)
+    for block in module.network.backbone.layers:
+        block.residual_scale = 1.0
+    assert "residual_scale to 3 or model.network.init_args.recall" in loop_monitor.alike_line(module, 4, 0.99)

@@ -40,7 +40,8 @@ def test_a_sweep_and_a_prediction_say_how_far_they_are(small_squares: Path, caps
     assert main(["test", *flags, "--loops=1,3", "--loop_metrics.batch_size=6", "--run_dir=swept"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample ")]
     assert [re.sub(r"\d+\.\d samples/s  \d+ s left$", "…", line) for line in lines] == [
-        f"sample {done}/24  loops {loops}, guidance 1  …" for done, loops in ((6, 1), (12, 1), (18, 3), (24, 3))
+        f"sample {done}/24  loops {loops}, steps 3, guidance 1  …"
+        for done, loops in ((6, 1), (12, 1), (18, 3), (24, 3))
     ]
     flags += ["--loops=2", "--samples.batch_size=5", "--trainer.limit_predict_batches=2", "--run_dir=drawn"]
     assert main(["predict", *flags]) == 0

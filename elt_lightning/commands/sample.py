@@ -7,19 +7,16 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
-from elt_lightning.checkpoints.recipe import found
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.calibration import read_plan
+from elt_lightning.evaluation.drawing import load
 from elt_lightning.evaluation.pictures import write_gif, write_mp4
 from elt_lightning.evaluation.report import loops_figure
 from elt_lightning.files import written_aside
-from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.samplers.loop_schedule import LoopShape
-from elt_lightning.tokenizers.loading import load_tokenizer
 from elt_lightning.training.announce import announce
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
@@ -45,43 +42,30 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     if options.output.suffix not in SUFFIXES:
         raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")
-    checkpoint = read_pretrained(options.ckpt_path)
-    module = build_module(checkpoint, options.weights)
-    device = device_of(options.device)
-    tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), options.tokenizer_path).to(device)
-    module.to(device)
-    classes = options.classes or list(range(module.num_classes))
-    if max(classes) >= module.num_classes:
-        raise UserError(f"--classes: the model's classes are 0 to {module.num_classes - 1}, not {max(classes)}")
+    model = load(options.ckpt_path, options.weights, options.tokenizer_path).to(device_of(options.device))
+    module, tokenizer = model.module, model.tokenizer
+    labels = model.labels(options.classes, options.num)
     asked = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     if "carry_state" in asked:
         asked["carry_state"] = options.carry_state == "true"
-    counts = options.loops or [module.max_loops]
-    try:
-        sampler = module.sampler.with_settings(**asked).suited_to(module.network.has_recall)
-        counts = [module.loop_count("auto", sampler)] if options.loops == "auto" else counts
-        for loops in counts:
-            sampler.loops_per_step(loops)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    index = torch.arange(options.num, device=device)
-    labels = torch.tensor(classes, device=device)[index % len(classes)]
+    counts = options.loops if isinstance(options.loops, list) else [options.loops]
+    settled = [model.sampler(loops, **asked) for loops in counts]
     rows, known = {}, None
     if options.given is not None:
         given = read_given(options.given, module, tokenizer, options.given_frames, options.hole, options.given_stride)
         known = given.known.expand(options.num, *given.known.shape[1:])
         rows["given"] = torch.cat(options.num * [tokenizer.present(given.pixels).cpu()])
-    for loops in counts:
+    for sampler, loops in settled:
         macs = options.num * module.macs_per_sample(loops, sampler)
         announce(f"L = {loops}", macs, module, sampler, options.num)
         spent: list[Tensor] = []
-        codes = module.sample(labels, loops, sample_seeds(options.seed, index), known, sampler, spent)
+        pixels = model.pixels(labels, loops, sampler, options.seed, known, spent)
         if sampler.loop_schedule.tolerance is not None:
             used = torch.stack(spent).mean(0)
             print(
                 f"at most {loops} loops: {used.mean():.3g} on average, {used.min():.3g} to {used.max():.3g} of a sample"
             )
-        rows[f"L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
+        rows[f"L = {loops}"] = pixels
     write_samples(options.output, rows)
     print(options.output)
 

@@ -45,6 +45,7 @@ from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.announce import announce
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
+from elt_lightning.training.loop_monitor import LoopMonitor
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import PRECISIONS, cache_weight_casts
 from elt_lightning.training.preemption import Preemption, saved_checkpoint
@@ -346,8 +347,8 @@ class ELTCommandLine(RunCommandLine):
             config.verbose = False  # scores are printed by this program
 
     def own_callbacks(self) -> list[Callback]:
-        """Measure speed too."""
-        return [Throughput(), *super().own_callbacks()]
+        """Measure speed, and what loops do, too."""
+        return [Throughput(), LoopMonitor(), *super().own_callbacks()]
 
     def before_fit(self) -> None:
         """Load what training begins from; refuse loops that the device cannot hold; say what many take."""

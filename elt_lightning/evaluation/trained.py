@@ -32,6 +32,7 @@ class Trained:
 
     def __init__(self, path: str | Path, device: torch.device, weights: Weights = "ema") -> None:
         checkpoint = read_pretrained(path)
+        self.train_steps = checkpoint.get("global_step")  # which exported models do not say
         self.module = build_module(checkpoint, weights).to(device)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(GenerativeDataModule, "data")

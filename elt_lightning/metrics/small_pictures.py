@@ -79,7 +79,7 @@ def load_or_train_picture_network(
 
 
 def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tensor, seed: int = 0) -> None:
-    """Fit the network to pictures (n, H, W) uint8, shifted by up to one pixel, in three passes over 60,000 of them."""
+    """Fit the network to pictures (n, H, W) uint8, shifted by up to one pixel, in six passes over 60,000 of them."""
     height, width = images.shape[1:]
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -88,4 +88,4 @@ def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tenso
         padded = F.pad(images[chosen, None] / 255, (1, 1, 1, 1))
         return padded[..., top : top + height, left : left + width], labels[chosen]
 
-    fit(network, draw, min(max(len(images) // 40, 200), 1500), learning_rate=2e-3, seed=seed)
+    fit(network, draw, min(max(len(images) // 20, 200), 3000), learning_rate=2e-3, seed=seed)

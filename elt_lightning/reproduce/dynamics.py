@@ -28,6 +28,7 @@ from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.training.loop_monitor import followed_loops, relative_distance
 from elt_lightning.training.module import ELTModule
 
 SETTLED = 32
@@ -84,18 +85,9 @@ def measure(module: ELTModule, num_samples: int, seed: int) -> dict[str, Any]:
 
 def followed(module: ELTModule, labels: Tensor, seeds: Tensor) -> tuple[list[float], list[float]]:
     """Draw samples from zero with many loops: relative update and cosine between tokens after each."""
-    updates: list[Tensor] = []
-    cosines: list[Tensor] = []
-
-    def after_loop(layers: nn.Module, arguments: tuple[Tensor, ...], h: Tensor) -> None:
-        updates.append(relative_distance(arguments[0], h))
-        cosines.append(token_cosine(h))
-
-    hook = module.network.backbone.layers.register_forward_hook(after_loop)
-    try:
-        module.sample(labels, SETTLED, seeds, sampler=module.sampler.with_settings(carry_state=False))
-    finally:
-        hook.remove()
+    sampler = module.sampler.with_settings(carry_state=False)
+    with followed_loops(module.network.backbone.layers) as (updates, cosines):
+        module.sample(labels, SETTLED, seeds, sampler=sampler)
     means = [torch.stack(values).view(-1, SETTLED).mean(0).tolist() for values in (updates, cosines)]
     return means[0], means[1]
 
@@ -116,17 +108,6 @@ def carried_distances(module: ELTModule, labels: Tensor, seeds: Tensor, loops: i
     finally:
         hook.remove()
     return distances
-
-
-def relative_distance(h: Tensor, to: Tensor) -> Tensor:
-    """Return ‖h − to‖/‖to‖ of states (B, T, D), averaged over tokens and samples."""
-    return ((h - to).norm(dim=-1) / to.norm(dim=-1)).mean()
-
-
-def token_cosine(h: Tensor) -> Tensor:
-    """Return the cosine between two tokens of a sample, averaged over all pairs and samples of h (B, T, D)."""
-    units, count = nn.functional.normalize(h, dim=-1), h.shape[1]
-    return ((units.sum(1).square().sum(-1) - count) / (count * (count - 1))).mean()
 
 
 def figure(models: dict[str, dict[str, Any]]) -> Figure:

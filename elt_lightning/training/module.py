@@ -134,7 +134,7 @@ class ELTModule(LightningModule):
             if (sampler or self.sampler).loop_schedule.tolerance is None:
                 raise UserError("loops auto: a tolerance must say when a sample's loop ends, such as --tolerance 0.01")
             return AUTO_LOOPS * self.max_loops
-        return asked or self.max_loops
+        return self.max_loops if asked is None else asked
 
     @property
     def codebook_size(self) -> int | None:

@@ -1,0 +1,137 @@
+"""A model with its tokenizer: from classes to pictures, for people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
+from elt_lightning.checkpoints.recipe import found
+from elt_lightning.checkpoints.store import Weights
+from elt_lightning.errors import UserError
+from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.base import Sampler
+from elt_lightning.tokenizers.loading import load_tokenizer
+
+Asked = int | Literal["auto"] | None
+"""A loop count; "auto", until the tolerance is met; None for the count of training."""
+
+
+class Drawing:
+    """A trained model that draws pictures, or clips.
+
+    Attributes:
+        module: the model itself, an :class:`~elt_lightning.training.module.ELTModule`.
+        tokenizer: turns what it samples into pixels.
+    """
+
+    def __init__(
+        self, source: str | Path, weights: Weights | None = None, tokenizer_path: str | Path | None = None
+    ) -> None:
+        checkpoint = read_pretrained(source)
+        self.module = build_module(checkpoint, weights or checkpoint.get("exported", "ema"))
+        place = None if tokenizer_path is None else str(tokenizer_path)
+        self.tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), place)
+
+    @property
+    def num_classes(self) -> int:
+        """The classes are 0 to this less one."""
+        return self.module.num_classes
+
+    def to(self, *place: Any) -> Self:
+        """Move model and tokenizer to a device, or the model to a dtype, as `torch.nn.Module.to` does."""
+        self.module.to(*place)
+        self.tokenizer.to(self.module.device)
+        return self
+
+    def sampler(self, loops: Asked = None, **settings: Any) -> tuple[Sampler, int]:
+        """Return the model's sampler with settings changed, and the loop count.
+
+        Raises:
+            UserError: the sampler has no such setting, or it does not go with the model or the loop count.
+        """
+        try:
+            sampler = self.module.sampler.with_settings(**settings).suited_to(self.module.network.has_recall)
+            count = self.module.loop_count(loops, sampler)
+            sampler.loops_per_step(count)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return sampler, count
+
+    def labels(self, classes: Sequence[int] | None, num: int) -> Tensor:
+        """Take classes in turn, all of them by default, for ``num`` samples: (num,) int64.
+
+        Raises:
+            UserError: the model has no such class.
+        """
+        known = range(self.num_classes)
+        chosen = list(known if classes is None else classes)
+        if wrong := [number for number in chosen if number not in known]:
+            raise UserError(f"the model's classes are 0 to {self.num_classes - 1}, not {wrong[0]}")
+        return torch.tensor(chosen, device=self.module.device)[torch.arange(num) % len(chosen)]
+
+    def pixels(
+        self,
+        labels: Tensor,
+        loops: int,
+        sampler: Sampler,
+        seed: int = 0,
+        known: Tensor | None = None,
+        spent: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Draw a sample for each label (B,); see :meth:`ELTModule.sample`.
+
+        Returns:
+            (B, C, H, W), or clips (B, C, F, H, W), uint8 on the CPU, as people are shown them.
+        """
+        seeds = sample_seeds(seed, torch.arange(len(labels), device=labels.device))
+        codes = self.module.sample(labels, loops, seeds, known, sampler, spent)
+        return self.tokenizer.present(self.tokenizer.decode(codes)).cpu()
+
+    def draw(
+        self, classes: Sequence[int] | None = None, loops: Asked = None, seed: int = 0, **settings: Any
+    ) -> list[Image.Image] | list[list[Image.Image]]:
+        """Draw one picture for each class, all of them by default; of clips a list of frames for each.
+
+        The same seed gives the same attempt at every loop count.
+
+        Args:
+            classes: numbers from 0 up; the same one may be asked for several times.
+            loops: how often the shared layers are run in each sampling step; by default as often as in training;
+                "auto" ends each sample's loop when it changes by less than a ``tolerance``.
+            seed: decides every picture.
+            settings: of the sampler: ``steps``, ``guidance``, ``carry_state``, ``exit_scale``, ``weak_loops``,
+                ``loop_schedule``, ``tolerance``.
+
+        Raises:
+            UserError: the model has no such class or setting.
+        """
+        labels = self.labels(classes, self.num_classes if classes is None else len(classes))
+        sampler, count = self.sampler(loops, **settings)
+        samples = self.pixels(labels, count, sampler, seed)
+        if samples.ndim == 4:
+            return [picture_of(pixels) for pixels in samples]
+        return [[picture_of(frame) for frame in clip.unbind(1)] for clip in samples]
+
+
+def load(source: str | Path, weights: Weights | None = None, tokenizer_path: str | Path | None = None) -> Drawing:
+    """Return a trained model with its tokenizer, ready to draw on the CPU.
+
+    Args:
+        source: a checkpoint of `elt fit`; a folder of `elt export`; or its name ``owner/name`` on Hugging Face.
+        weights: "ema", "raw"; by default the averaged ones, or those that were exported.
+        tokenizer_path: where the tokenizer's file lies, if it has moved.
+
+    Raises:
+        UserError: there is no such model, or its tokenizer's file is missing.
+    """
+    return Drawing(source, weights, tokenizer_path)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """Return pixels (C, H, W) uint8, C 1 or 3, as a picture of Pillow."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)

@@ -1,0 +1,48 @@
+"""Pictures in three lines of Python, from a checkpoint and from an exported folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import elt_lightning
+from elt_lightning.cli import main
+from elt_lightning.errors import UserError
+from elt_lightning.processes.noise import sample_seeds
+
+
+def test_a_loaded_model_draws_what_its_module_samples(
+    small_squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    model = elt_lightning.load(small_squares)
+    pictures = model.draw(classes=[3, 0, 3], loops=2, seed=5, steps=3)
+    sampler = model.module.sampler.with_settings(steps=3)
+    codes = model.module.sample(torch.tensor([3, 0, 3]), 2, sample_seeds(5, torch.arange(3)), sampler=sampler)
+    expected = model.tokenizer.present(model.tokenizer.decode(codes))
+    assert [np.asarray(picture).tolist() for picture in pictures] == expected[:, 0].tolist()
+    assert len(model.draw()) == model.num_classes == 5
+
+    assert main(["export", "--ckpt_path", str(small_squares), f"--output={tmp_path / 'model'}"]) == 0
+    exported = elt_lightning.load(tmp_path / "model").to("cpu").draw(classes=[3, 0, 3], loops=2, seed=5, steps=3)
+    assert [np.asarray(a).tolist() for a in exported] == [np.asarray(b).tolist() for b in pictures]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"classes": [5]}, "the model's classes are 0 to 4, not 5"),
+        ({"classes": [-1]}, "the model's classes are 0 to 4, not -1"),
+        ({"loops": "auto"}, "a tolerance must say when"),
+        ({"loops": 0}, "loop"),
+        ({"stepps": 3}, "no such setting"),
+        ({"carry_state": True}, "carry_state needs a network with recall"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    asked: dict[str, object], message: str, small_squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    with pytest.raises(UserError, match=message):
+        elt_lightning.load(small_squares).draw(**asked)  # type: ignore[arg-type]

@@ -1,0 +1,87 @@
+"""`make any-time`: records setting by setting, which another call goes on with, and what is compared at last."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from elt_lightning.errors import UserError
+from elt_lightning.reproduce import any_time
+
+CONFIG: dict[str, Any] = {
+    "seeds": [0],
+    "paper": "ilsd",
+    "ours": ["recall_ilsd"],
+    "recipes": {
+        "ilsd": {"label": "ILSD", "grids": ["plain", "exits"]},
+        "recall_ilsd": {"label": "with recall", "grids": ["plain"]},
+    },
+    "grids": {
+        "plain": {"steps": [0.34, 1.0], "loops": [1, 4]},
+        "exits": {"steps": [1.0], "loops": [1, 4], "exit_scale": [0, 0.5], "weak_loops": [1]},
+    },
+    "testbeds": {"squares": {"runs": "recall", "num_samples": 4}},
+}
+
+
+def test_a_checkpoint_is_measured_setting_by_setting_and_only_once(
+    small_squares: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    run = tmp_path / "recall" / "ilsd_seed0" / "checkpoints" / "last.ckpt"
+    run.parent.mkdir(parents=True)
+    shutil.copy(small_squares, run)
+    runs = list(any_time.runs_of(CONFIG, ["squares"], tmp_path, tmp_path / "results", None))
+    assert [each.checkpoint.is_file() for each in runs] == [True, False]
+    assert any_time.measure(runs[0]) == "squares_ilsd_seed0: 5 settings measured, 0 before"
+    content = json.loads(runs[0].records.read_text())
+    settings = [tuple(each[name] for name in ("loops", "steps", "exit_scale")) for each in content["records"]]
+    assert settings == [(1, 1, 0), (1, 3, 0), (4, 1, 0), (4, 3, 0), (4, 3, 0.5)]
+    lost = content["records"].pop(2)
+    runs[0].records.write_text(json.dumps(content))
+    assert any_time.measure(runs[0]) == "squares_ilsd_seed0: 1 settings measured, 4 before"
+    again = json.loads(runs[0].records.read_text())["records"][-1]
+    assert {**again, "samples_per_second": 0} == {**lost, "samples_per_second": 0}
+    runs[0].records.write_text(json.dumps(content | {"num_samples": 5}))
+    with pytest.raises(UserError, match="delete it to measure again"):
+        any_time.measure(runs[0])
+
+
+def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of records made by hand: means over seeds, the cheapest that is as good, the best that costs no more."""
+    setting = {"carry_state": False, "guidance": 1.0, "exit_scale": 0, "weak_loops": None}
+    setting |= {"loop_schedule": "constant", "tolerance": None}
+    about = {"num_samples": 4, "train_steps": 6, "train_loops": 4, "sampling_steps": 3, "primary_metric": "valid"}
+    scores = {"ilsd": {1: (0.2, 0.4), 4: (0.6, 0.8)}, "recall_ilsd": {1: (0.5, 0.6), 2: (0.8, 0.7), 4: (0.9, 1.0)}}
+    for recipe, by_loops in scores.items():
+        for seed in (0, 1):
+            records = [
+                {"loops": loops, "steps": 3, **setting, "mean_loops": loops, "macs_per_sample": 100 * loops}
+                | {"metrics": {"valid": values[seed]}}
+                for loops, values in by_loops.items()
+            ]
+            path = any_time.records_path(tmp_path / "any_time", "squares", recipe, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(about | {"higher_is_better": True, "records": records}))
+    (tmp_path / "any_time.yaml").write_text(yaml.safe_dump(CONFIG | {"seeds": [0, 1, 2]}))
+    flags = ["--config", str(tmp_path / "any_time.yaml"), "--runs", str(tmp_path), "--jobs", "1"]
+    monkeypatch.setattr(sys, "argv", ["any_time", *flags, "--output", str(tmp_path / "any_time")])
+    any_time.main()
+    testbed = json.loads((tmp_path / "any_time" / "any_time.json").read_text())["testbeds"]["squares"]
+    assert testbed["compute_ratio_at_equal_quality"] == pytest.approx(0.5)
+    assert testbed["quality_at_equal_compute"] == pytest.approx({"paper": 0.7, "ours": 0.95})
+    row = next(row for row in testbed["rows"] if (row["recipe"], row["mean_loops"]) == ("ilsd", 1))
+    assert {name: row[name] for name in ("steps", "macs_per_sample", "seeds")} == {
+        "steps": 3,
+        "macs_per_sample": 100,
+        "seeds": [0, 1],
+    }
+    assert (row["mean"], row["std"]) == pytest.approx((0.3, 0.2 / 2**0.5))
+    assert "ours needs 0.50 of its compute" in (tmp_path / "any_time" / "any_time.md").read_text()
+    assert (tmp_path / "any_time" / "any_time.png").stat().st_size > 10_000
