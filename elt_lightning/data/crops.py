@@ -9,7 +9,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -170,6 +170,8 @@ class _Cropper(Dataset[Crops]):
             try:
                 crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read(), self.upright), self.size)
                 pictures.append(picture)
+            except UnidentifiedImageError:  # its message is the address of the bytes in memory
+                unreadable.append((picture.source, "not a picture that Pillow reads"))
             except Exception as error:  # Pillow's plugins may raise anything on a damaged file
                 unreadable.append((picture.source, f"{type(error).__name__}: {error}"))
         pixels = torch.from_numpy(crops[: len(pictures)]).permute(0, 3, 1, 2).contiguous()
