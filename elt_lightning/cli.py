@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from elt_lightning import __version__
 from elt_lightning.errors import LOST_LOADER, UserError, printable
+from elt_lightning.signals import ending_on_signals
 
 SUBCOMMANDS = {
     "fit": "train a model from a config, or go on from a checkpoint",
@@ -77,15 +78,13 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show × shows the rest
     try:
-        work()
+        with ending_on_signals():
+            work()
     except UserError as error:
         if debug:
             raise
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()

@@ -2,7 +2,9 @@
 
 import io
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from image_folders import CLASSES, write_broken, write_class_folders, write_flat
 from PIL import Image
 from torch import Tensor
 
+from elt_lightning.cli import main
 from elt_lightning.commands.encode import run
 from elt_lightning.data import encode
 from elt_lightning.data.crops import adm_centre_crop, decode_picture
@@ -249,6 +252,33 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert before.items() <= after.items()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(encoded) == 6 + 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_all_processes_end_it_with_their_status_and_nothing_half_done(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Neither are its loader processes taken for lost, which a terminal and a scheduler signal as well."""
+    calls = []
+
+    def send_in_the_second_shard(*arguments: Any) -> np.ndarray:
+        calls.append(arguments)
+        if len(calls) == 3:
+            loaders = [process.pid for process in multiprocessing.active_children()]
+            assert loaders
+            for process in (*loaders, os.getpid()):
+                os.kill(process or 0, number)
+        return original(*arguments)
+
+    original = encode.encode_pixels
+    monkeypatch.setattr(encode, "encode_pixels", send_in_the_second_shard)
+    flags = [f"--root={root}", f"--output={tmp_path / 'out'}", "--size=32", "--samples_per_shard=4", "--batch_size=3"]
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", "imagenet", "--tokenizer=test_encode.Moments", "--num_workers=1", *flags])
+    assert ended.value.code == 128 + number
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signal.Signals(number)]
+    assert capfd.readouterr().err == f"elt: ended by {name}\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.json", "00000.tar", "encode.json"]
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ def test_what_cannot_be_read_is_named_with_its_reason_and_the_rest_is_kept(
     assert sorted(reasons) == sorted(set(names) - {"good.png"})
     assert "DecompressionBomb" in reasons["bomb.png"]
     assert "truncated" in reasons["broken_cut.JPEG"]
+    assert reasons["postscript.jpg"] == "not a picture that Pillow reads"
     assert (crops.part, crops.num_tried) == (3, len(names))
 
 

@@ -18,8 +18,9 @@ from small_runs import SMALL
 from test_command_line import assert_same
 
 from elt_lightning.cli import main
+from elt_lightning.signals import handle_signals
 from elt_lightning.training.module import ELTModule
-from elt_lightning.training.preemption import Preemption, handle_signals
+from elt_lightning.training.preemption import Preemption
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 SETTINGS = ["--config", str(DIGITS), *SMALL, "--data.init_args.batch_size=64", "--data.init_args.micro_batch_size=32"]

@@ -45,11 +45,21 @@ def test_settings_given_for_going_on_are_used_and_recorded_and_epochs_end_where_
     assert (progress["total"]["completed"], progress["current"]["completed"]) == (24, 8)  # in micro-batches of now
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.val_check_interval=00:01:00:00", "--checkpoint.monitor=train/los"],
+        [
+            "--trainer.val_check_interval=2",
+            "--trainer.callbacks=EarlyStopping",
+            "--trainer.callbacks.monitor=train/los",
+        ],
+    ],
+)
 def test_a_value_to_monitor_that_training_never_logs_is_complained_of_after_saving(
-    small_squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], small_squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--trainer.max_steps=8", "--trainer.val_check_interval=00:01:00:00", "--checkpoint.monitor=train/los"]
-    flags += ["--trainer.max_time=00:01:00:00"]
+    flags = [*flags, "--trainer.max_steps=8", "--trainer.max_time=00:01:00:00"]
     assert resume(small_squares, tmp_path, *flags, status=2)["global_step"] == 8
     said = capsys.readouterr()
     assert "--trainer.max_time counts the time before the checkpoint too: " in said.out

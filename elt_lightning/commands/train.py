@@ -48,7 +48,7 @@ from elt_lightning.training.ema import EMA
 from elt_lightning.training.loop_monitor import LoopMonitor
 from elt_lightning.training.module import ELTModule
 from elt_lightning.training.precision import PRECISIONS, cache_weight_casts
-from elt_lightning.training.preemption import Preemption, ending_on_interrupt, saved_checkpoint
+from elt_lightning.training.preemption import Preemption, saved_checkpoint
 from elt_lightning.training.progress import Progress, ValidationScores
 from elt_lightning.training.runs import LOCK, choose_run_dir, locked
 from elt_lightning.training.skip_non_finite_steps import SkipNonFiniteSteps
@@ -68,7 +68,7 @@ def run(name: str, arguments: list[str]) -> None:
         print("  --plan for the best setting of a plan of elt calibrate\n" if name in ("test", "predict") else "")
         ELTCommandLine.for_arguments([name, "--help"])
     try:
-        with tempfile.TemporaryDirectory() as scratch, ending_on_interrupt():
+        with tempfile.TemporaryDirectory() as scratch:
             arguments = prepared(name, arguments, Path(scratch))
             command = TokenizerCommandLine if trains_tokenizer(arguments) else ELTCommandLine
             command.for_arguments([name, *arguments])

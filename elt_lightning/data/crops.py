@@ -9,11 +9,11 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from elt_lightning.data.workers import Loader, end_where_batches_are_lost
+from elt_lightning.data.workers import Loader, obey_parent_alone
 from elt_lightning.files import open_regular
 
 _ENDINGS = Image.registered_extensions()  # which loads Pillow's plugins
@@ -154,7 +154,7 @@ def crop_all(requests: Iterable[Request], size: int, num_workers: int, crop: str
     ``num_workers`` processes decode, 0 for this one; ``crop`` is :data:`CROP` or :data:`UPRIGHT_CROP`.
     """
     yield from Loader(
-        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, end_where_batches_are_lost, collate_fn=_unchanged
+        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, obey_parent_alone, collate_fn=_unchanged
     )
 
 
@@ -170,6 +170,8 @@ class _Cropper(Dataset[Crops]):
             try:
                 crops[len(pictures)] = adm_centre_crop(decode_picture(picture.read(), self.upright), self.size)
                 pictures.append(picture)
+            except UnidentifiedImageError:  # its message is the address of the bytes in memory
+                unreadable.append((picture.source, "not a picture that Pillow reads"))
             except Exception as error:  # Pillow's plugins may raise anything on a damaged file
                 unreadable.append((picture.source, f"{type(error).__name__}: {error}"))
         pixels = torch.from_numpy(crops[: len(pictures)]).permute(0, 3, 1, 2).contiguous()

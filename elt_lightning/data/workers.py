@@ -107,12 +107,13 @@ def _unless_cut_off(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def obey_parent_alone(worker: int) -> None:
-    """Let a loader process of a training go on when a scheduler sends SIGTERM, or Ctrl-C SIGINT, to all processes.
+    """Let a loader process go on when a scheduler sends SIGTERM, or Ctrl-C SIGINT, to all processes.
 
-    The main process then finishes its step and saves (:class:`~elt_lightning.training.preemption.Preemption`), for
-    which it may wait for a batch. SIGTERM from the main process itself still ends a loader process, and so does the
-    main process's end, which PyTorch looks for. Where the system does not say who sent a signal (macOS), nothing is
-    changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
+    The main process decides: a training finishes its step and saves
+    (:class:`~elt_lightning.training.preemption.Preemption`), for which it may wait for a batch, and any other work
+    would take the loader process for lost if it ended first. SIGTERM from the main process itself still ends a loader
+    process, and so does the main process's end, which PyTorch looks for. Where the system does not say who sent a
+    signal (macOS), nothing is changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
     """
     end_where_batches_are_lost(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -5,7 +5,7 @@ import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule, Trainer
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.training.runs import callbacks_of, run_folder
-from elt_lightning.training.trainer_settings import check_monitored
+from elt_lightning.training.trainer_settings import check_monitored, monitored
 
 UNFINISHED = ".unfinished.ckpt"
 """The file beside its place that a checkpoint is written into; the next one replaces what a killed run left."""
@@ -131,6 +131,14 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = WholeFiles()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and complain before other callbacks look in vain for what training logs (UserError: it did not)."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            candidates = self._monitor_candidates(trainer)
+            for name in monitored(trainer):
+                if name.startswith("train/") and name not in candidates:
+                    self._save_and_complain(trainer, name, candidates)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save; before training look whether what callbacks monitor is there (UserError: it is not)."""
         if trainer.sanity_checking:
@@ -144,13 +152,15 @@ class Checkpoint(ModelCheckpoint):
             UserError: the monitored value was not logged.
         """
         if self.monitor is not None and self.monitor not in monitor_candidates:
-            self._save_last_checkpoint(trainer, monitor_candidates)
-            raise UserError(
-                f"nothing was logged as {self.monitor}, which is to be monitored: there are "
-                f"{', '.join(sorted(monitor_candidates))}; step {trainer.global_step} is saved, go on with --ckpt_path "
-                f"{self.last_model_path}"
-            )
+            self._save_and_complain(trainer, self.monitor, monitor_candidates)
         super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_and_complain(self, trainer: Trainer, name: str, candidates: dict[str, Tensor]) -> NoReturn:
+        self._save_last_checkpoint(trainer, candidates)
+        raise UserError(
+            f"nothing was logged as {name}, which is to be monitored: there are {', '.join(sorted(candidates))}; "
+            f"step {trainer.global_step} is saved, go on with --ckpt_path {self.last_model_path}"
+        )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Correct what the trainer takes as done; print how much of ``max_time``, which counts over all runs, is over.

@@ -1,22 +1,16 @@
-"""SIGTERM, which clusters send some time before they take a machine away, and Ctrl-C: what was trained is saved."""
+"""SIGTERM and Ctrl-C in a training: what was trained is saved."""
 
-import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from elt_lightning.signals import ENDS, end, end_at_once_next_time, handle_signals, say
 from elt_lightning.training.runs import callbacks_of
 from elt_lightning.training.sharding import release_weights
-
-ENDS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-"""The signals that end a command, and what they are called. The exit status is 128 + the signal's number."""
 
 
 class Preemption(Callback):
@@ -71,18 +65,7 @@ class Preemption(Callback):
 
     def _end_at_once_unless_training(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit":
-            handle_signals(_end)
-
-
-@contextmanager
-def ending_on_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the program with status 130 wherever it is: Lightning 2.6.6 would end with 1."""
-    before = signal.getsignal(signal.SIGINT)
-    handle_signals(_end, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        handle_signals(before, [signal.SIGINT])
+            handle_signals(end)
 
 
 def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,13 +80,6 @@ def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:
     asked = callbacks[0].asked
     if trainer.strategy.reduce_boolean_decision(asked is not None, all=False):
         save_and_end(trainer, pl_module, asked or signal.SIGTERM)
-
-
-def handle_signals(handler: Any, signals: Any = ENDS) -> None:
-    """Set the handler of the signals where Python allows it."""
-    if threading.current_thread() is threading.main_thread():
-        for number in signals:
-            signal.signal(number, handler)
 
 
 def save_and_end(trainer: Trainer, pl_module: LightningModule, number: signal.Signals) -> NoReturn:
@@ -128,25 +104,3 @@ def saved_checkpoint(trainer: Trainer) -> str | None:
     if getattr(callback, "_last_global_step_saved", None) != trainer.global_step:
         return None
     return callback.last_model_path or None
-
-
-def end_at_once_next_time() -> None:
-    """Let a second Ctrl-C end this process at once, whatever it is doing."""
-    handle_signals(_end_at_once, [signal.SIGINT])
-
-
-def say(line: str) -> None:
-    """Write a line to stderr from a signal's handler, which may come in the middle of writing another line."""
-    os.write(2, f"{line}\n".encode())
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    end_at_once_next_time()
-    say(f"elt: ended by {ENDS[signal.Signals(number)]}")
-    raise SIGTERMException(128 + number)
-
-
-def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    if sys.stdout.isatty():
-        os.write(1, b"\x1b[?25h")  # a bar hides the cursor
-    os._exit(128 + number)
