@@ -31,13 +31,13 @@ $(BIN)/elt: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: $(BIN)/elt ## train a looped generator on Latin squares, test it at 1 to 16 loops (3 minutes); PAPER=1 without recall
+quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (3 minutes); PAPER=1 without recall
 	$(BIN)/python -m elt_lightning.reproduce.quickstart $(if $(PAPER),--paper)
 
 quickstart-video: $(BIN)/elt ## the same for clips, on tokens of moving digits (12 minutes; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper)
 
-fashion: $(BIN)/elt ## real pictures: a tokenizer, masked and diffusion ELT on Fashion-MNIST (resumes); SMOKE=1: a few steps on other files
+fashion: $(BIN)/elt ## real pictures: tokenizer, masked and diffusion ELT on Fashion-MNIST; SMOKE=1 a few steps
 	$(BIN)/python -m elt_lightning.reproduce.fashion $(if $(SMOKE),--smoke)
 
 test: $(BIN)/elt ## lint, check types, run the fast tests

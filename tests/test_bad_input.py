@@ -207,7 +207,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     ),
     "fit stopping by what no validation logs": (
         [*FIT, "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/lss@L1"],
-        "nothing is logged as val/lss@L1, to be monitored: there are val/loss@L1, val/loss@L2",
+        "nothing is logged as val/lss@L1, to be monitored: there are loops/token_cosine@L1, ",
     ),
     "fit from an exported model": ([*FIT, "--ckpt_path=exported"], "exported model"),
     "fit with weights of no kind": ([*FIT, "--weights=best"], "best"),

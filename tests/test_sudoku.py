@@ -161,7 +161,7 @@ class Solver(MaskGITSampler):
     """Fill a puzzle in by trying, as one would with a pencil."""
 
     def sample(  # type: ignore[override]
-        self, predict: object, shape: object, condition: object, loops: object, seeds: Tensor, known: Tensor
+        self, predict: object, shape: object, condition: object, loops: object, seeds: Tensor, known: Tensor, *_: object
     ) -> Tensor:
         grids = torch.tensor(sudokus_from_first_row((2, 2)))
         names = torch.tensor(list(itertools.permutations(range(1, 5))))

@@ -281,7 +281,9 @@ class ELTModule(LightningModule):
 
         shape, condition = self.network.sample_shape, Condition(labels)
         samples = sampler.sample(without_nan, shape, condition, loops, seeds, known, spent)
-        if torch.stack(broken).any() or not samples.isfinite().all():
+        if spent is not None and not spent:  # a sampler of one's own that does not say runs what it was asked for
+            spent += [torch.full_like(labels, count, dtype=torch.float32) for count in sampler.loops_per_step(loops)]
+        if (broken and torch.stack(broken).any()) or not samples.isfinite().all():
             message = f"at {loops} loops the model's predictions are not finite, though its weights are: they overflow"
             if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
                 raise UserError(f"{message}; try fewer loops, a wider --trainer.precision, or another checkpoint")
