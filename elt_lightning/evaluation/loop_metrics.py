@@ -169,7 +169,7 @@ class LoopMetrics(Callback):
             log_picture(trainer, "val/samples", picture)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what long work takes, and make the metrics ready for the reconstructions.
+        """Print what long work takes, and make the metrics ready for the reconstructions.
 
         Without a checkpoint there is no model to measure.
         """

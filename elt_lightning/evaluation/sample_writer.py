@@ -50,7 +50,7 @@ class SampleWriter(Callback):
                 self.archive = SampleArchive(self.folder / "samples.npz", trainer.global_rank, trainer.world_size)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what long work takes, and begin to count: the trainer may draw fewer samples than were asked for."""
+        """Print what long work takes, and begin to count: the trainer may draw fewer samples than were asked for."""
         devices, module = trainer.world_size, cast(ELTModule, pl_module)
         limit = trainer.num_predict_batches[0] * self.batch_size * devices
         samples = int(min(self.num_samples, limit))
