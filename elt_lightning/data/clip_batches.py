@@ -162,7 +162,7 @@ class FixedClips(ClipDataset):
 
 
 class ClipLoader(Loader[Any]):
-    """Gives batches of clips, read by ``num_workers`` processes, 0 for this one.
+    """Read batches of clips, by ``num_workers`` processes, 0 for this one.
 
     Names each broken video once in the log, and stops when they are more than a share of ``max_broken``.
     """
