@@ -1,4 +1,4 @@
-"""`elt export`: a checkpoint's model as a folder to publish: model.safetensors and config.json."""
+"""`elt export`: a checkpoint's model as a folder to publish, or for other programs, any number of loops long."""
 
 import argparse
 import json
@@ -8,26 +8,32 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
 from elt_lightning.checkpoints.pretrained import build_module
 from elt_lightning.checkpoints.recipe import FORMAT_VERSION
 from elt_lightning.checkpoints.store import CONFIG, WEIGHTS, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import folder_aside
 from elt_lightning.training.module import ELTModule
+
+FILES = {"safetensors": (), "onnx": ONNX_FILES, "torch": (PROGRAM,)}
+"""What each format adds to the model folder, ``model.safetensors`` and ``config.json``."""
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Write what the command line asks for.
 
     Raises:
-        UserError: the command line or the checkpoint is wrong, or the folder cannot be written.
+        UserError: the command line or the checkpoint is wrong, a package is missing, or the folder cannot be written.
     """
     options = build_parser().parse_args(arguments)
     check_free(options.output, options.overwrite)
+    if options.format == "onnx":
+        check_onnx()
     checkpoint = read_checkpoint(options.ckpt_path)
     module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
-    write_model(options.output, module, describe(checkpoint, options.weights))
+    write_model(options.output, module, describe(checkpoint, options.weights), options.format)
     print(options.output)
 
 
@@ -37,6 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
+    add(
+        "--format",
+        choices=tuple(FILES),
+        default="safetensors",
+        help="safetensors: model.safetensors and config.json, which elt reads; onnx: with them, in float32, graphs of "
+        "embedding, loop and exit for onnxruntime, and a runner; torch: with them a program for torch.export.load",
+    )
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
     add("--overwrite", action="store_true", help="replace a model that was exported there")
     return parser
@@ -70,22 +83,34 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: there is one.
     """
-    taken = [file for file in (WEIGHTS, CONFIG) if (folder / file).exists()]
+    taken = [file for file in (WEIGHTS, CONFIG, *ONNX_FILES, PROGRAM) if (folder / file).exists()]
     if taken and not overwrite:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 
 
-def write_model(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
-    """Write both files aside, then give both their names: whatever fails, an older export there stays as it was.
+def write_model(folder: Path, module: ELTModule, description: dict[str, Any], form: str = "safetensors") -> None:
+    """Write all files aside, then give them their names: whatever fails, an older export there stays as it was.
+
+    Files of another format, which an older export left there, are removed: they would be of another model.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: they cannot be written, or a format cannot hold the network.
     """
+    if form == "onnx":
+        module.float()
     # The format refuses tensors that share memory, as tied weights do.
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
-        with written_aside(folder / CONFIG) as config, written_aside(folder / WEIGHTS) as weights:
-            config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
-            save_file(state, weights, metadata={"format": "pt"})
+        with folder_aside(folder) as aside:
+            (aside / CONFIG).write_text(json.dumps(description, indent=1) + "\n", "utf-8")
+            save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
+            if form == "onnx":
+                apart = write_onnx(module.network, aside, aside / WEIGHTS, module.codebook_size)
+            elif form == "torch":
+                apart = write_program(module.network, aside / PROGRAM, module.codebook_size, description)
+            for file in {*ONNX_FILES, PROGRAM}.difference(FILES[form]):
+                (folder / file).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
+    if form != "safetensors":
+        print(f"compared with torch: predictions differ by at most {apart:.1g}")
