@@ -1,5 +1,6 @@
 """Models to publish: `elt export`, `from_pretrained`, and sampling from what they write and read."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -16,11 +17,12 @@ from small_runs import train_small_squares
 from torch import nn
 
 from elt_lightning import from_pretrained
-from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.pretrained import OF_TRAINING, build_module
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
+from elt_lightning.model import ELTModel
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.module import ELTModule
@@ -51,7 +53,7 @@ def export(checkpoint: Path, folder: Path, *flags: str) -> Path:
     return folder
 
 
-def draw(module: ELTModule) -> torch.Tensor:
+def draw(module: ELTModel) -> torch.Tensor:
     return module.sample(torch.arange(4), 3, sample_seeds(0, torch.arange(4)))
 
 
@@ -166,6 +168,12 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
     average = content["ema"]["weights"]["network.head_dense.weight"]
     for weight in (network.head_dense.weight, *(written[f"network.{n}head_dense.weight"] for n in ("", "also_"))):
         assert torch.equal(weight, average)
+
+
+def test_the_model_has_all_settings_of_the_module_but_those_of_training() -> None:
+    of_both, of_model = (inspect.signature(kind).parameters.keys() for kind in (ELTModule, ELTModel))
+    assert of_both - of_model == set(OF_TRAINING)
+    assert of_model < of_both
 
 
 def test_from_pretrained_takes_checkpoints_too(checkpoint: Path) -> None:

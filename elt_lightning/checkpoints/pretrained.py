@@ -1,10 +1,10 @@
 """Building models from checkpoints, exported folders, and such folders on Hugging Face."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,13 +14,16 @@ from elt_lightning.checkpoints.recipe import check_recipe
 from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json
-from elt_lightning.training.ema import averaged_weights, check_exported
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
+from elt_lightning.training.weights import averaged_weights, check_exported, check_weights
 
 set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
 
+OF_TRAINING = ("optimizer", "learning_rate_schedule", "class_dropout_prob", "compile", "outer_teacher")
+"""Settings of :class:`~elt_lightning.training.module.ELTModule` that a model which only draws has not."""
 
-def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModule:
+
+def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModel:
     """Return the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
 
     Args:
@@ -101,7 +104,7 @@ def is_exported(path: str | Path) -> bool:
 
 def read_as_checkpoint(path: str | Path, **_: Any) -> dict[str, Any]:
     """Read an exported model, with what Lightning asks of a checkpoint that it tests or predicts from."""
-    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__, "callbacks": {}}
+    return read_exported(Path(path)) | {"pytorch-lightning_version": version("lightning"), "callbacks": {}}
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -121,7 +124,7 @@ def fetch(name: str, revision: str | None) -> Path:
         raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error
 
 
-def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModule:
+def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModel:
     """Build the model that a checkpoint describes, with its averaged or raw weights, in eval mode on the CPU.
 
     Raises:
@@ -131,7 +134,7 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
         raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
     state = chosen_weights(checkpoint, weights)
     module = empty_module(checkpoint["elt"]["model"])
-    module.on_load_checkpoint({"state_dict": state})
+    check_weights(module.state_dict(), state)
     module.load_state_dict(state)
     if "ema" in checkpoint and weights == "ema":
         # Tied weights have several names, their average only one: put it under all.
@@ -139,12 +142,17 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     return module.eval()
 
 
-def empty_module(section: dict[str, Any]) -> ELTModule:
-    """Build the model that a recipe's ``model`` section describes, untrained (UserError: it cannot be built)."""
+def empty_module(section: dict[str, Any]) -> ELTModel:
+    """Build the model that a recipe's ``model`` section describes, untrained, without what only training needs.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    section = {name: value for name, value in section.items() if name not in OF_TRAINING}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ELTModule, "model")
+    parser.add_class_arguments(ELTModel, "model")
     try:
-        module: ELTModule = parser.instantiate(parser.parse_object({"model": section})).model
+        module: ELTModel = parser.instantiate(parser.parse_object({"model": section})).model
     except UserError:
         raise
     except Exception as error:  # a class may raise anything on settings that do not suit it

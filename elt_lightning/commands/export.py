@@ -14,7 +14,7 @@ from elt_lightning.checkpoints.store import CONFIG, WEIGHTS, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -75,7 +75,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 
 
-def write_model(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
+def write_model(folder: Path, module: ELTModel, description: dict[str, Any]) -> None:
     """Write both files aside, then give both their names: whatever fails, an older export there stays as it was.
 
     Raises:

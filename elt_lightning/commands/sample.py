@@ -10,10 +10,9 @@ from torch import Tensor
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
 from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import MOST, UserError
-from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.drawing import load
-from elt_lightning.evaluation.pictures import write_gif, write_mp4
-from elt_lightning.evaluation.report import loops_figure
+from elt_lightning.evaluation.pictures import loops_figure, write_gif, write_mp4
+from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.files import written_aside
 from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.samplers.loop_schedule import LoopShape

@@ -24,7 +24,7 @@ class Drawing:
     """A trained model that draws pictures, or clips.
 
     Attributes:
-        module: the model itself, an :class:`~elt_lightning.training.module.ELTModule`.
+        module: the model itself, an :class:`~elt_lightning.model.ELTModel`.
         tokenizer: turns what it samples into pixels.
     """
 
@@ -82,7 +82,7 @@ class Drawing:
         known: Tensor | None = None,
         spent: list[Tensor] | None = None,
     ) -> Tensor:
-        """Draw a sample for each label (B,); see :meth:`ELTModule.sample`.
+        """Draw a sample for each label (B,); see :meth:`~elt_lightning.model.ELTModel.sample`.
 
         Returns:
             (B, C, H, W), or clips (B, C, F, H, W), uint8 on the CPU, as people are shown them.
