@@ -190,7 +190,7 @@ def test_a_name_on_hugging_face_is_fetched(checkpoint: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     module = from_pretrained("someone/elt-squares", revision="v1")
-    assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors"])]
+    assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors", "tokenizer.*"])]
     assert torch.equal(draw(module), draw(from_pretrained(folder)))
 
 
@@ -220,5 +220,5 @@ def test_without_huggingface_hub_it_is_named(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/last.ckpt", "a/b/c", "/nowhere/at-all", ""])
 def test_what_can_be_no_name_is_not_looked_for_on_hugging_face(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"there is no checkpoint|was not written by"):
+    with pytest.raises(UserError, match=r"there is no checkpoint|was not written by|comes along"):
         from_pretrained(source)

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.recipe import check_recipe
-from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
+from elt_lightning.checkpoints.store import CONFIG, META, TOKENIZER, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json
 from elt_lightning.model import ELTModel
@@ -27,8 +28,8 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModel
     """Return the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
 
     Args:
-        source: an exported folder; its name ``owner/name`` on Hugging Face; or a checkpoint, whose averaged weights
-            are taken.
+        source: an exported folder; its name ``owner/name`` on Hugging Face; the name of a model that comes along, which
+            `elt models` lists; or a checkpoint, whose averaged weights are taken.
         revision: branch, tag or commit on Hugging Face; None for the newest.
 
     Raises:
@@ -42,7 +43,8 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
     """Read a checkpoint, the folder of an exported model, or such a folder on Hugging Face, onto the CPU.
 
     Args:
-        source: a path, or ``owner/name`` on Hugging Face, which needs the package huggingface_hub.
+        source: a path; ``owner/name`` on Hugging Face, which needs the package huggingface_hub; or the name of a model
+            that comes along, unless a model or checkpoint lies at that path.
         revision: branch, tag or commit there; None for the newest.
 
     Returns:
@@ -53,6 +55,9 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
         UserError: there is nothing of that name, or it cannot be read.
     """
     path, name = Path(source), str(source)
+    is_model = is_exported(path) or path.is_file() or (path / META).is_file()
+    if not is_model and (name in shipped.names() or (re.fullmatch(r"[\w-]+", name) and not path.exists())):
+        return read_exported(shipped.folder_of(name))
     if path.is_dir() and not (path / META).is_file():
         return read_exported(path)
     if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -87,7 +92,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     check_recipe(folder / CONFIG, recipe)
     if recipe.get("weights") not in get_args(Weights):
         raise UserError(f"{folder / CONFIG} does not say which weights lie beside it, ema or raw: export it again")
-    return recipe
+    return recipe | {"folder": str(folder.resolve())}  # where a tokenizer's file may lie
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def fetch(name: str, revision: str | None) -> Path:
     except ModuleNotFoundError as error:
         raise UserError(f"there is no {name}; to look on Hugging Face, pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG, f"{TOKENIZER}.*"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error

@@ -19,8 +19,8 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
 from elt_lightning.training.weights import META
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-"""The files of an exported model."""
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+"""The files of an exported model; the tokenizer's keeps its own suffix."""
 
 Weights = Literal["ema", "raw"]
 """Which weights: the averaged ones, or those that the optimiser moved."""
