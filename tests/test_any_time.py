@@ -172,6 +172,7 @@ def test_a_tolerance_needs_recall() -> None:
         module_of(masked(recall=False), sampler)
 
 
+@pytest.mark.slow
 def test_commands_sweep_and_use_every_setting(
     small_squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

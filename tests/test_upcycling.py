@@ -126,6 +126,7 @@ def test_the_outer_teacher_adds_its_loss_on_the_same_batch() -> None:
     assert module.state_dict().keys() == looped(teacher_file, 2, 3, "average")[1].state_dict().keys()
 
 
+@pytest.mark.slow
 def test_from_an_unlooped_run_to_a_looped_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

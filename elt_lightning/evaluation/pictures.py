@@ -34,19 +34,22 @@ def pictures_of(samples: Tensor) -> Tensor:
     return samples if samples.ndim == 4 else clip_strip(samples)
 
 
-def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:
+def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = (), titles: Sequence[str] = ()) -> Figure:
     """Draw one labelled row of pictures after another; a column shares class and seed.
 
     Args:
         rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
         correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one; empty
             where none can be.
+        titles: of the columns: the classes of the samples.
     """
     stills = {label: pictures_of(values) for label, values in rows.items()}
     columns = max(len(pictures) for pictures in stills.values())
     height, width = next(iter(stills.values())).shape[2:]
     figure = Figure(figsize=(1 + 1.4 * columns * width / height, 1.4 * len(rows)), dpi=100)
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=10)
     for place, (label, pictures) in enumerate(stills.items()):
         for axes in grid[place]:
             axes.set_axis_off()
