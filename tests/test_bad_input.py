@@ -1277,7 +1277,13 @@ WHOLE_PROGRAM: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "telling"), WHOLE_PROGRAM.values(), ids=WHOLE_PROGRAM.keys())
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * ("shard" in name))
+        for name, case in WHOLE_PROGRAM.items()
+    ],
+)
 def test_the_program_itself(arguments: list[str], telling: str, home: Path) -> None:
     if not (home / "cut").exists():
         shutil.copytree(home / "tokens", home / "cut")

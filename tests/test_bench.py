@@ -151,6 +151,7 @@ def test_sampling_is_measured_beside_the_unlooped_model(tmp_path: Path, capsys: 
     assert "samples per second" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_steps_are_measured_beside_each_other(tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     flags = [*QUICK, "--scale=tiny", "--loops=1,3", "--batch-sizes=2", "--rounds=2"]

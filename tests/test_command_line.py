@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -86,8 +87,8 @@ def test_the_trained_run_holds_its_config_checkpoint_and_logs(checkpoint: Path) 
 
 def test_tensorboard_has_every_named_term_and_the_metrics_of_every_loop_count(checkpoint: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    events = EventAccumulator(str(checkpoint.parent.parent))
     settings = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
     assert main(["fit", "--config", str(QUICKSTART), *SMALL_SQUARES, *settings, "--run_dir=runs/logged"]) == 0
     events = EventAccumulator("runs/logged")
@@ -99,9 +100,27 @@ def test_tensorboard_has_every_named_term_and_the_metrics_of_every_loop_count(ch
     assert {f"val/{name}@L{loops}" for name in names for loops in (1, 2, 3, 4)} <= scalars
     assert "val/samples" in events.Tags()["images"]
     assert [event.value for event in events.Scalars("train/lambda")] == pytest.approx([1, 2 / 3, 1 / 3])
+    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    assert 0 < rates[0] < rates[1] < rates[2]  # warm-up
+    assert min(event.value for event in events.Scalars("train/gradient_norm")) > 0
+    # One chart of all loop counts for each metric, and the settings beside the last scores.
+    [charts] = events.Tensors("custom_scalars__config__")
+    of_val = next(
+        group for group in Layout.FromString(charts.tensor_proto.string_val[0]).category if group.title == "val"
+    )
+    for name in names:
+        [tag] = next(chart for chart in of_val.chart if chart.title == name).multiline.tag
+        assert {found for found in scalars if re.match(tag, found)} == {
+            f"val/{name}@L{loops}" for loops in (1, 2, 3, 4)
+        }
+    assert {f"final/{name}@L4" for name in names} <= scalars
+    settings_kept = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model/network/init_args/num_layers" in settings_kept
 
 
 def test_sweep_writes_table_json_csv_and_pictures(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     flags = ["--loops", "1,2,6", "--guidance=1,2", "--num-samples", "10", "--repeats", "2"]
     assert main(["test", "--ckpt_path", str(checkpoint), *flags, "--run_dir=runs/sweep"]) == 0
     assert "guidance" in capsys.readouterr().out
@@ -116,7 +135,16 @@ def test_sweep_writes_table_json_csv_and_pictures(checkpoint: Path, capsys: pyte
     assert set(first["metrics"]) == {"valid_squares", "valid_lines", "fd_digits"}
     assert first["metrics"]["fd_digits"]["std"] > 0
     with Path("runs/sweep/loops.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 6
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    events = EventAccumulator("runs/sweep").Reload()
+    [shown] = events.Tensors("test/loops/text_summary")
+    table = shown.tensor_proto.string_val[0].decode().splitlines()
+    assert [row.strip("| ").split(" | ")[0] for row in table] == [
+        "loops",
+        "---|" * (len(lines[0]) - 1) + "---",
+        *"112266",
+    ]
     for picture in ("loops.png", "pareto.png"):
         assert Image.open(Path("runs/sweep") / picture).size[0] > 100
 

@@ -109,6 +109,7 @@ def test_two_devices_train_as_one_does(home: Path, optimiser: str, strategy: str
     for name in measured:
         assert logged[name] == pytest.approx(expected[name], rel=1e-4), name
     assert logged["train/student_loops"] == expected["train/student_loops"]
+    assert logged["train/gradient_norm"] == pytest.approx(expected["train/gradient_norm"], rel=1e-3)
 
 
 def test_two_nodes_of_two_devices_train_as_one_does(home: Path) -> None:

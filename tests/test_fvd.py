@@ -250,7 +250,9 @@ def test_too_few_real_videos_are_refused(windows: str, lengths: list[int]) -> No
 # The scores.
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "magvit-10k×4" else n for n in PROTOCOLS]
+)
 def test_scores_equal_numpys(name: str, i3d: I3D, c3d: C3D, tmp_path: Path) -> None:
     protocol = replace(PROTOCOLS[name], num_real=40, num_fakes=30)
     real, fakes = clips(40, 0), clips(30, 10)

@@ -8,22 +8,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "elt_lightning"
 
-LOW = "data data.toy metrics networks objectives processes samplers tokenizers training checkpoints evaluation"
+LOW = "data data.toy metrics model networks objectives processes samplers tokenizers training checkpoints evaluation"
 ARROWS = {
     "processes": "",
     "networks": "processes",
     "objectives": "processes",
     "samplers": "onnx_runner processes",
-    "training": "networks objectives processes samplers",
+    "model": "networks objectives processes samplers",
+    "training": "model networks objectives processes samplers",
     "tokenizers": "processes training",  # of training what TAKEN_FROM_TRAINING lists
     "metrics": "tokenizers training",
     "data": "data.toy metrics processes tokenizers",
     "data.toy": "data metrics processes tokenizers",
-    "checkpoints": "networks onnx_runner processes training",
-    "evaluation": "checkpoints data metrics processes samplers tokenizers training",
-    "bench": f"onnx_runner {LOW}",
-    "commands": f"bench onnx_runner {LOW}",
-    "reproduce": f"bench cli commands onnx_runner {LOW}",
+    "checkpoints": "model networks onnx_runner processes training",
+    "evaluation": "checkpoints data metrics model processes samplers tokenizers training",
+    "bench": LOW,
+    "commands": f"bench {LOW}",
+    "reproduce": f"bench cli commands {LOW}",
     "cli": "",  # it finds the commands by name, when they are called
     "onnx_runner": "",
     "files": "",

@@ -160,7 +160,9 @@ def test_recomputed_loops_keep_their_first_states_and_one_loop() -> None:
     assert three.recomputing == ends + 3 * state + loop
 
 
-@pytest.mark.parametrize("mode", ["ilsd", "vanilla", "deep_supervision"])
+@pytest.mark.parametrize(
+    "mode", ["ilsd", *(pytest.param(m, marks=pytest.mark.slow) for m in ("vanilla", "deep_supervision"))]
+)
 def test_what_many_loops_keep_follows_from_a_few(mode: Mode) -> None:
     module, types = small_masked(), PRECISIONS["bf16-mixed"]
     module.distillation = ILSD(MOST_REHEARSED + 8, min_loops=MOST_REHEARSED, mode=mode)

@@ -168,7 +168,7 @@ def members(group: int) -> list[int]:
     ("training", "number", "saved"),
     [
         pytest.param(6, signal.SIGTERM, 4, id="first half", marks=pytest.mark.slow),
-        pytest.param(7, signal.SIGTERM, 4, id="second"),
+        pytest.param(7, signal.SIGTERM, 4, id="second", marks=pytest.mark.slow),
         pytest.param(7, signal.SIGINT, 4, id="Ctrl-C", marks=pytest.mark.slow),
         pytest.param(None, signal.SIGTERM, 12, id="validation", marks=pytest.mark.slow),
     ],

@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elt_lightning.data.base import Request
-from elt_lightning.evaluation.report import Report, loops_figure, picture_row
+from elt_lightning.evaluation.pictures import loops_figure
+from elt_lightning.evaluation.report import Report, picture_row
 from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.networks.masked import LoopedMaskedTransformer
@@ -233,7 +234,8 @@ def test_a_row_of_pictures_lies_side_by_side(channels: int, gap: int) -> None:
 
 def test_the_figure_has_one_row_of_pictures_for_each_label() -> None:
     pictures = {"L = 1": random_pictures(4), "L = 2": random_pictures(4), "L = 8": random_pictures(4)}
-    figure = loops_figure(pictures)
+    figure = loops_figure(pictures, titles=["cat", "dog", "cat", "dog"])
+    assert [axes.get_title() for axes in figure.axes] == ["cat", "dog", "cat", "dog", *[""] * 8]
     first_of_row, tops = figure.axes[::4], [axes.get_position().y1 for axes in figure.axes]
     assert [axes.texts[0].get_text() for axes in first_of_row] == ["L = 1", "L = 2", "L = 8"]
     assert tops == sorted(tops, reverse=True)

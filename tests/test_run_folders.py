@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from small_runs import SMALL_SQUARES
 
 from elt_lightning.cli import main
+from elt_lightning.training.charts import log_table
 from elt_lightning.training.checkpointing import name_again
 from elt_lightning.training.runs import locked, log_picture, run_of
 
@@ -72,7 +73,9 @@ def test_weights_and_biases_is_shown_pictures_offline(elsewhere: Path) -> None:
         is_global_zero, global_step, loggers = True, 3, [WandbLogger(offline=True)]
 
     log_picture(OneLogger, "val/samples", torch.zeros(4, 6, dtype=torch.uint8))  # type: ignore[arg-type]
+    log_table(OneLogger, "test/loops", ["loops", "score"], [["1", "0.5"]])  # type: ignore[arg-type]
     assert len(list(elsewhere.glob("wandb/offline-run-*/files/media/images/val/samples_*.png"))) == 1
+    assert len(list(elsewhere.glob("wandb/offline-run-*/files/media/table/test/loops_*.json"))) == 1
 
 
 def test_a_folder_at_work_is_refused_until_its_process_is_gone(

@@ -118,11 +118,12 @@ def test_a_skipped_step_changes_nothing(what: str, accumulated: int, fused: bool
             (alone.training_step(next(batches), 0) / accumulated).backward()
         if step == 2:
             continue
-        nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(alone.parameters(), 1.0)  # before it is clipped
         optimizer.step()
         decay = min(0.5, (1 + step) / (10 + step))
         for name, parameter in alone.named_parameters():
             by_hand[name] = decay * by_hand[name] + (1 - decay) * parameter.detach()
+    torch.testing.assert_close(trainer.callback_metrics["train/gradient_norm"], norm.detach())
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(module.get_parameter(name), parameter)
         torch.testing.assert_close(average.average[name], by_hand[name])
@@ -157,8 +158,9 @@ class OtherDevice(Callback):
 
     def sum(self, tensor: Tensor, reduce_op: str) -> Tensor:
         assert reduce_op == "sum"
-        self.numbers.append(float(tensor))
-        return tensor + (len(self.numbers) == 2)
+        bad, squared_norm = tensor
+        self.numbers.append(float(bad))
+        return torch.stack([bad + (len(self.numbers) == 2), squared_norm])
 
 
 def test_all_devices_skip_what_one_of_them_must(tmp_path: Path) -> None:

@@ -455,6 +455,7 @@ def test_figures_of_a_checkpoint(tmp_path: Path, latin_squares_root: Path, monke
     assert len(make_figure(14, tmp_path, norms=norms)) == 4
 
 
+@pytest.mark.slow
 def test_another_backend_of_matplotlib_is_not_in_the_way() -> None:
     command = [sys.executable, "-m", "elt_lightning.reproduce", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "junk"}, check=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from safetensors.torch import save_file
 
 from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
 from elt_lightning.checkpoints.pretrained import build_module
-from elt_lightning.checkpoints.recipe import FORMAT_VERSION
-from elt_lightning.checkpoints.store import CONFIG, WEIGHTS, read_checkpoint
+from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
+from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import folder_aside
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
+from elt_lightning.tokenizers.loading import load_tokenizer
 
 FILES = {"safetensors": (), "onnx": ONNX_FILES, "torch": (PROGRAM,)}
 """What each format adds to the model folder, ``model.safetensors`` and ``config.json``."""
@@ -33,7 +35,12 @@ def run(name: str, arguments: list[str]) -> None:
         check_onnx()
     checkpoint = read_checkpoint(options.ckpt_path)
     module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
-    write_model(options.output, module, describe(checkpoint, options.weights), options.format)
+    description, tokenizer = describe(checkpoint, options.weights), None
+    if options.with_tokenizer:
+        tokenizer = file_of_tokenizer(found(checkpoint["elt"], "tokenizer"))
+        name = f"{TOKENIZER}{tokenizer.suffix}"
+        description["tokenizer"] = description["tokenizer"] | {"init_args": {"path": name}}
+    write_model(options.output, module, description, tokenizer, options.format)
     print(options.output)
 
 
@@ -51,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "embedding, loop and exit for onnxruntime, and a runner; torch: with them a program for torch.export.load",
     )
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add("--with_tokenizer", action="store_true", help="copy the tokenizer's file too: the folder then draws anywhere")
     add("--overwrite", action="store_true", help="replace a model that was exported there")
     return parser
 
@@ -77,6 +85,18 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
+def file_of_tokenizer(description: dict[str, Any]) -> Path:
+    """Return the one file that a tokenizer is read from.
+
+    Raises:
+        UserError: it is missing or another one, or the tokenizer has none that could be copied.
+    """
+    tokenizer = load_tokenizer(description)
+    if tokenizer.init_args().keys() != {"path"} or not Path(tokenizer.path or "").is_file():
+        raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
+    return Path(str(tokenizer.path))
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Check that a model may be written into a folder.
 
@@ -88,7 +108,13 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 
 
-def write_model(folder: Path, module: ELTModule, description: dict[str, Any], form: str = "safetensors") -> None:
+def write_model(
+    folder: Path,
+    module: ELTModel,
+    description: dict[str, Any],
+    tokenizer: Path | None = None,
+    form: str = "safetensors",
+) -> None:
     """Write all files aside, then give them their names: whatever fails, an older export there stays as it was.
 
     Files of another format, which an older export left there, are removed: they would be of another model.
@@ -104,6 +130,8 @@ def write_model(folder: Path, module: ELTModule, description: dict[str, Any], fo
         with folder_aside(folder) as aside:
             (aside / CONFIG).write_text(json.dumps(description, indent=1) + "\n", "utf-8")
             save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, aside / f"{TOKENIZER}{tokenizer.suffix}")
             if form == "onnx":
                 apart = write_onnx(module.network, aside, aside / WEIGHTS, module.codebook_size)
             elif form == "torch":

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.initial import begin_from
 from elt_lightning.checkpoints.pretrained import from_pretrained, is_exported, read_as_checkpoint
-from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning.checkpoints.recording import Recipe
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import abstract_class, explain
 from elt_lightning.commands.settings import (
@@ -43,6 +43,7 @@ from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.announce import announce
+from elt_lightning.training.charts import Charts
 from elt_lightning.training.checkpointing import Checkpoint
 from elt_lightning.training.ema import EMA
 from elt_lightning.training.loop_monitor import LoopMonitor
@@ -250,7 +251,9 @@ class RunCommandLine(LightningCLI):
         if logger in (None, True):
             # An empty name and version: TensorBoard's files lie in the run's folder itself.
             kwargs["logger"] = EventLogger(str(self.run_dir), name="", version="")
-        callbacks = [*self.own_callbacks(), ValidationScores()]
+        settings = self.resolved_config()
+        charts = Charts({name: settings[name] for name in ("model", "data", "trainer")})
+        callbacks = [*self.own_callbacks(), ValidationScores(), charts]
         asked = config.trainer.callbacks
         if not any(isinstance(callback, ProgressBar) for callback in (asked if isinstance(asked, list) else [asked])):
             if config.trainer.enable_progress_bar is not False:

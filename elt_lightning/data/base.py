@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -262,6 +262,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
 
     Attributes:
         num_classes: number of classes.
+        class_names: their names in the order of their numbers, None where they have none.
         input_shape: the token grid (height, width), or latents (channels, height, width).
         codebook_size: codebook size, None for continuous latents.
         primary_metric: the score that matters most, of :meth:`build_metrics` or :data:`VAL_LOSS`.
@@ -269,6 +270,7 @@ class GenerativeDataModule(BatchedDataModule, ABC):
     """
 
     num_classes: int
+    class_names: Sequence[str] | None = None
     input_shape: tuple[int, ...]
     codebook_size: int | None = None
     primary_metric: str

@@ -61,7 +61,8 @@ class EncodedDataModule(GenerativeDataModule):
             ShardIndex.read(location) for location in (self.training_shards, self.val_shards)
         )
         check_same_codes(self.training_shards, self.training_index, self.val_shards, self.val_index)
-        self.num_classes = len(self.training_index.classes)
+        self.class_names = self.training_index.classes
+        self.num_classes = len(self.class_names)
         self.input_shape, self.codebook_size = self.training_index.input_shape, self.training_index.codebook_size
 
     @cached_property

@@ -50,6 +50,9 @@ PUBLISHED = {
 }
 """The published files: bytes, and the SHA-256 of what they hold once they are unpacked (Debian packs them anew)."""
 
+CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+"""The classes of Fashion-MNIST, in the order of their numbers."""
+
 AT_ONCE = 1000
 
 
@@ -101,6 +104,7 @@ class FashionMNISTDataModule(IndexedDataModule):
             raise UserError("tokenizer_path is of encoded pictures: give their training_shards and val_shards too")
         self.name, self.inception_path, self.cache = name, inception_path, Path(cache)
         self.primary_metric = f"fd_{name}"
+        self.class_names = CLOTHES if name == "fashion" else None
         self.halves = find_halves(find_root(root))
         labels, val_labels = (half.labels() for half in self.halves)
         self.num_classes = int(max(labels.max(), val_labels.max())) + 1

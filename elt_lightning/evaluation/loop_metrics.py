@@ -18,11 +18,13 @@ from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
 from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.training.announce import announce
+from elt_lightning.training.charts import log_table
 from elt_lightning.training.ema import EMA
-from elt_lightning.training.module import AUTO_LOOPS, ELTModule
+from elt_lightning.training.module import ELTModule
 from elt_lightning.training.preemption import end_if_asked
 from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import callbacks_of, log_picture, run_folder
@@ -219,6 +221,8 @@ class LoopMetrics(Callback):
         self.report = self._report(trainer, module, rows)
         if trainer.is_global_zero:
             self.report.write(folder)
+            lines = self.report.lines()
+            log_table(trainer, "test/loops", list(lines[0]), [list(line.values()) for line in lines])
             Console(width=None if Console().is_terminal else 140).print(self.report.table())
             names = ("loops.gif", "loops.png", "loops_spent.png", "pareto.png", "loops.csv", "loops.json")
             print("\n".join(str(folder / name) for name in names if (folder / name).exists()))
@@ -347,6 +351,7 @@ class LoopMetrics(Callback):
             params_backbone=params_backbone,
             params_total=params_total,
             effective_depth={row.loops: backbone.effective_depth(row.loops) for row in rows},
+            class_names=data.class_names,
         )
 
 

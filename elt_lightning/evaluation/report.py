@@ -10,11 +10,10 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from rich.table import Table
 from torch import Tensor
 
-from elt_lightning.evaluation.pictures import clip_strip, write_gif
+from elt_lightning.evaluation.pictures import loops_figure, pictures_of, write_gif
 from elt_lightning.evaluation.spent import QUANTILES
 from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import write_json, written_aside
@@ -47,6 +46,7 @@ class Report:
     params_backbone: int  # parameters inside the looped stack
     params_total: int  # parameters of the whole network
     effective_depth: dict[int, int]  # {loops: layers passed through}
+    class_names: Sequence[str] | None = None  # in the order of their numbers
 
     @property
     def parts_given(self) -> bool:
@@ -66,6 +66,10 @@ class Report:
         """Pick the best setting of the sampler for each loop count, in order of loops."""
         counts = sorted({row.loops for row in self.rows})
         return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
+
+    def titles(self, labels: Tensor) -> list[str]:
+        """Return the names of the classes, or else their numbers."""
+        return [str(number) if self.class_names is None else self.class_names[number] for number in labels.tolist()]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain data: the content of ``loops.json``."""
@@ -106,7 +110,7 @@ class Report:
         }
         settles = any(row.loops_spread is not None for row in self.rows)
         spent = ["mean loops (10 to 90 %)"] if settles else []
-        for heading in ("loops", "depth", "params", *columns, *spent, *names, "GMACs/sample", "samples/s"):
+        for heading in ("loops", "depth", "backbone params", *columns, *spent, *names, "GMACs/sample", "samples/s"):
             table.add_column(heading, justify="right")
         best = self.best_per_loop()
         for row in self.rows:
@@ -126,15 +130,18 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write the files, for clips an animation too; each appears whole or not at all."""
         write_json(folder / "loops.json", self.as_dict(), indent=2)
-        with written_aside(folder / "loops.csv") as aside:
-            self._write_csv(aside)
+        lines = self.lines()
+        with written_aside(folder / "loops.csv") as aside, aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
         best = self.best_per_loop()
         pictures = labelled_pictures(best)
         if best[0].pictures.ndim == 5:
             write_gif(folder / "loops.gif", pictures)
         with written_aside(folder / "loops.png") as aside:
             correct = [torch.empty(0)] * (len(pictures) - len(best)) + [row.correct for row in best]
-            loops_figure(pictures, correct).savefig(aside, bbox_inches="tight")
+            loops_figure(pictures, correct, self.titles(best[0].labels)).savefig(aside, bbox_inches="tight")
         with written_aside(folder / "pareto.png") as aside:
             self.pareto_figure(best).savefig(aside, bbox_inches="tight")
         tolerances = sorted({row.settings["tolerance"] for row in self.rows} - {None})
@@ -143,19 +150,18 @@ class Report:
             with written_aside(folder / "loops_spent.png") as aside:
                 loops_spent_figure({in_words(row.loops, row.settings): row for row in settled}).savefig(aside)
 
-    def _write_csv(self, path: Path) -> None:
+    def lines(self) -> list[dict[str, str]]:
+        """Return the rows as a flat table, metrics and their deviations as columns: the content of ``loops.csv``."""
         lines = []
         for row in self.as_dict()["rows"]:
             parts = (("", "mean"), ("_std", "std"))
             scores = {f"{name}{end}": score[part] for name, score in row["metrics"].items() for end, part in parts}
             places = [scores.items() if name == "metrics" else [(name, value)] for name, value in row.items()]
-            lines.append(dict(pair for pairs in places for pair in pairs))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
+            line = dict(pair for pairs in places for pair in pairs)
             # Seven digits are what float32 holds; the JSON has all.
-            for line in lines:
-                writer.writerow({k: f"{value:.7g}" if isinstance(value, float) else value for k, value in line.items()})
+            shown = {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in line.items()}
+            lines.append({name: "" if value is None else str(value) for name, value in shown.items()})
+        return lines
 
     def pareto_figure(self, rows: Sequence[Row]) -> Figure:
         """Draw the primary metric against compute, one point per loop count: the any-time curve."""
@@ -234,32 +240,6 @@ def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = ()) -> Figure:
-    """Draw one labelled row of pictures after another; a column shares class and seed.
-
-    Args:
-        rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
-        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one; empty
-            where none can be.
-    """
-    stills = {label: pictures_of(values) for label, values in rows.items()}
-    columns = max(len(pictures) for pictures in stills.values())
-    height, width = next(iter(stills.values())).shape[2:]
-    figure = Figure(figsize=(1 + 1.4 * columns * width / height, 1.4 * len(rows)), dpi=100)
-    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    for place, (label, pictures) in enumerate(stills.items()):
-        for axes in grid[place]:
-            axes.set_axis_off()
-        grid[place, 0].text(-0.15, 0.5, label, transform=grid[place, 0].transAxes, ha="right", va="center", fontsize=14)
-        for number, picture in enumerate(pictures):
-            axes = grid[place, number]
-            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            if place < len(correct) and len(correct[place]):
-                colour = "tab:green" if correct[place][number] else "tab:red"
-                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, color=colour, linewidth=4))
-    return figure
-
-
 def loops_spent_figure(rows: dict[str, Row]) -> Figure:
     """Draw, for each row, the loops of every sampling step, and below a map of the loops of single samples."""
     figure = Figure(figsize=(4 * len(rows), 6), dpi=100, layout="constrained")
@@ -284,11 +264,6 @@ def loops_spent_figure(rows: dict[str, Row]) -> Figure:
 
 MOST_MAPPED = 64
 """Samples whose loops are drawn one by one."""
-
-
-def pictures_of(samples: Tensor) -> Tensor:
-    """Return pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
-    return samples if samples.ndim == 4 else clip_strip(samples)
 
 
 def picture_row(samples: Tensor, gap: int = 2) -> Tensor:

@@ -16,11 +16,11 @@ from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.evaluation.known import known_pixels
 from elt_lightning.evaluation.spent import SpentLoops, Spread
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.training.announce import now
-from elt_lightning.training.module import ELTModule
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Row:
     samples_per_second: float = 0.0  # drawing alone, over all devices, without decoding and scoring
     # (n, C, H, W), or clips (n, C, F, H, W), uint8, the first samples; the same labels and seeds in every row
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))  # (n,) their classes
     # (n,) bool, which of the pictures are right; empty where no metric can say
     correct: Tensor = field(default_factory=lambda: torch.empty(0))
     # like ``pictures``, what was given of each, the rest grey; empty where nothing was
@@ -68,7 +69,7 @@ class Sweep:
 
     def run(
         self,
-        module: ELTModule,
+        module: ELTModel,
         sampler: Sampler,
         tokenizer: Tokenizer,
         metrics: Sequence[SampleMetric],
@@ -182,6 +183,7 @@ def keep_pictures(
 ) -> None:
     """Add pixels (n, C, H, W) to the pictures of a row, and whether a metric finds each right."""
     row.pictures = joined(row.pictures, tokenizer.present(pixels).cpu())
+    row.labels = joined(row.labels, labels.cpu())
     for metric in metrics:
         correct = metric.correct(pixels.to(metric.device), labels.to(metric.device))
         if correct is not None:

@@ -22,11 +22,12 @@ class SkipNonFiniteSteps(Callback):
     Such a step changes neither weights, the optimiser's moments nor an average: :func:`is_skipped` says so to all that
     follows a step. It counts as a step of training all
     the same, so that the next one meets other samples and other noise, and it is logged: ``train/skipped_steps`` is how
-    many there were so far, those before a resumed checkpoint included.
+    many there were so far, those before a resumed checkpoint included. ``train/gradient_norm`` is the norm before
+    clipping, over all devices.
 
-    All devices decide alike: each looks at its own losses and at its gradients, or its shards of them, and one number
-    is summed over the devices. Reading it is the one time per step that this callback waits for the device. Losses of
-    accumulated micro-batches are kept on the device until then.
+    All devices decide alike: each looks at its own losses and at its gradients, or its shards of them, and one pair of
+    numbers is summed over the devices. Reading it is the one time per step that this callback waits for the device.
+    Losses of accumulated micro-batches are kept on the device until then.
 
     With a gradient scaler (fp16) the scaler skips such steps itself and lowers its scale; they are counted here too.
 
@@ -50,14 +51,19 @@ class SkipNonFiniteSteps(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the step before gradients are clipped (UserError: it is one too many in a row that is not finite)."""
-        total = self._loss + get_total_norm(map(own_part, gradients(optimizer))).to(pl_module.device)
+        norm = get_total_norm(map(own_part, gradients(optimizer))).to(pl_module.device, torch.float32)
+        bad = (~torch.isfinite(self._loss + norm)).float()
         self._loss = 0.0
-        bad = trainer.strategy.reduce((~torch.isfinite(total)).float(), reduce_op="sum")
-        if bad.item():
+        bad, squared = trainer.strategy.reduce(torch.stack([bad, norm.square()]), reduce_op="sum").tolist()
+        if bad:
             self._skip(trainer, optimizer)
         else:
             self.in_a_row = 0
-        pl_module.log("train/skipped_steps", float(self.skipped))
+        mesh = pl_module.device_mesh  # (copies of the model, devices that share a copy); without one all are copies
+        copies = trainer.world_size if mesh is None else mesh.size(0)
+        pl_module.log_dict(
+            {"train/skipped_steps": float(self.skipped), "train/gradient_norm": (squared / copies) ** 0.5}
+        )
 
     def _skip(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.skipped += 1
