@@ -18,7 +18,8 @@ SUBCOMMANDS = {
     "validate": "measure losses and metrics on held-out data, once",
     "test": "sweep a checkpoint over loop counts: table, JSON, CSV, pictures",
     "predict": "write many samples of a checkpoint to files, over all devices",
-    "sample": "draw a picture from a checkpoint alone, a row for each loop count",
+    "sample": "draw a picture from a model alone, a row for each loop count",
+    "models": "list the trained models that come along",
     "compare": "lay the sweeps of several runs side by side: table and picture",
     "calibrate": "find what a compute budget is best spent on: steps, loops, guidance",
     "encode": "turn pictures into tokens or latents: WebDataset shards to train on",
@@ -31,7 +32,7 @@ SUBCOMMANDS = {
 }
 _MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
     name: f"elt_lightning.commands.{name}"
-    for name in ("sample", "compare", "calibrate", "encode", "stats", "plan", "export", "loop", "bench")
+    for name in ("sample", "models", "compare", "calibrate", "encode", "stats", "plan", "export", "loop", "bench")
 }
 _MODULES["import"] = "elt_lightning.commands.import_published"
 
@@ -47,6 +48,7 @@ options:
   --version   show the version
   --debug     show the traceback when something goes wrong
 
+At once:      elt sample --model squares --loops 1,2,4,8
 A first run:  elt fit --config configs/quickstart.yaml
 """
 

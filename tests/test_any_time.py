@@ -12,7 +12,8 @@ from test_recall import CLASSES, LATENTS, TOKENS, V, dit, masked
 from torch import Tensor
 
 from elt_lightning.cli import main
-from elt_lightning.evaluation.calibration import Tried, pareto_front, read_plan
+from elt_lightning.evaluation.calibration import Tried, pareto_front
+from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.evaluation.spent import SpentLoops
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.objectives.diffusion import DiffusionObjective

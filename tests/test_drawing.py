@@ -10,6 +10,8 @@ import elt_lightning
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.tokenizers.base import to_bytes
+from elt_lightning.tokenizers.patch_vq import cut_patches
 
 
 def test_a_loaded_model_draws_what_its_module_samples(
@@ -27,6 +29,23 @@ def test_a_loaded_model_draws_what_its_module_samples(
     assert main(["export", "--ckpt_path", str(small_squares), f"--output={tmp_path / 'model'}"]) == 0
     exported = elt_lightning.load(tmp_path / "model").to("cpu").draw(classes=[3, 0, 3], loops=2, seed=5, steps=3)
     assert [np.asarray(a).tolist() for a in exported] == [np.asarray(b).tolist() for b in pictures]
+
+
+def test_what_is_given_stays_and_without_a_class_any_fits() -> None:
+    model = elt_lightning.load("squares")
+    clues = {(0, 0): 2, (0, 1): 5, (2, 2): 1}
+    cells = [
+        cut_patches(torch.from_numpy(np.array(p))[None, None, :-1, :-1], 9)[0]
+        for p in model.draw(classes=[None, 0], loops=4, seed=3, given=clues)
+    ]
+    codes = model.clues(clues)[0]
+    for picture in cells:
+        for row, column in clues:
+            place = 5 * row + column
+            expected = to_bytes(model.tokenizer.codebook[codes[place]])
+            assert torch.equal(picture[place, 1:, 1:], expected)
+    with pytest.raises(UserError, match="no digit from 1 to 5"):
+        model.draw(given={(0, 0): 6})
 
 
 @pytest.mark.parametrize(

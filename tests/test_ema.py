@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.ema import EMA, averaged_weights
+from elt_lightning.training.ema import EMA
+from elt_lightning.training.weights import averaged_weights
 
 
 class Line(LightningModule):

@@ -1,5 +1,6 @@
 """Models to publish: `elt export`, `from_pretrained`, and sampling from what they write and read."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -16,11 +17,12 @@ from small_runs import train_small_squares
 from torch import nn
 
 from elt_lightning import from_pretrained
-from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.pretrained import OF_TRAINING, build_module
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
+from elt_lightning.model import ELTModel
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.module import ELTModule
@@ -51,7 +53,7 @@ def export(checkpoint: Path, folder: Path, *flags: str) -> Path:
     return folder
 
 
-def draw(module: ELTModule) -> torch.Tensor:
+def draw(module: ELTModel) -> torch.Tensor:
     return module.sample(torch.arange(4), 3, sample_seeds(0, torch.arange(4)))
 
 
@@ -168,6 +170,12 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
         assert torch.equal(weight, average)
 
 
+def test_the_model_has_all_settings_of_the_module_but_those_of_training() -> None:
+    of_both, of_model = (inspect.signature(kind).parameters.keys() for kind in (ELTModule, ELTModel))
+    assert of_both - of_model == set(OF_TRAINING)
+    assert of_model < of_both
+
+
 def test_from_pretrained_takes_checkpoints_too(checkpoint: Path) -> None:
     assert torch.equal(draw(from_pretrained(checkpoint)), draw(build_module(read_checkpoint(checkpoint))))
 
@@ -182,7 +190,7 @@ def test_a_name_on_hugging_face_is_fetched(checkpoint: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     module = from_pretrained("someone/elt-squares", revision="v1")
-    assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors"])]
+    assert asked == [("someone/elt-squares", "v1", ["config.json", "model.safetensors", "tokenizer.*"])]
     assert torch.equal(draw(module), draw(from_pretrained(folder)))
 
 
@@ -212,5 +220,5 @@ def test_without_huggingface_hub_it_is_named(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/last.ckpt", "a/b/c", "/nowhere/at-all", ""])
 def test_what_can_be_no_name_is_not_looked_for_on_hugging_face(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"there is no checkpoint|was not written by"):
+    with pytest.raises(UserError, match=r"there is no checkpoint|was not written by|comes along"):
         from_pretrained(source)

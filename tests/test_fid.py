@@ -14,8 +14,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from elt_lightning.errors import UserError
 from elt_lightning.metrics import fid
 from elt_lightning.metrics.fid import InceptionScores, fid_name
-from elt_lightning.metrics.frechet import Moments
 from elt_lightning.metrics.inception import FIDInception, InceptionFeatures
+from elt_lightning.metrics.moments import Moments
 from elt_lightning.metrics.reference import (
     InceptionMoments,
     ReferenceImages,

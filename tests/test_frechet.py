@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from elt_lightning.metrics.frechet import FrechetDistance, Moments, frechet_distance
+from elt_lightning.metrics.frechet import FrechetDistance, frechet_distance
+from elt_lightning.metrics.moments import Moments
 
 
 class FlatFeatures(nn.Module):

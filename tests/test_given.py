@@ -11,9 +11,9 @@ from predictions import stateless
 from torch import Tensor
 
 from elt_lightning.cli import main
-from elt_lightning.commands.given import Hole, hide, read_given
 from elt_lightning.data.decoding import read_clip, write_clip
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.given import Hole, hide, read_given
 from elt_lightning.evaluation.known import GREY, known_pixels
 from elt_lightning.networks.masked import LoopedMaskedTransformer
 from elt_lightning.objectives.ilsd import ILSD

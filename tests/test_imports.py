@@ -8,19 +8,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "elt_lightning"
 
-LOW = "data data.toy metrics networks objectives processes samplers tokenizers training checkpoints evaluation"
+LOW = "data data.toy metrics model networks objectives processes samplers tokenizers training checkpoints evaluation"
 ARROWS = {
     "processes": "",
     "networks": "processes",
     "objectives": "processes",
     "samplers": "processes",
-    "training": "networks objectives processes samplers",
+    "model": "networks objectives processes samplers",
+    "training": "model networks objectives processes samplers",
     "tokenizers": "processes training",  # of training what TAKEN_FROM_TRAINING lists
     "metrics": "tokenizers training",
     "data": "data.toy metrics processes tokenizers",
     "data.toy": "data metrics processes tokenizers",
-    "checkpoints": "networks training",
-    "evaluation": "checkpoints data metrics processes samplers tokenizers training",
+    "checkpoints": "model networks training",
+    "evaluation": "checkpoints data metrics model processes samplers tokenizers training",
     "bench": LOW,
     "commands": f"bench {LOW}",
     "reproduce": f"bench cli commands {LOW}",

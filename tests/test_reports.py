@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elt_lightning.data.base import Request
-from elt_lightning.evaluation.report import Report, loops_figure, picture_row
+from elt_lightning.evaluation.pictures import loops_figure
+from elt_lightning.evaluation.report import Report, picture_row
 from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.networks.masked import LoopedMaskedTransformer

@@ -14,6 +14,7 @@ from elt_lightning.checkpoints.pretrained import empty_module
 from elt_lightning.cli import main
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
+from elt_lightning.objectives.masked import MaskedObjective
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.module import ELTModule, OuterTeacher
@@ -97,7 +98,9 @@ def test_layers_that_do_not_come_out_are_refused() -> None:
 
 def test_the_outer_teacher_adds_its_loss_on_the_same_batch() -> None:
     teacher_file = unlooped(6)
-    _, module, _ = looped(teacher_file, 2, 3, "average")
+    _, model, _ = looped(teacher_file, 2, 3, "average")
+    parts = (model.network, model.process, MaskedObjective, model.distillation, lambda *_: model.sampler)
+    module = ELTModule(*parts, num_classes=model.num_classes).eval()
     teacher = empty_module(teacher_file["elt"]["model"])
     batch = Batch(torch.randint(6, (4, 6)), torch.tensor([0, 1, 0, 1]), torch.arange(4))
     plain, _ = module.loss(batch, 5, 0.5)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elt_lightning.checkpoints.pretrained import build_module, chosen_weights, empty_module, read_pretrained
 from elt_lightning.errors import UserError
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
 
 Init = Literal["average", "every_kth", "first", "blocks"]
 """Shared layer n of N is made of layers of the unlooped model, prelude and coda taken off: the average of those that
@@ -30,7 +30,7 @@ SOURCES: dict[str, Callable[[int, int, int], range]] = {
 """{initialisation: (n, N, L) to the layers that shared layer n is the average of}."""
 
 
-def begin_from(module: ELTModule, source: str | Path) -> str:
+def begin_from(module: ELTModel, source: str | Path) -> str:
     """Put the weights of another model into one; return a line that says what was taken over and what starts fresh.
 
     Taken over is what has the same name and shape; averaged weights where there are any.
@@ -46,7 +46,7 @@ def begin_from(module: ELTModule, source: str | Path) -> str:
     return f"begins from {source}: {line}"
 
 
-def take_over(module: ELTModule, weights: Mapping[str, Tensor]) -> str | None:
+def take_over(module: ELTModel, weights: Mapping[str, Tensor]) -> str | None:
     """Load what has a name and shape of the module; return what was taken over, what not; None where nothing fits."""
     here = module.state_dict()
     fitting = {name: value for name, value in weights.items() if name in here and here[name].shape == value.shape}
@@ -66,7 +66,7 @@ def looped(
     prelude: int = 0,
     coda: int = 0,
     recall: bool = False,
-) -> tuple[dict[str, Any], ELTModule, str]:
+) -> tuple[dict[str, Any], ELTModel, str]:
     """Make a looped model of an unlooped one of prelude + N·L + coda layers.
 
     Args:

@@ -1,31 +1,35 @@
 """Building models from checkpoints, exported folders, and such folders on Hugging Face."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.recipe import check_recipe
-from elt_lightning.checkpoints.store import CONFIG, META, WEIGHTS, Weights, read_checkpoint
+from elt_lightning.checkpoints.store import CONFIG, META, TOKENIZER, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json
-from elt_lightning.training.ema import averaged_weights, check_exported
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
+from elt_lightning.training.weights import averaged_weights, check_exported, check_weights
 
 set_parsing_settings(import_path_denylist=[])  # a file may not name os.system and the like as a class
 
+OF_TRAINING = ("optimizer", "learning_rate_schedule", "class_dropout_prob", "compile", "outer_teacher")
+"""Settings of :class:`~elt_lightning.training.module.ELTModule` that a model which only draws has not."""
 
-def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModule:
+
+def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModel:
     """Return the model that `elt export` or `elt fit` wrote, in eval mode on the CPU.
 
     Args:
-        source: an exported folder; its name ``owner/name`` on Hugging Face; or a checkpoint, whose averaged weights
-            are taken.
+        source: an exported folder; its name ``owner/name`` on Hugging Face; the name of a model that comes along, which
+            `elt models` lists; or a checkpoint, whose averaged weights are taken.
         revision: branch, tag or commit on Hugging Face; None for the newest.
 
     Raises:
@@ -39,7 +43,8 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
     """Read a checkpoint, the folder of an exported model, or such a folder on Hugging Face, onto the CPU.
 
     Args:
-        source: a path, or ``owner/name`` on Hugging Face, which needs the package huggingface_hub.
+        source: a path; ``owner/name`` on Hugging Face, which needs the package huggingface_hub; or the name of a model
+            that comes along, unless a model or checkpoint lies at that path.
         revision: branch, tag or commit there; None for the newest.
 
     Returns:
@@ -50,6 +55,9 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
         UserError: there is nothing of that name, or it cannot be read.
     """
     path, name = Path(source), str(source)
+    is_model = is_exported(path) or path.is_file() or (path / META).is_file()
+    if not is_model and (name in shipped.names() or (re.fullmatch(r"[\w-]+", name) and not path.exists())):
+        return read_exported(shipped.folder_of(name))
     if path.is_dir() and not (path / META).is_file():
         return read_exported(path)
     if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -84,7 +92,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     check_recipe(folder / CONFIG, recipe)
     if recipe.get("weights") not in get_args(Weights):
         raise UserError(f"{folder / CONFIG} does not say which weights lie beside it, ema or raw: export it again")
-    return recipe
+    return recipe | {"folder": str(folder.resolve())}  # where a tokenizer's file may lie
 
 
 def read_recipe(source: str | Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def is_exported(path: str | Path) -> bool:
 
 def read_as_checkpoint(path: str | Path, **_: Any) -> dict[str, Any]:
     """Read an exported model, with what Lightning asks of a checkpoint that it tests or predicts from."""
-    return read_exported(Path(path)) | {"pytorch-lightning_version": lightning.__version__, "callbacks": {}}
+    return read_exported(Path(path)) | {"pytorch-lightning_version": version("lightning"), "callbacks": {}}
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -115,13 +123,13 @@ def fetch(name: str, revision: str | None) -> Path:
     except ModuleNotFoundError as error:
         raise UserError(f"there is no {name}; to look on Hugging Face, pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG, f"{TOKENIZER}.*"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error
 
 
-def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModule:
+def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModel:
     """Build the model that a checkpoint describes, with its averaged or raw weights, in eval mode on the CPU.
 
     Raises:
@@ -131,7 +139,7 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
         raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
     state = chosen_weights(checkpoint, weights)
     module = empty_module(checkpoint["elt"]["model"])
-    module.on_load_checkpoint({"state_dict": state})
+    check_weights(module.state_dict(), state)
     module.load_state_dict(state)
     if "ema" in checkpoint and weights == "ema":
         # Tied weights have several names, their average only one: put it under all.
@@ -139,12 +147,17 @@ def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTMod
     return module.eval()
 
 
-def empty_module(section: dict[str, Any]) -> ELTModule:
-    """Build the model that a recipe's ``model`` section describes, untrained (UserError: it cannot be built)."""
+def empty_module(section: dict[str, Any]) -> ELTModel:
+    """Build the model that a recipe's ``model`` section describes, untrained, without what only training needs.
+
+    Raises:
+        UserError: it cannot be built.
+    """
+    section = {name: value for name, value in section.items() if name not in OF_TRAINING}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ELTModule, "model")
+    parser.add_class_arguments(ELTModel, "model")
     try:
-        module: ELTModule = parser.instantiate(parser.parse_object({"model": section})).model
+        module: ELTModel = parser.instantiate(parser.parse_object({"model": section})).model
     except UserError:
         raise
     except Exception as error:  # a class may raise anything on settings that do not suit it

@@ -17,10 +17,10 @@ from torch import Tensor
 from elt_lightning.checkpoints.recipe import check_recipe, is_count, is_laid_out
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
-from elt_lightning.training.sharded_checkpoints import META, read_folder
+from elt_lightning.training.weights import META
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-"""The files of an exported model."""
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+"""The files of an exported model; the tokenizer's keeps its own suffix."""
 
 Weights = Literal["ema", "raw"]
 """Which weights: the averaged ones, or those that the optimiser moved."""
@@ -64,11 +64,12 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
     if not (is_sharded or is_file(path)):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        checkpoint = (
-            read_folder(Path(path), prefixes=prefixes)
-            if is_sharded
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        )
+        if is_sharded:
+            from elt_lightning.training.sharded_checkpoints import read_folder
+
+            checkpoint = read_folder(Path(path), prefixes=prefixes)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except Exception as error:  # the unpickler raises anything on damaged bytes

@@ -23,9 +23,9 @@ from elt_lightning.evaluation.calibration import FIRST_SAMPLE, Tried, search, wr
 from elt_lightning.evaluation.report import in_words
 from elt_lightning.evaluation.sweep import Sweep
 from elt_lightning.evaluation.trained import Trained
+from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape
-from elt_lightning.training.module import AUTO_LOOPS
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 

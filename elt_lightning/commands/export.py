@@ -1,7 +1,9 @@
-"""`elt export`: a checkpoint's model as a folder to publish: model.safetensors and config.json."""
+"""`elt export`: a checkpoint's model as a folder to publish: model.safetensors, config.json, the tokenizer's file."""
 
 import argparse
 import json
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from elt_lightning.checkpoints.pretrained import build_module
-from elt_lightning.checkpoints.recipe import FORMAT_VERSION
-from elt_lightning.checkpoints.store import CONFIG, WEIGHTS, read_checkpoint
+from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
+from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
-from elt_lightning.training.module import ELTModule
+from elt_lightning.model import ELTModel
+from elt_lightning.tokenizers.loading import load_tokenizer
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -27,7 +30,12 @@ def run(name: str, arguments: list[str]) -> None:
     check_free(options.output, options.overwrite)
     checkpoint = read_checkpoint(options.ckpt_path)
     module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
-    write_model(options.output, module, describe(checkpoint, options.weights))
+    description, tokenizer = describe(checkpoint, options.weights), None
+    if options.with_tokenizer:
+        tokenizer = file_of_tokenizer(found(checkpoint["elt"], "tokenizer"))
+        name = f"{TOKENIZER}{tokenizer.suffix}"
+        description["tokenizer"] = description["tokenizer"] | {"init_args": {"path": name}}
+    write_model(options.output, module, description, tokenizer)
     print(options.output)
 
 
@@ -38,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add("--with_tokenizer", action="store_true", help="copy the tokenizer's file too: the folder then draws anywhere")
     add("--overwrite", action="store_true", help="replace a model that was exported there")
     return parser
 
@@ -64,6 +73,18 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
+def file_of_tokenizer(description: dict[str, Any]) -> Path:
+    """Return the one file that a tokenizer is read from.
+
+    Raises:
+        UserError: it is missing or another one, or the tokenizer has none that could be copied.
+    """
+    tokenizer = load_tokenizer(description)
+    if tokenizer.init_args().keys() != {"path"} or not Path(tokenizer.path or "").is_file():
+        raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
+    return Path(str(tokenizer.path))
+
+
 def check_free(folder: Path, overwrite: bool) -> None:
     """Check that a model may be written into a folder.
 
@@ -75,8 +96,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 
 
-def write_model(folder: Path, module: ELTModule, description: dict[str, Any]) -> None:
-    """Write both files aside, then give both their names: whatever fails, an older export there stays as it was.
+def write_model(folder: Path, module: ELTModel, description: dict[str, Any], tokenizer: Path | None = None) -> None:
+    """Write the files aside, then give them their names: whatever fails, an older export there stays as it was.
 
     Raises:
         UserError: they cannot be written.
@@ -84,7 +105,11 @@ def write_model(folder: Path, module: ELTModule, description: dict[str, Any]) ->
     # The format refuses tensors that share memory, as tied weights do.
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
-        with written_aside(folder / CONFIG) as config, written_aside(folder / WEIGHTS) as weights:
+        with ExitStack() as stack:
+            config, weights = (stack.enter_context(written_aside(folder / name)) for name in (CONFIG, WEIGHTS))
+            if tokenizer is not None:
+                aside = stack.enter_context(written_aside(folder / f"{TOKENIZER}{tokenizer.suffix}"))
+                shutil.copyfile(tokenizer, aside)
             config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
             save_file(state, weights, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:

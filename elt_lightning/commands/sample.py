@@ -1,4 +1,4 @@
-"""`elt sample`: a picture from a checkpoint alone, one row for each loop count."""
+"""`elt sample`: a picture from a model alone, one row for each loop count."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from elt_lightning.checkpoints import shipped
 from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
-from elt_lightning.commands.given import Hole, read_given
 from elt_lightning.errors import MOST, UserError
-from elt_lightning.evaluation.calibration import read_plan
 from elt_lightning.evaluation.drawing import load
-from elt_lightning.evaluation.pictures import write_gif, write_mp4
-from elt_lightning.evaluation.report import loops_figure
+from elt_lightning.evaluation.given import Hole, read_given
+from elt_lightning.evaluation.pictures import loops_figure, write_gif, write_mp4
+from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.files import written_aside
 from elt_lightning.samplers.base import SETTINGS
 from elt_lightning.samplers.loop_schedule import LoopShape
@@ -42,7 +42,8 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     if options.output.suffix not in SUFFIXES:
         raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")
-    model = load(options.ckpt_path, options.weights, options.tokenizer_path).to(device_of(options.device))
+    source = options.ckpt_path if options.model is None else shipped.folder_of(options.model)
+    model = load(source, options.weights, options.tokenizer_path).to(device_of(options.device))
     module, tokenizer = model.module, model.tokenizer
     labels = model.labels(options.classes, options.num)
     asked = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
@@ -102,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt_path", metavar="PATH", help="checkpoint, or exported model")
+    source.add_argument("--model", metavar="NAME", help="model that comes along: elt models lists them")
     add("--classes", type=wholes(0), metavar="3,7", help="classes, taken in turn; all by default")
     add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
     add(

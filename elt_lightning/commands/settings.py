@@ -16,7 +16,7 @@ from elt_lightning.checkpoints.pretrained import is_exported, read_description, 
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.errors import UserError
-from elt_lightning.evaluation.calibration import read_plan
+from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.samplers.base import OF_GUIDANCE, OF_LOOPS, SETTINGS
 
 FROM_DATA = {

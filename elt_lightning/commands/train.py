@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from elt_lightning import data, networks, objectives, processes, samplers
 from elt_lightning.checkpoints.initial import begin_from
 from elt_lightning.checkpoints.pretrained import from_pretrained, is_exported, read_as_checkpoint
-from elt_lightning.checkpoints.recipe import Recipe
+from elt_lightning.checkpoints.recording import Recipe
 from elt_lightning.commands.planning import MOST_REHEARSED, rehearse
 from elt_lightning.commands.refusals import abstract_class, explain
 from elt_lightning.commands.settings import (

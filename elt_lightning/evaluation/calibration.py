@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from elt_lightning.checkpoints.recipe import is_laid_out
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.report import in_words
-from elt_lightning.files import parse_json, write_json, written_aside
-from elt_lightning.samplers.base import SETTINGS, Sampler
+from elt_lightning.files import write_json, written_aside
+from elt_lightning.samplers.base import Sampler
 
 FIRST_SAMPLE = 1_001_000
 """Number of the first sample of a calibration: tests, which begin at 0, draw others, and of puzzles others are set."""
@@ -126,22 +125,6 @@ def write_plan(path: Path, description: dict[str, Any], tried: Sequence[Tried], 
     with written_aside(path.with_name("pareto.png")) as aside:
         pareto_figure(plan).savefig(aside, bbox_inches="tight")
     return best
-
-
-def read_plan(path: str | Path) -> dict[str, Any]:
-    """Read the best setting of a plan: {"loops": L, setting: value}.
-
-    Raises:
-        UserError: it is not there, or was not written by `elt calibrate`.
-    """
-    try:
-        plan = parse_json(Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} was not written by `elt calibrate`: {error}") from error
-    names = ("loops", *SETTINGS)
-    if not is_laid_out(plan, {"best": {name: lambda value: True for name in names}}):
-        raise UserError(f"{path} was not written by `elt calibrate`: it has no best setting")
-    return {name: plan["best"][name] for name in names}
 
 
 def pareto_figure(plan: Mapping[str, Any]) -> Figure:

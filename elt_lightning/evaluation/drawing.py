@@ -1,6 +1,6 @@
 """A model with its tokenizer: from classes to pictures, for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,9 +12,11 @@ from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import Weights
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.given import Hole, read_given
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.loading import load_tokenizer
+from elt_lightning.tokenizers.patch_vq import PatchVQTokenizer
 
 Asked = int | Literal["auto"] | None
 """A loop count; "auto", until the tolerance is met; None for the count of training."""
@@ -24,7 +26,7 @@ class Drawing:
     """A trained model that draws pictures, or clips.
 
     Attributes:
-        module: the model itself, an :class:`~elt_lightning.training.module.ELTModule`.
+        module: the model itself, an :class:`~elt_lightning.model.ELTModel`.
         tokenizer: turns what it samples into pixels.
     """
 
@@ -61,17 +63,18 @@ class Drawing:
             raise UserError(str(error)) from error
         return sampler, count
 
-    def labels(self, classes: Sequence[int] | None, num: int) -> Tensor:
-        """Take classes in turn, all of them by default, for ``num`` samples: (num,) int64.
+    def labels(self, classes: Sequence[int | None] | None, num: int) -> Tensor:
+        """Take classes in turn, all of them by default, for ``num`` samples: (num,) int64; None is for no class.
 
         Raises:
             UserError: the model has no such class.
         """
         known = range(self.num_classes)
         chosen = list(known if classes is None else classes)
-        if wrong := [number for number in chosen if number not in known]:
+        if wrong := [number for number in chosen if number is not None and number not in known]:
             raise UserError(f"the model's classes are 0 to {self.num_classes - 1}, not {wrong[0]}")
-        return torch.tensor(chosen, device=self.module.device)[torch.arange(num) % len(chosen)]
+        numbers = [self.num_classes if number is None else number for number in chosen]
+        return torch.tensor(numbers, device=self.module.device)[torch.arange(num) % len(chosen)]
 
     def pixels(
         self,
@@ -82,7 +85,7 @@ class Drawing:
         known: Tensor | None = None,
         spent: list[Tensor] | None = None,
     ) -> Tensor:
-        """Draw a sample for each label (B,); see :meth:`ELTModule.sample`.
+        """Draw a sample for each label (B,); see :meth:`~elt_lightning.model.ELTModel.sample`.
 
         Returns:
             (B, C, H, W), or clips (B, C, F, H, W), uint8 on the CPU, as people are shown them.
@@ -91,27 +94,68 @@ class Drawing:
         codes = self.module.sample(labels, loops, seeds, known, sampler, spent)
         return self.tokenizer.present(self.tokenizer.decode(codes)).cpu()
 
+    def given(self, path: str | Path, frames: int | None = None, hole: Hole | None = None, stride: int = 1) -> Tensor:
+        """Encode what is given of a picture or clip, for :meth:`draw`.
+
+        Args:
+            path: of the file; it is resized and cropped to what the model draws.
+            frames: the first frames of the token grid that are given; None for all.
+            hole: top, left, bottom and right of the cells of that grid that are not; None for no hole.
+            stride: frames of the file from one to the next.
+
+        Raises:
+            UserError: the file cannot be read, or the given part does not lie in the grid.
+        """
+        return read_given(Path(path), self.module, self.tokenizer, frames, hole, stride).known
+
+    def clues(self, digits: Mapping[tuple[int, int], int]) -> Tensor:
+        """Encode cells of a square or sudoku that are given, for :meth:`draw`: (1, T) int64, V elsewhere.
+
+        Args:
+            digits: {(row, column): digit}, counted from 0 and digits from 1, each in its first way of writing.
+
+        Raises:
+            UserError: the model does not draw digits in cells, or there is no such cell or digit.
+        """
+        if not isinstance(self.tokenizer, PatchVQTokenizer):
+            raise UserError("this model does not draw digits in cells: what is given takes a picture, see given()")
+        (rows, columns), size = self.tokenizer.grid, len(self.tokenizer.codebook)
+        known = torch.full((1, rows * columns), size, device=self.module.device)
+        for (row, column), digit in digits.items():
+            if not (0 <= row < rows and 0 <= column < columns and 1 <= digit <= rows):
+                raise UserError(f"no cell of {rows}×{columns}, or no digit from 1 to {rows}: {(row, column)}: {digit}")
+            known[0, row * columns + column] = (digit - 1) * (size // rows)
+        return known
+
     def draw(
-        self, classes: Sequence[int] | None = None, loops: Asked = None, seed: int = 0, **settings: Any
+        self,
+        classes: Sequence[int | None] | None = None,
+        loops: Asked = None,
+        seed: int = 0,
+        given: Tensor | Mapping[tuple[int, int], int] | None = None,
+        **settings: Any,
     ) -> list[Image.Image] | list[list[Image.Image]]:
         """Draw one picture for each class, all of them by default; of clips a list of frames for each.
 
         The same seed gives the same attempt at every loop count.
 
         Args:
-            classes: numbers from 0 up; the same one may be asked for several times.
+            classes: numbers from 0 up; the same one may be asked for several times. None among them is for no class.
             loops: how often the shared layers are run in each sampling step; by default as often as in training;
                 "auto" ends each sample's loop when it changes by less than a ``tolerance``.
             seed: decides every picture.
+            given: what stays as it is in every picture: of :meth:`given`, or digits as :meth:`clues` takes them.
             settings: of the sampler: ``steps``, ``guidance``, ``carry_state``, ``exit_scale``, ``weak_loops``,
                 ``loop_schedule``, ``tolerance``.
 
         Raises:
-            UserError: the model has no such class or setting.
+            UserError: the model has no such class or setting, or what is given does not fit.
         """
         labels = self.labels(classes, self.num_classes if classes is None else len(classes))
         sampler, count = self.sampler(loops, **settings)
-        samples = self.pixels(labels, count, sampler, seed)
+        known = given if given is None or isinstance(given, Tensor) else self.clues(given)
+        known = None if known is None else known.to(labels.device).expand(len(labels), *known.shape[1:])
+        samples = self.pixels(labels, count, sampler, seed, known)
         if samples.ndim == 4:
             return [picture_of(pixels) for pixels in samples]
         return [[picture_of(frame) for frame in clip.unbind(1)] for clip in samples]
@@ -121,7 +165,8 @@ def load(source: str | Path, weights: Weights | None = None, tokenizer_path: str
     """Return a trained model with its tokenizer, ready to draw on the CPU.
 
     Args:
-        source: a checkpoint of `elt fit`; a folder of `elt export`; or its name ``owner/name`` on Hugging Face.
+        source: the name of a model that comes along, which `elt models` lists; a checkpoint of `elt fit`; a folder of
+            `elt export`; or its name ``owner/name`` on Hugging Face.
         weights: "ema", "raw"; by default the averaged ones, or those that were exported.
         tokenizer_path: where the tokenizer's file lies, if it has moved.
 

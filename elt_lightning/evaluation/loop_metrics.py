@@ -18,12 +18,13 @@ from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
 from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.training.announce import announce
 from elt_lightning.training.charts import log_table
 from elt_lightning.training.ema import EMA
-from elt_lightning.training.module import AUTO_LOOPS, ELTModule
+from elt_lightning.training.module import ELTModule
 from elt_lightning.training.preemption import end_if_asked
 from elt_lightning.training.progress import meter
 from elt_lightning.training.runs import callbacks_of, log_picture, run_folder

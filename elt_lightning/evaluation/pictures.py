@@ -1,10 +1,11 @@
-"""Clips for people to look at: strips of frames, animated GIFs with a row for each loop count, MP4 files."""
+"""Samples for people to look at: a row for each loop count; of clips strips of frames, animated GIFs, MP4 files."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -26,6 +27,40 @@ def clip_strip(clips: Tensor, count: int = 3) -> Tensor:
     frames = clips[:, :, torch.linspace(0, clips.shape[2] - 1, count).round().long()]
     padded = torch.nn.functional.pad(frames, (0, GAP), value=255).permute(0, 1, 3, 2, 4)  # n C H count W
     return padded.flatten(3)[..., :-GAP]
+
+
+def pictures_of(samples: Tensor) -> Tensor:
+    """Return pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
+    return samples if samples.ndim == 4 else clip_strip(samples)
+
+
+def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = (), titles: Sequence[str] = ()) -> Figure:
+    """Draw one labelled row of pictures after another; a column shares class and seed.
+
+    Args:
+        rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
+        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one; empty
+            where none can be.
+        titles: of the columns: the classes of the samples.
+    """
+    stills = {label: pictures_of(values) for label, values in rows.items()}
+    columns = max(len(pictures) for pictures in stills.values())
+    height, width = next(iter(stills.values())).shape[2:]
+    figure = Figure(figsize=(1 + 1.4 * columns * width / height, 1.4 * len(rows)), dpi=100)
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=10)
+    for place, (label, pictures) in enumerate(stills.items()):
+        for axes in grid[place]:
+            axes.set_axis_off()
+        grid[place, 0].text(-0.15, 0.5, label, transform=grid[place, 0].transAxes, ha="right", va="center", fontsize=14)
+        for number, picture in enumerate(pictures):
+            axes = grid[place, number]
+            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            if place < len(correct) and len(correct[place]):
+                colour = "tab:green" if correct[place][number] else "tab:red"
+                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, color=colour, linewidth=4))
+    return figure
 
 
 def nearest_figure(samples: Tensor, nearest: Nearest, labels: Sequence[str] = ()) -> Figure:

@@ -10,11 +10,10 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from rich.table import Table
 from torch import Tensor
 
-from elt_lightning.evaluation.pictures import clip_strip, write_gif
+from elt_lightning.evaluation.pictures import loops_figure, pictures_of, write_gif
 from elt_lightning.evaluation.spent import QUANTILES
 from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import write_json, written_aside
@@ -241,35 +240,6 @@ def labelled_pictures(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = (), titles: Sequence[str] = ()) -> Figure:
-    """Draw one labelled row of pictures after another; a column shares class and seed.
-
-    Args:
-        rows: {label: (n, C, H, W) uint8}, C 1 or 3; of clips (n, C, F, H, W) a few frames are drawn.
-        correct: for each row (n,) bool, which pictures are right: they get a green frame, the others a red one; empty
-            where none can be.
-        titles: of the columns: the classes of the samples.
-    """
-    stills = {label: pictures_of(values) for label, values in rows.items()}
-    columns = max(len(pictures) for pictures in stills.values())
-    height, width = next(iter(stills.values())).shape[2:]
-    figure = Figure(figsize=(1 + 1.4 * columns * width / height, 1.4 * len(rows)), dpi=100)
-    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    for axes, title in zip(grid[0], titles, strict=False):
-        axes.set_title(title, fontsize=10)
-    for place, (label, pictures) in enumerate(stills.items()):
-        for axes in grid[place]:
-            axes.set_axis_off()
-        grid[place, 0].text(-0.15, 0.5, label, transform=grid[place, 0].transAxes, ha="right", va="center", fontsize=14)
-        for number, picture in enumerate(pictures):
-            axes = grid[place, number]
-            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            if place < len(correct) and len(correct[place]):
-                colour = "tab:green" if correct[place][number] else "tab:red"
-                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, color=colour, linewidth=4))
-    return figure
-
-
 def loops_spent_figure(rows: dict[str, Row]) -> Figure:
     """Draw, for each row, the loops of every sampling step, and below a map of the loops of single samples."""
     figure = Figure(figsize=(4 * len(rows), 6), dpi=100, layout="constrained")
@@ -294,11 +264,6 @@ def loops_spent_figure(rows: dict[str, Row]) -> Figure:
 
 MOST_MAPPED = 64
 """Samples whose loops are drawn one by one."""
-
-
-def pictures_of(samples: Tensor) -> Tensor:
-    """Return pictures (n, C, H, W) as they are, and of clips (n, C, F, H, W) first, middle and last frame as one."""
-    return samples if samples.ndim == 4 else clip_strip(samples)
 
 
 def picture_row(samples: Tensor, gap: int = 2) -> Tensor:

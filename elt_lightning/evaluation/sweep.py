@@ -16,11 +16,11 @@ from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.evaluation.known import known_pixels
 from elt_lightning.evaluation.spent import SpentLoops, Spread
 from elt_lightning.metrics.base import SampleMetric
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.training.announce import now
-from elt_lightning.training.module import ELTModule
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Sweep:
 
     def run(
         self,
-        module: ELTModule,
+        module: ELTModel,
         sampler: Sampler,
         tokenizer: Tokenizer,
         metrics: Sequence[SampleMetric],

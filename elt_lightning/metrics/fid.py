@@ -8,9 +8,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from elt_lightning.metrics.frechet import MomentSums, SummingMetric, frechet_distance
+from elt_lightning.metrics.frechet import SummingMetric, frechet_distance
 from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.metrics.inception_score import ScoreSums
+from elt_lightning.metrics.moments import MomentSums
 from elt_lightning.metrics.reference import InceptionMoments
 
 FULL_COUNT = 50_000

@@ -13,9 +13,10 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
 from elt_lightning.metrics.c3d import C3D
 from elt_lightning.metrics.fid import name_with_count, next_numbers
-from elt_lightning.metrics.frechet import Moments, MomentSums, SummingMetric, frechet_distance
+from elt_lightning.metrics.frechet import SummingMetric, frechet_distance
 from elt_lightning.metrics.i3d import I3D
 from elt_lightning.metrics.inception_score import ScoreSums
+from elt_lightning.metrics.moments import Moments, MomentSums
 from elt_lightning.metrics.reference import (
     InceptionMoments,
     ReferenceImages,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file, written_aside
-from elt_lightning.metrics.frechet import Moments, MomentSums
 from elt_lightning.metrics.inception import FIDInception
+from elt_lightning.metrics.moments import Moments, MomentSums
 from elt_lightning.training.meter import counted
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from elt_lightning.errors import UserError
-from elt_lightning.metrics.frechet import Moments, MomentSums
+from elt_lightning.metrics.moments import Moments, MomentSums
 
 
 class Window(NamedTuple):

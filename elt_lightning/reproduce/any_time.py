@@ -31,9 +31,9 @@ from elt_lightning.evaluation.report import in_words
 from elt_lightning.evaluation.sweep import Sweep, swept_settings
 from elt_lightning.evaluation.trained import Trained
 from elt_lightning.files import markdown_table, write_json, write_text, written_aside
+from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.reproduce.commands import last_checkpoint
 from elt_lightning.samplers.base import SETTINGS, Sampler
-from elt_lightning.training.module import AUTO_LOOPS
 
 SECTIONS = {"seeds", "paper", "ours", "recipes", "grids", "testbeds"}
 

@@ -27,9 +27,9 @@ from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import written_aside
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.loop_monitor import followed_loops, relative_distance
-from elt_lightning.training.module import ELTModule
 
 SETTLED = 32
 """Loops after which the state of a model with recall counts as settled, and up to which updates are followed."""
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(str(options.output / f"dynamics.{ending}") for ending in ("png", "json")))
 
 
-def measure(module: ELTModule, num_samples: int, seed: int) -> dict[str, Any]:
+def measure(module: ELTModel, num_samples: int, seed: int) -> dict[str, Any]:
     """Measure one model.
 
     Returns:
@@ -83,7 +83,7 @@ def measure(module: ELTModule, num_samples: int, seed: int) -> dict[str, Any]:
     return found
 
 
-def followed(module: ELTModule, labels: Tensor, seeds: Tensor) -> tuple[list[float], list[float]]:
+def followed(module: ELTModel, labels: Tensor, seeds: Tensor) -> tuple[list[float], list[float]]:
     """Draw samples from zero with many loops: relative update and cosine between tokens after each."""
     sampler = module.sampler.with_settings(carry_state=False)
     with followed_loops(module.network.backbone.layers) as (updates, cosines):
@@ -92,7 +92,7 @@ def followed(module: ELTModule, labels: Tensor, seeds: Tensor) -> tuple[list[flo
     return means[0], means[1]
 
 
-def carried_distances(module: ELTModule, labels: Tensor, seeds: Tensor, loops: int) -> list[float]:
+def carried_distances(module: ELTModel, labels: Tensor, seeds: Tensor, loops: int) -> list[float]:
     """Draw samples with the state carried: how far each step's first state is from what its loop settles at."""
     backbone, distances = module.network.backbone, []
 

@@ -26,7 +26,7 @@ from elt_lightning.checkpoints.pretrained import build_module
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.arguments import device_of
-from elt_lightning.evaluation.report import loops_figure
+from elt_lightning.evaluation.pictures import loops_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce.curves import read_curves

@@ -20,8 +20,8 @@ from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
 from elt_lightning.files import next_numbered, written_aside
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.training.module import ELTModule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_results(norms, module.max_loops, folder)
 
 
-def update_norms(module: ELTModule, num_samples: int, loops: int, seed: int, batch_size: int = 50) -> Tensor:
+def update_norms(module: ELTModel, num_samples: int, loops: int, seed: int, batch_size: int = 50) -> Tensor:
     """Draw samples, and measure ‖h_r − h_(r−1)‖₂ for every loop r of every sampling step: (K, L) float32.
 
     The state h has D numbers for each token; its norm is averaged over tokens and samples, and where guidance acts over

@@ -7,11 +7,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.training.meter import duration, is_first_process
-from elt_lightning.training.module import ELTModule
 
 LONG = 10**12
 """Multiply–accumulates that take a CPU minutes: announced beforehand."""
@@ -24,7 +24,7 @@ class _Timed(Exception):  # noqa: N818  # it ends a sampling after its first cal
     pass
 
 
-def announce(what: str, macs: int, module: ELTModule, sampler: Sampler, samples: int) -> None:
+def announce(what: str, macs: int, module: ELTModel, sampler: Sampler, samples: int) -> None:
     """Print the floating-point operations that long work takes, and the time, by a short pass of the network.
 
     Every process has to call this: the weights of a pass may be sharded.
@@ -46,7 +46,7 @@ def announce(what: str, macs: int, module: ELTModule, sampler: Sampler, samples:
 
 
 @torch.no_grad()
-def macs_per_second(module: ELTModule, sampler: Sampler, samples: int) -> float:
+def macs_per_second(module: ELTModel, sampler: Sampler, samples: int) -> float:
     """Time the network's first call of a sampling, at a few loops; the second time, when everything is loaded."""
     samples, loops = min(samples, TIMED_SAMPLES), TIMED_LOOPS + (sampler.guidance.weak_loops or 0)
     labels = torch.zeros(samples, dtype=torch.int64, device=module.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from elt_lightning.errors import UserError
 from elt_lightning.training.sharding import as_sharded, release_weights
 from elt_lightning.training.skip_non_finite_steps import is_skipped
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import check_exported, differences
 
 
 class EMA(Callback):
@@ -113,16 +113,6 @@ class EMA(Callback):
             self._raw = {}
 
 
-def check_exported(exported: str, asked: str) -> None:
-    """Check that an exported model has the weights that are asked for.
-
-    Raises:
-        UserError: it has the others alone.
-    """
-    if exported != asked:
-        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
-
-
 def in_full(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return a tensor in the precision of a parameter's average: float32, or its own where that has more."""
     return tensor.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -131,14 +121,3 @@ def in_full(tensor: Tensor, parameter: Tensor) -> Tensor:
 def trainable_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
     """List the trainable parameters under the names they have in the module's state dict."""
     return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-
-
-def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Return a checkpoint's weights with the averaged ones in place of the raw.
-
-    Raises:
-        UserError: the checkpoint holds no average.
-    """
-    if "ema" not in checkpoint:
-        raise UserError("the checkpoint holds no averaged weights: ask for the raw ones with --weights raw")
-    return checkpoint["state_dict"] | checkpoint["ema"]["weights"]

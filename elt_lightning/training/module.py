@@ -1,11 +1,10 @@
-"""The LightningModule: it wires network, objective, distillation, sampler and optimiser; it does no mathematics."""
+"""The LightningModule: the model, its optimiser, and what a training does with them; it does no mathematics."""
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -15,26 +14,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elt_lightning.errors import UserError
-from elt_lightning.networks.base import LoopedNetwork, Pass
+from elt_lightning.model import ELTModel
+from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.looped import CompileMode
 from elt_lightning.objectives.base import Corrupted, Objective
 from elt_lightning.objectives.ilsd import ILSD
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition, drop_labels
 from elt_lightning.processes.noise import sample_seeds
-from elt_lightning.samplers.base import Loops, Sampler
+from elt_lightning.samplers.base import Sampler
 from elt_lightning.training.optimiser import LearningRateSchedule, parameter_groups, prefer_fused, with_schedule
 from elt_lightning.training.sharding import gather_weights, release_weights, shard
-from elt_lightning.training.weights import differences
+from elt_lightning.training.weights import check_weights
 
 logger = logging.getLogger(__name__)
-
-VAL_STEP = 0
-"""Held-out losses are measured with the noise of one fixed step, so that they can be compared over training."""
-
-
-AUTO_LOOPS = 8
-"""How many times L_max a loop that stops by itself may run."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,8 @@ class OuterTeacher:
             raise ValueError(f"the weight of the outer teacher must be above 0 and finite, not {self.weight}")
 
 
-class ELTModule(LightningModule):
-    """An Elastic Looped Transformer, trained so that every loop count is a usable model.
+class ELTModule(ELTModel, LightningModule):
+    """The model, trained so that every loop count is usable.
 
     Args:
         network: predicts at every exit of one pass.
@@ -84,20 +77,14 @@ class ELTModule(LightningModule):
         compile: bool | CompileMode = False,  # noqa: A002
         outer_teacher: OuterTeacher | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(network, process, objective, distillation, sampler, num_classes, seed)
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1], not {class_dropout_prob}")
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"seed_everything must lie in [0, 2^31), not {seed}")
-        self.network, self.process, self.distillation = network, process, distillation
-        self.objective = objective(process)
-        self.sampler = sampler(process, num_classes).suited_to(network.has_recall)
-        self.num_classes, self.class_dropout_prob, self.seed = num_classes, class_dropout_prob, seed
-        self.make_optimizer = optimizer
+        self.class_dropout_prob, self.make_optimizer = class_dropout_prob, optimizer
         self.compile_mode = "default" if compile is True else compile
         self.learning_rate_schedule = learning_rate_schedule or LearningRateSchedule()
         self.outer_teacher = outer_teacher
-        self.teacher: ELTModule | None = None
+        self.teacher: ELTModel | None = None
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
 
     def setup(self, stage: str) -> None:
@@ -116,35 +103,7 @@ class ELTModule(LightningModule):
         Raises:
             UserError: names, shapes or types of the weights differ, or not all are finite.
         """
-        if faults := differences(self.state_dict(), checkpoint["state_dict"]):
-            raise UserError(f"the checkpoint is of another network, or its weights are damaged: {faults}")
-
-    @property
-    def max_loops(self) -> int:
-        """L_max, the loop count of the teacher."""
-        return self.distillation.max_loops
-
-    def loop_count(self, asked: int | Literal["auto"] | None, sampler: Sampler | None = None) -> int:
-        """Return L: what was asked for, by default L_max; "auto" is the most that a loop may run which ends by itself.
-
-        Raises:
-            UserError: a loop is to end by itself, and the sampler has no tolerance that says when.
-        """
-        if asked == "auto":
-            if (sampler or self.sampler).loop_schedule.tolerance is None:
-                raise UserError("loops auto: a tolerance must say when a sample's loop ends, such as --tolerance 0.01")
-            return AUTO_LOOPS * self.max_loops
-        return self.max_loops if asked is None else asked
-
-    @property
-    def codebook_size(self) -> int | None:
-        """V of a model of tokens, None of one of latents."""
-        return self.process.codebook_size
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """The cells that tokens or latents lie in: ([frames], height, width)."""
-        return self.network.input_shape if self.codebook_size is not None else self.network.input_shape[1:]
+        check_weights(self.state_dict(), checkpoint["state_dict"])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch's own generator, which dropout alone uses, from (seed, step, rank, micro-batch)."""
@@ -174,7 +133,7 @@ class ELTModule(LightningModule):
             terms |= {"loss": loss.detach(), "loss_outer_teacher": taught.detach()}
         return loss, terms
 
-    def learn_from(self, teacher: "ELTModule") -> None:
+    def learn_from(self, teacher: ELTModel) -> None:
         """Take the frozen model that ``outer_teacher`` names; it is no part of this module's weights.
 
         Raises:
@@ -222,89 +181,17 @@ class ELTModule(LightningModule):
 
     test_step = validation_step
 
-    def held_out_losses(self, batch: Any, loops: Sequence[int]) -> dict[int, Tensor]:
-        """Compute the ground-truth loss at several loop counts, all from one pass: {loops: mean over the batch}."""
-        corrupted = self.objective.corrupt(batch.x, sample_seeds(self.seed, batch.indices), VAL_STEP)
-        predictions, _ = self.network(corrupted.inputs, Condition(batch.labels, corrupted.time), max(loops), loops)
-        return {count: self.objective.ground_truth(p, corrupted).mean() for count, p in predictions.items()}
-
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Draw what a :class:`~elt_lightning.data.base.Request` asks for: codes (B, …)."""
         loops = batch.loops or self.max_loops
         return self.sample(batch.labels, loops, sample_seeds(self.seed, batch.indices), batch.known)
 
-    def predict(
-        self, x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
-    ) -> Pass:
-        """Call the network as samplers see it: its predictions are logits or x̂."""
-        predictions, state = self.network(x, condition, loops, exits, state)
-        return Pass({r: self.process.denoised(p, x, condition) for r, p in predictions.items()}, state)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        labels: Tensor,
-        loops: Loops,
-        seeds: Tensor,
-        known: Tensor | None = None,
-        sampler: Sampler | None = None,
-        spent: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Draw samples with the module's sampler or another one.
-
-        Args:
-            labels: (B,) int64 in [0, num_classes].
-            loops: a number, or one per sampling step.
-            seeds: (B,) int64 from :func:`~elt_lightning.processes.noise.sample_seeds`.
-            known: (B, …) what is given and must stay, or None.
-            sampler: in place of the module's own.
-            spent: takes the loops (B,) of each step, as :meth:`~elt_lightning.samplers.base.Sampler.sample` says.
-
-        Returns:
-            (B, …) tokens or latents; the data's tokenizer turns them into pixels.
-
-        Raises:
-            ValueError: the sampler carries the state or has a tolerance, and the network has no recall.
-            UserError: what the network predicts is not finite; a training only warns of it, and goes on.
-        """
-        sampler = (sampler or self.sampler).suited_to(self.network.has_recall)
-        broken: list[Tensor] = []
-
-        def without_nan(
-            x: Tensor, condition: Condition, loops: int, exits: Sequence[int] = (), state: Tensor | None = None
-        ) -> Pass:
-            predictions, state = self.predict(x, condition, loops, exits, state)
-            # A sampler could not go on with NaN, and to look whether there is any would be to wait for the device.
-            nan = {r: prediction.isnan() for r, prediction in predictions.items()}
-            broken.extend(where.any() for where in nan.values())
-            return Pass({r: prediction.masked_fill(nan[r], 0) for r, prediction in predictions.items()}, state)
-
-        shape, condition = self.network.sample_shape, Condition(labels)
-        samples = sampler.sample(without_nan, shape, condition, loops, seeds, known, spent)
-        if spent is not None and not spent:  # a sampler of one's own that does not say runs what it was asked for
-            spent += [torch.full_like(labels, count, dtype=torch.float32) for count in sampler.loops_per_step(loops)]
-        if (broken and torch.stack(broken).any()) or not samples.isfinite().all():
-            message = f"at {loops} loops the model's predictions are not finite, though its weights are: they overflow"
-            if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
-                raise UserError(f"{message}; try fewer loops, a wider --trainer.precision, or another checkpoint")
+    def refuse_broken(self, message: str) -> None:
+        """Warn of samples that are not finite where a training judges itself: it goes on; see :meth:`sample`."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             logger.warning("%s; the scores of this validation say nothing", message)
-        return samples
-
-    def macs_per_sample(self, loops: Loops, sampler: Sampler | None = None) -> int:
-        """Count the multiply–accumulates of drawing one sample: every step, both guidance branches, every head.
-
-        With a tolerance it is the most that a sample can cost.
-        """
-        calls = Counter((sampler or self.sampler).network_calls(loops))
-        return sum(times * self.network.macs(*call) for call, times in calls.items())
-
-    def num_parameters(self) -> tuple[int, int]:
-        """Count parameters: of the shared backbone, which the paper's tables report for ELT, and in all."""
-
-        def count(module: nn.Module) -> int:
-            return sum(parameter.numel() for parameter in module.parameters())
-
-        return count(self.network.backbone), count(self.network)
+        else:
+            super().refuse_broken(message)
 
     @property
     def total_steps(self) -> int:

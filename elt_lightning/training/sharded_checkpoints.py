@@ -20,8 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from elt_lightning.errors import UserError
-
-META = "meta.pt"
+from elt_lightning.training.weights import META
 
 
 def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from elt_lightning.errors import UserError
-from elt_lightning.training.sharded_checkpoints import META, read_folder, write_folder
+from elt_lightning.training.sharded_checkpoints import read_folder, write_folder
 from elt_lightning.training.sharding import as_sharded
+from elt_lightning.training.weights import META
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
+
+META = "meta.pt"
+"""Of a checkpoint that is a folder, the file of what is no tensor; see
+:mod:`elt_lightning.training.sharded_checkpoints`, which takes a second to import."""
 
 
 def read_tensors(path: str | Path, what: str, where: str) -> dict[str, Tensor]:
@@ -77,6 +80,38 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str
     return ", ".join(f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items() if names)
 
 
+def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's weights are those of a network, before anything is loaded.
+
+    Raises:
+        UserError: names, shapes or types of the weights differ, or not all are finite.
+    """
+    if faults := differences(expected, found):
+        raise UserError(f"the checkpoint is of another network, or its weights are damaged: {faults}")
+
+
+def check_exported(exported: str, asked: str) -> None:
+    """Check that an exported model has the weights that are asked for.
+
+    Raises:
+        UserError: it has the others alone.
+    """
+    if exported != asked:
+        raise UserError(f"the exported model has {exported} weights alone: ask for them with --weights {exported}")
+
+
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights with the averaged ones in place of the raw.
+
+    Raises:
+        UserError: the checkpoint holds no average.
+    """
+    if "ema" not in checkpoint:
+        raise UserError("the checkpoint holds no averaged weights: ask for the raw ones with --weights raw")
+    return checkpoint["state_dict"] | checkpoint["ema"]["weights"]
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """Return this device's part of a sharded weight, or the weight."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Sharded ones are of DTensor, which takes most of a second to import.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -16,9 +16,9 @@ from elt_lightning.data.clips import ClipShape
 from elt_lightning.data.crops import Picture, adm_centre_crop, decode_picture
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.known import grey_out
+from elt_lightning.model import ELTModel
 from elt_lightning.tokenizers.base import Tokenizer
 from elt_lightning.tokenizers.vq_network import times
-from elt_lightning.training.module import ELTModule
 
 Hole = tuple[int, int, int, int]
 """Top, left, bottom and right of a rectangle, in cells of the grid of tokens or latents, the last two not included."""
@@ -32,7 +32,7 @@ class Given(NamedTuple):
 
 
 def read_given(
-    path: Path, module: ELTModule, tokenizer: Tokenizer, frames: int | None, hole: Hole | None, stride: int = 1
+    path: Path, module: ELTModel, tokenizer: Tokenizer, frames: int | None, hole: Hole | None, stride: int = 1
 ) -> Given:
     """Read a clip or a picture, as the model's samples are, and encode what is given of it.
 

@@ -1,0 +1,40 @@
+"""The trained models that come along with the package: a folder each, as `elt export` writes them, and their sweep.
+
+Beside ``config.json``, ``model.safetensors`` and the tokenizer's file there are ``loops.json``, which `elt test` wrote,
+and ``made.json``: what the model draws, the command and the seed that made it, its data's settings, and the means of a
+few samples. :mod:`elt_lightning.reproduce.ship` writes such a folder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from elt_lightning.errors import UserError
+from elt_lightning.files import parse_json
+
+FOLDER = Path(__file__).parent.parent / "shipped"
+SWEEP, MADE = "loops.json", "made.json"
+
+
+def names() -> list[str]:
+    """List the models that come along."""
+    return sorted(path.parent.name for path in FOLDER.glob(f"*/{MADE}"))
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of a model that comes along (UserError: there is none of that name)."""
+    if name not in names():
+        raise UserError(f"no model {name!r} comes along: there are {', '.join(names())}")
+    return FOLDER / name
+
+
+def read_json(name: str, file: str) -> dict[str, Any]:
+    """Read one of the files that say what a model is."""
+    content: dict[str, Any] = parse_json((folder_of(name) / file).read_bytes())
+    return content
+
+
+def recorded(sweep: dict[str, Any]) -> dict[str, Any]:
+    """Return the best row of a sweep at the loop count of training."""
+    sign = 1 if sweep["higher_is_better"] else -1
+    rows = [row for row in sweep["rows"] if row["loops"] == sweep["train_loops"]]
+    return max(rows, key=lambda row: sign * row["metrics"][sweep["primary_metric"]]["mean"])

@@ -1,0 +1,94 @@
+"""The models that come along: they draw what they drew when they were made, and score as their sweeps say."""
+
+import json
+import math
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import elt_lightning
+from elt_lightning.checkpoints import shipped
+from elt_lightning.cli import main
+from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
+from elt_lightning.data.toy.sudoku import SudokuDataModule
+from elt_lightning.errors import UserError
+from elt_lightning.evaluation.sweep import Sweep
+from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.reproduce.ship import MOST_BYTES, means
+from elt_lightning.samplers.base import SETTINGS
+
+SAMPLES = 128
+KINDS = {f"{kind.__module__}.{kind.__name__}": kind for kind in (LatinSquaresDataModule, SudokuDataModule)}
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_model_that_comes_along_draws_what_it_drew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processors' kernels may round otherwise, which may turn one sample of eight into another."""
+    monkeypatch.chdir(tmp_path)
+    now, then = (
+        torch.tensor(v) for v in (means(elt_lightning.load(name)), shipped.read_json(name, "made.json")["means"])
+    )
+    assert ((now - then).abs() < 0.01).sum() >= 7, (now, then)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in shipped.names() if shipped.read_json(name, "made.json")["data"]["class_path"] in KINDS]
+)
+def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: Path) -> None:
+    """Squares can be judged exactly: the share of valid ones lies within four standard deviations of the recorded."""
+    sweep, settings = shipped.read_json(name, "loops.json"), shipped.read_json(name, "made.json")["data"]
+    given = {} if sweep["parts_given"] else {"num_given": 0}
+    data = KINDS[settings["class_path"]](**settings["init_args"] | {"root": str(tmp_path)} | given)
+    shutil.copy(shipped.folder_of(name) / "tokenizer.safetensors", data.codebook_path)
+    data.setup("predict")
+    row, model = shipped.recorded(sweep), elt_lightning.load(name)
+    sampler, loops = model.sampler(row["loops"], **{setting: row[setting] for setting in SETTINGS})
+    metrics = [LatinSquareScores(data.load_digit_network(), data.order, data.boxes)]
+    scores = Sweep(SAMPLES, SAMPLES, sweep["seed"])
+    share = scores.run(model.module, sampler, model.tokenizer, metrics, loops, data.request).mean("valid_squares")
+    expected = row["metrics"]["valid_squares"]["mean"]
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES) + 1 / SAMPLES
+
+
+def test_models_lists_all_of_them_and_a_wrong_name_does_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["models"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"│ {name} " in listed for name in shipped.names())
+    assert main(["sample", "--model=sqares"]) == 2
+    error = capsys.readouterr().err
+    assert "no model 'sqares' comes along: there are " in error
+    assert ", ".join(shipped.names()) in error
+    assert main(["sample", "--model=squares", "--ckpt_path=x"]) == 2
+    with pytest.raises(UserError, match="no model 'sqares' comes along"):
+        elt_lightning.load("sqares")
+
+
+def test_they_are_small_and_the_wheel_has_every_file() -> None:
+    package, files = shipped.FOLDER.parent, [path for path in shipped.FOLDER.rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) <= MOST_BYTES
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["elt_lightning"]
+    assert set(files) <= {path for pattern in patterns for path in package.glob(pattern)}
+
+
+def test_an_export_with_its_tokenizer_draws_anywhere(
+    small_squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    model = str(tmp_path / "model")
+    assert main(["export", f"--ckpt_path={small_squares}", f"--output={model}", "--with_tokenizer"]) == 0
+    before = means(elt_lightning.load(small_squares))
+    shutil.move(model, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((tmp_path / "elsewhere" / "config.json").read_text())["tokenizer"]["init_args"] == {
+        "path": "tokenizer.safetensors"
+    }
+    assert means(elt_lightning.load("elsewhere")) == before

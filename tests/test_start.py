@@ -1,0 +1,33 @@
+"""What only draws starts without what only trains: Lightning and torchmetrics take longer to import than torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HEAVY = ("lightning", "torchmetrics", "pandas", "webdataset", "decord", "tensorboard", "torch._dynamo", "sympy")
+
+STEPS = """
+import importlib, json, sys
+import elt_lightning
+from elt_lightning.cli import main
+
+commands, heavy = json.loads(sys.argv[1])
+pictures = elt_lightning.load(sys.argv[2]).draw([1, 2], loops=2)
+assert len(pictures) == 2 and "matplotlib" not in sys.modules
+for command in commands:
+    assert main(command) == 0, command
+    assert not (loaded := [name for name in heavy if name in sys.modules]), (command, loaded)
+importlib.import_module("elt_lightning.commands.stats")
+assert not (loaded := [name for name in heavy if name in sys.modules and name != "webdataset"]), ("stats", loaded)
+"""
+
+
+def test_drawing_exporting_and_stats_import_nothing_of_training(small_squares: Path, tmp_path: Path) -> None:
+    commands = [
+        ["export", f"--ckpt_path={small_squares}", f"--output={tmp_path / 'model'}"],
+        ["sample", f"--ckpt_path={tmp_path / 'model'}", "--loops=1,2", "--num=2", f"--output={tmp_path / 'grid.png'}"],
+    ]
+    arguments = [json.dumps([commands, HEAVY]), str(small_squares)]
+    subprocess.run([sys.executable, "-c", STEPS, *arguments], cwd=small_squares.parents[3], check=True)
+    assert (tmp_path / "grid.png").stat().st_size > 1000
