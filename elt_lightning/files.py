@@ -42,6 +42,8 @@ def folder_aside(folder: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".aside.") as name:
         yield Path(name)
         for file in sorted(Path(name).iterdir()):
+            with suppress(PermissionError):  # file systems without such rights
+                os.chmod(file, 0o644)  # safetensors makes files that their owner alone may read
             os.replace(file, Path(folder) / file.name)
 
 
