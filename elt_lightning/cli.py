@@ -26,15 +26,15 @@ SUBCOMMANDS = {
     "stats": "measure a folder of pictures as FID's reference",
     "plan": "say what a config will need: memory, disk, steps, GPU-hours",
     "export": "write a checkpoint's model as safetensors and config.json",
+    "push": "put a model on Hugging Face, with a card",
     "import": "read published weights of DiT or SiT into a model folder",
     "loop": "make a looped model of an unlooped one, to be trained on",
     "bench": "measure how fast this machine is with this program",
 }
 TRAINER = "elt_lightning.commands.train"
-_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), TRAINER) | {
-    name: f"elt_lightning.commands.{name}"
-    for name in ("sample", "models", "compare", "calibrate", "encode", "stats", "plan", "export", "loop", "bench")
-}
+_MODULES = {name: f"elt_lightning.commands.{name}" for name in SUBCOMMANDS} | dict.fromkeys(
+    ("fit", "validate", "test", "predict"), TRAINER
+)
 _MODULES["import"] = "elt_lightning.commands.import_published"
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L
