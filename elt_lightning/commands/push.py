@@ -62,7 +62,7 @@ def run(name: str, arguments: list[str]) -> None:
         try:
             api.create_repo(options.repository, private=options.private, exist_ok=True)
             api.upload_folder(repo_id=options.repository, folder_path=folder, commit_message="A model of elt_lightning")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever its HTTP library raises
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"Hugging Face did not take {options.repository}: {reason}") from error
         written = ", ".join(sorted(path.name for path in folder.iterdir()))
