@@ -35,6 +35,16 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_aside(folder: str | Path) -> Iterator[Path]:
+    """Return a temporary folder in ``folder``; the files written there move into ``folder`` when the block succeeds."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".aside.") as name:
+        yield Path(name)
+        for file in sorted(Path(name).iterdir()):
+            os.replace(file, Path(folder) / file.name)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file; it appears whole or not at all."""
     with written_aside(path) as aside:

@@ -26,7 +26,10 @@ from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.model import ELTModel
 from elt_lightning.networks.masked import LoopedMaskedTransformer
+from elt_lightning.onnx_runner import GRAPHS, OnnxNetwork
+from elt_lightning.processes.conditioning import Condition
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.samplers.exported import predict_by
 from elt_lightning.training.module import ELTModule
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart_recall.yaml"
@@ -170,6 +173,32 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
     average = content["ema"]["weights"]["network.head_dense.weight"]
     for weight in (network.head_dense.weight, *(written[f"network.{n}head_dense.weight"] for n in ("", "also_"))):
         assert torch.equal(weight, average)
+
+
+def test_onnx_graphs_draw_the_samples_of_their_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided, with the state carried from step to step; the folder is a model folder as well."""
+    folder = export(checkpoint, tmp_path / "model", "--format=onnx")
+    assert "differ by at most" in capsys.readouterr().out
+    module = from_pretrained(folder)
+    assert module.sampler.carry_state
+    graphs, process = OnnxNetwork(folder), module.process
+    seeds = sample_seeds(0, torch.arange(4))
+    shape, sampler = module.network.sample_shape, module.sampler.with_settings(guidance=2.0)
+    for loops in (1, 3):
+        samples = sampler.sample(predict_by(graphs, process), shape, Condition(torch.arange(4)), loops, seeds)
+        assert torch.equal(samples, module.sample(torch.arange(4), loops, seeds, sampler=sampler))
+    with pytest.raises(ValueError, match="exits lie in"):
+        graphs(torch.zeros(1, *shape), Condition(torch.zeros(1)), 2, (3,))
+    # Weights lie in model.safetensors alone; files of another format do not outlive the model they are of.
+    assert max((folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS) < 50_000
+    export(checkpoint, folder, "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    arguments = ["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'none'}", "--format=onnx"]
+    assert main(arguments) == 2
+    assert "pip install 'elt-lightning[onnx]'" in capsys.readouterr().err
 
 
 def test_the_model_has_all_settings_of_the_module_but_those_of_training() -> None:

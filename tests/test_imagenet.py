@@ -186,7 +186,7 @@ def test_shards_that_do_not_go_with_each_other_or_the_model_are_refused(
     ]
     assert "codebook_size" in refusal(capsys, *masked)
     assert not list(Path("runs").glob("small_*"))  # refused before anything is written
-    assert "fewer than batch_size 64" in refusal(capsys, "--data.init_args.batch_size=64")
+    assert "fewer than batch_size 64: --data.init_args.batch_size=" in refusal(capsys, "--data.init_args.batch_size=64")
     assert "do not exist" in refusal(capsys, "--data.init_args.inception_path=nowhere.pth")
 
 
@@ -253,6 +253,8 @@ def test_what_scores_matter_depends_on_what_was_given(home: Path) -> None:
     assert settings() == ("loss", False)
     assert settings(inception_path="x") == ("inception_score", True)
     assert settings(inception_path="x", reference="y.npz") == ("fid", False)
+    with pytest.raises(UserError, match="inception_path"):
+        settings(reference="y.npz")
     with pytest.raises(ValueError, match="shuffle_block"):
         ImageNetDataModule("train", "val", shuffle_block=0)
     with pytest.raises(UserError, match=r"nowhere/index\.json"):

@@ -1,40 +1,45 @@
-"""`elt export`: a checkpoint's model as a folder to publish: model.safetensors, config.json, the tokenizer's file."""
+"""`elt export`: a checkpoint's model as a folder to publish, or for other programs, any number of loops long."""
 
 import argparse
 import json
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
 from elt_lightning.checkpoints.pretrained import build_module
 from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
 from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, Weights, read_checkpoint
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.files import folder_aside
 from elt_lightning.model import ELTModel
 from elt_lightning.tokenizers.loading import load_tokenizer
+
+FILES = {"safetensors": (), "onnx": ONNX_FILES, "torch": (PROGRAM,)}
+"""What each format adds to the model folder, ``model.safetensors`` and ``config.json``."""
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Write what the command line asks for.
 
     Raises:
-        UserError: the command line or the checkpoint is wrong, or the folder cannot be written.
+        UserError: the command line or the checkpoint is wrong, a package is missing, or the folder cannot be written.
     """
     options = build_parser().parse_args(arguments)
     check_free(options.output, options.overwrite)
+    if options.format == "onnx":
+        check_onnx()
     checkpoint = read_checkpoint(options.ckpt_path)
     tokenizer = None
     if options.with_tokenizer:
         tokenizer = file_of_tokenizer(checkpoint)
         if tokenizer is None:
             raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
-    export(checkpoint, options.weights, options.output, tokenizer)
+    export(checkpoint, options.weights, options.output, tokenizer, options.format)
     print(options.output)
 
 
@@ -44,6 +49,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
+    add(
+        "--format",
+        choices=tuple(FILES),
+        default="safetensors",
+        help="safetensors: model.safetensors and config.json, which elt reads; onnx: with them, in float32, graphs of "
+        "embedding, loop and exit for onnxruntime, and a runner; torch: with them a program for torch.export.load",
+    )
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
     add("--with_tokenizer", action="store_true", help="copy the tokenizer's file too: the folder then draws anywhere")
     add("--overwrite", action="store_true", help="replace a model that was exported there")
@@ -72,7 +84,13 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
-def export(checkpoint: dict[str, Any], weights: Weights, folder: Path, tokenizer: Path | None = None) -> None:
+def export(
+    checkpoint: dict[str, Any],
+    weights: Weights,
+    folder: Path,
+    tokenizer: Path | None = None,
+    form: str = "safetensors",
+) -> None:
     """Write the model of a checkpoint into a folder, and its tokenizer's file beside it where that is given.
 
     Raises:
@@ -83,7 +101,7 @@ def export(checkpoint: dict[str, Any], weights: Weights, folder: Path, tokenizer
     if tokenizer is not None:
         beside = {"init_args": {"path": f"{TOKENIZER}{tokenizer.suffix}"}}
         description["tokenizer"] = description["tokenizer"] | beside
-    write_model(folder, module, description, tokenizer)
+    write_model(folder, module, description, tokenizer, form)
 
 
 def file_of_tokenizer(checkpoint: dict[str, Any]) -> Path | None:
@@ -103,26 +121,42 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: there is one.
     """
-    taken = [file for file in (WEIGHTS, CONFIG) if (folder / file).exists()]
+    taken = [file for file in (WEIGHTS, CONFIG, *ONNX_FILES, PROGRAM) if (folder / file).exists()]
     if taken and not overwrite:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 
 
-def write_model(folder: Path, module: ELTModel, description: dict[str, Any], tokenizer: Path | None = None) -> None:
-    """Write the files aside, then give them their names: whatever fails, an older export there stays as it was.
+def write_model(
+    folder: Path,
+    module: ELTModel,
+    description: dict[str, Any],
+    tokenizer: Path | None = None,
+    form: str = "safetensors",
+) -> None:
+    """Write all files aside, then give them their names: whatever fails, an older export there stays as it was.
+
+    Files of another format, which an older export left there, are removed: they would be of another model.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: they cannot be written, or a format cannot hold the network.
     """
+    if form == "onnx":
+        module.float()
     # The format refuses tensors that share memory, as tied weights do.
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:
-        with ExitStack() as stack:
-            config, weights = (stack.enter_context(written_aside(folder / name)) for name in (CONFIG, WEIGHTS))
+        with folder_aside(folder) as aside:
+            (aside / CONFIG).write_text(json.dumps(description, indent=1) + "\n", "utf-8")
+            save_file(state, aside / WEIGHTS, metadata={"format": "pt"})
             if tokenizer is not None:
-                aside = stack.enter_context(written_aside(folder / f"{TOKENIZER}{tokenizer.suffix}"))
-                shutil.copyfile(tokenizer, aside)
-            config.write_text(json.dumps(description, indent=1) + "\n", "utf-8")
-            save_file(state, weights, metadata={"format": "pt"})
+                shutil.copyfile(tokenizer, aside / f"{TOKENIZER}{tokenizer.suffix}")
+            if form == "onnx":
+                apart = write_onnx(module.network, aside, aside / WEIGHTS, module.codebook_size)
+            elif form == "torch":
+                apart = write_program(module.network, aside / PROGRAM, module.codebook_size, description)
+            for file in {*ONNX_FILES, PROGRAM}.difference(FILES[form]):
+                (folder / file).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
+    if form != "safetensors":
+        print(f"compared with torch: predictions differ by at most {apart:.1g}")

@@ -215,7 +215,10 @@ def settings_of(config: dict[str, Any], module: ELTModule, data: Data, options: 
     if data.num_samples is not None:
         per_epoch = data.num_samples // batch_size
         if per_epoch < 1:
-            raise UserError(f"{data.num_samples} training samples are fewer than batch_size {batch_size}")
+            raise UserError(
+                f"{data.num_samples} training samples are fewer than batch_size {batch_size}: "
+                f"--data.init_args.batch_size={data.num_samples} or less"
+            )
     steps = num_steps(trainer, per_epoch)
     num_validations = count_validations(trainer, steps, per_epoch)
     if checkpoint["save_top_k"] >= 0:

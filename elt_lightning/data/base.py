@@ -237,7 +237,10 @@ class BatchedDataModule(LightningDataModule):
         assert trainer is not None
         micro_batch_size = self.training_micro_batch(trainer)
         if num_samples < self.batch_size:
-            raise UserError(f"the training set has {num_samples} samples, fewer than batch_size {self.batch_size}")
+            raise UserError(
+                f"the training set has {num_samples} samples, fewer than batch_size {self.batch_size}: "
+                f"--data.init_args.batch_size={num_samples} or less"
+            )
         return TrainingOrder(
             num_samples,
             self.batch_size,

@@ -81,7 +81,7 @@ class EncodedDataModule(GenerativeDataModule):
         if self.training_index.num_samples < self.batch_size:
             raise UserError(
                 f"{self.training_shards} holds {self.training_index.num_samples} samples, fewer than batch_size "
-                f"{self.batch_size}"
+                f"{self.batch_size}: --data.init_args.batch_size={self.training_index.num_samples} or less"
             )
         stream = TrainingStream(
             **self._place(self.training_shards, self.training_index, micro_batch_size),

@@ -7,6 +7,7 @@ import torch
 from elt_lightning.data.base import VAL_LOSS
 from elt_lightning.data.encoded import EncodedDataModule
 from elt_lightning.data.images import batches, fingerprint
+from elt_lightning.errors import UserError
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.fid import InceptionScores
 from elt_lightning.metrics.inception import FIDInception
@@ -42,7 +43,7 @@ class ImageNetDataModule(EncodedDataModule):
         seed: of the order of training samples, their mirroring, and what is drawn from their moments.
 
     Raises:
-        UserError: shards are missing, or those of the two sets do not go together.
+        UserError: shards are missing, those of the two sets do not go together, or a reference has no Inception.
     """
 
     def __init__(
@@ -62,6 +63,11 @@ class ImageNetDataModule(EncodedDataModule):
         super().__init__(
             training_shards, val_shards, tokenizer_path, batch_size, micro_batch_size, num_workers, shuffle_block, seed
         )
+        if reference is not None and inception_path is None:
+            raise UserError(
+                f"reference {reference} is what FID compares with, and FID needs Inception: give "
+                "--data.init_args.inception_path too, a file or download"
+            )
         self.inception_path, self.reference, self.cache = inception_path, reference, Path(cache)
         self.primary_metric = VAL_LOSS if inception_path is None else "fid" if reference else "inception_score"
         self.higher_is_better = self.primary_metric == "inception_score"

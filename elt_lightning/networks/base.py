@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,7 +40,6 @@ class LoopedNetwork(nn.Module, ABC):
     width: int
     __call__: Callable[..., Pass]
 
-    @abstractmethod
     def forward(
         self,
         x: Tensor,
@@ -61,6 +60,22 @@ class LoopedNetwork(nn.Module, ABC):
         Raises:
             ValueError: loops or exits out of range, or a state for a network without recall.
         """
+        h, embedded = self.embed(x, condition)
+        modulation = self.head_modulation(embedded)
+        states, state = self.backbone(h, embedded, loops, exits, state)
+        return Pass({loop: self.read_out(h, modulation) for loop, h in states.items()}, state)
+
+    @abstractmethod
+    def embed(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Embed the input, (B, T, D), and what the blocks are modulated by, (B, width of the condition) or None."""
+
+    def head_modulation(self, condition: Tensor | None) -> Any:
+        """Derive from the embedded condition what the head needs at every exit; nothing by default."""
+        return None
+
+    @abstractmethod
+    def read_out(self, h: Tensor, modulation: Any) -> Tensor:
+        """Turn what leaves at an exit, (B, T, D), into a prediction: the head, one for all exits."""
 
     @abstractmethod
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:

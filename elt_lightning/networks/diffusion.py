@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elt_lightning.networks.base import LoopedNetwork, Pass
+from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.embeddings import TimeClassEmbedding, patchify, sine_positions, unpatchify
 from elt_lightning.networks.looped import LoopedStack
 from elt_lightning.networks.modulated_blocks import AdaptiveNormBlock, FiLMBlock, ModulatedBlock
@@ -139,24 +139,19 @@ class LoopedDiT(LoopedNetwork):
             if isinstance(module, ModulatedBlock | OutputHead):
                 module.start_as_identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Condition,
-        loops: int,
-        exits: Sequence[int] = (),
-        state: Tensor | None = None,
-    ) -> Pass:
-        """Predict from x (B, C, H, W) or (B, C, F, H, W), labels and times: (B, out_channels, …) at each exit.
-
-        See :meth:`LoopedNetwork.forward`.
-        """
+    def embed(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        """Embed x (B, C, H, W) or (B, C, F, H, W) as patches, and times with labels."""
         h = self.embedding(patchify(x.to(self.embedding.weight.dtype), self.patch)) + self.positions
-        embedded = self.condition(condition)
-        modulation = self.head.modulation(embedded)
-        states, state = self.backbone(h, embedded, loops, exits, state)
-        predictions = {loop: unpatchify(self.head(h, modulation), self.grid, self.patch) for loop, h in states.items()}
-        return Pass(predictions, state)
+        return h, self.condition(condition)
+
+    def head_modulation(self, condition: Tensor | None) -> tuple[Tensor, ...] | None:
+        """Make the shift and scale of the head's norm, if it has them."""
+        assert condition is not None
+        return self.head.modulation(condition)
+
+    def read_out(self, h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        """Predict (B, out_channels, …) in the input's shape."""
+        return unpatchify(self.head(h, modulation), self.grid, self.patch)
 
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
         """Return the multiply–accumulates of one forward pass of one sample, attention products included."""

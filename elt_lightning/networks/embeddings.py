@@ -82,11 +82,11 @@ def patchify(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 def unpatchify(patches: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
     """Undo :func:`patchify`: (B, T, C·∏patch) to (B, C, *size), size = grid·patch."""
-    axes = len(grid)
-    x = patches.reshape(len(patches), *grid, -1, *patch)  # B g₁ g₂ … C p₁ p₂ …
+    axes, batch = len(grid), patches.shape[0]  # not len(), by which an exported graph would fix B
+    x = patches.reshape(batch, *grid, -1, *patch)  # B g₁ g₂ … C p₁ p₂ …
     interleaved = [axis for i in range(axes) for axis in (1 + i, 2 + axes + i)]
     size = [g * p for g, p in zip(grid, patch, strict=True)]
-    return x.permute(0, 1 + axes, *interleaved).reshape(len(patches), -1, *size)
+    return x.permute(0, 1 + axes, *interleaved).reshape(batch, -1, *size)
 
 
 class TimeClassEmbedding(nn.Module):

@@ -1,7 +1,7 @@
 """The looped backbone F_(N,L)(x) = g(g(… g(x))): N shared layers g, applied L times (paper, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,24 @@ class Layers(nn.ModuleList):
     def macs(self, num_tokens: int) -> int:
         """Count the multiply–accumulates of one application to one sample."""
         return sum(block.macs(num_tokens) for block in self)  # type: ignore[operator]
+
+
+class Begun(NamedTuple):
+    """What a pass derives from its input once, before it loops.
+
+    Attributes:
+        h: (B, T, D) what the first loop is applied to.
+        embedded: (B, T, D) the input after the prelude.
+        shared: modulations of the layers inside the loop.
+        coda: modulations of the layers after the loop.
+        recalled: what every loop joins with its state, or None.
+    """
+
+    h: Tensor
+    embedded: Tensor
+    shared: list[Any]
+    coda: list[Any]
+    recalled: Recalled | None
 
 
 class LoopedStack(nn.Module):
@@ -125,24 +143,37 @@ class LoopedStack(nn.Module):
             raise ValueError(
                 f"loops must be at least 1 and exits lie in [1, loops]: loops {loops}, exits {tuple(exits)}"
             )
-        if state is not None and self.recall is None:
-            raise ValueError("a loop without recall would not see its input if it began from another pass's state")
         if self._replays_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what one pass returns lives until the next one begins
-        embedded = h = self.prelude(h, self.prelude.modulations(condition))
-        shared, coda = self.layers.modulations(condition), self.coda.modulations(condition)
-        recalled = None
-        if self.recall is not None:
-            h, recalled = self.recall.begin(embedded, state), self.recall.recalled(embedded)
+        begun = self.begin(h, condition, state)
+        h = begun.h
         recompute = self.activation_checkpointing and self.training and torch.is_grad_enabled()
         body, at_exits = self._body(h.device.type), {}
         for loop in range(1, loops + 1):
-            h = checkpoint(body, h, shared, recalled, use_reentrant=False) if recompute else body(h, shared, recalled)
+            arguments = h, begun.shared, begun.recalled
+            h = checkpoint(body, *arguments, use_reentrant=False) if recompute else body(*arguments)
             if loop in wanted:
-                at_exits[loop] = self.final_norm(self.coda(h, coda))
-        if self.recall is not None:
-            h = self.recall.end(embedded, h)
+                at_exits[loop] = self.leave(h, begun)
+        h = self.end(h, begun)
         return at_exits, h.clone() if self._replays_graphs else h
+
+    def begin(self, h: Tensor, condition: Tensor | None, state: Tensor | None) -> Begun:
+        """Go through the prelude, and derive what all loops need; arguments and errors as of :meth:`forward`."""
+        if state is not None and self.recall is None:
+            raise ValueError("a loop without recall would not see its input if it began from another pass's state")
+        embedded = h = self.prelude(h, self.prelude.modulations(condition))
+        shared, coda = self.layers.modulations(condition), self.coda.modulations(condition)
+        if self.recall is None:
+            return Begun(h, embedded, shared, coda, None)
+        return Begun(self.recall.begin(embedded, state), embedded, shared, coda, self.recall.recalled(embedded))
+
+    def leave(self, h: Tensor, begun: Begun) -> Tensor:
+        """Return what leaves at an exit, (B, T, D): the state after coda and final norm."""
+        return self.final_norm(self.coda(h, begun.coda))
+
+    def end(self, h: Tensor, begun: Begun) -> Tensor:
+        """Return the state (B, T, D) that another pass may begin from, given h after the last loop."""
+        return h if self.recall is None else self.recall.end(begun.embedded, h)
 
     def _body(self, device_type: str) -> Callable[..., Tensor]:
         """Return the function that applies the shared layers once.

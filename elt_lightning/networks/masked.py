@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from elt_lightning.networks.base import LoopedNetwork, Pass
+from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.blocks import PostNormBlock
 from elt_lightning.networks.embeddings import MaskedTokenEmbedding, initialise_truncated_normal
 from elt_lightning.networks.looped import LoopedStack
@@ -89,24 +89,13 @@ class LoopedMaskedTransformer(LoopedNetwork):
         self.head_bias = Parameter(self.head_dense.bias.new_zeros(codebook_size))
         initialise_truncated_normal(self, initial_std)
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Condition,
-        loops: int,
-        exits: Sequence[int] = (),
-        state: Tensor | None = None,
-    ) -> Pass:
-        """Predict tokens: x (B, T) int64 in [0, V], V being the mask token, to logits (B, T, V) at each exit.
+    def embed(self, x: Tensor, condition: Condition) -> tuple[Tensor, None]:
+        """Embed tokens x (B, T) int64 in [0, V], V being the mask token, class token first: (B, 1 + T, D)."""
+        return self.embedding(x, condition.labels), None
 
-        See :meth:`LoopedNetwork.forward`. The state has the class token first: (B, 1 + T, D).
-        """
-        states, state = self.backbone(self.embedding(x, condition.labels), None, loops, exits, state)
-        return Pass({loop: self.head(h) for loop, h in states.items()}, state)
-
-    def head(self, state: Tensor) -> Tensor:
+    def read_out(self, h: Tensor, modulation: None = None) -> Tensor:
         """Turn a state (B, 1 + T, D), class token first, into logits (B, T, V)."""
-        h = self.head_norm(F.gelu(self.head_dense(state[:, 1:]), approximate="tanh"))
+        h = self.head_norm(F.gelu(self.head_dense(h[:, 1:]), approximate="tanh"))
         return F.linear(h, self.embedding.tokens.weight[:-1], self.head_bias)  # the last row is the mask token's
 
     def macs(self, loops: int, exits: Sequence[int] = ()) -> int:
