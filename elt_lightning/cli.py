@@ -26,14 +26,15 @@ SUBCOMMANDS = {
     "stats": "measure a folder of pictures as FID's reference",
     "plan": "say what a config will need: memory, disk, steps, GPU-hours",
     "export": "write a checkpoint's model as safetensors and config.json",
+    "push": "put a model on Hugging Face, with a card",
     "import": "read published weights of DiT or SiT into a model folder",
     "loop": "make a looped model of an unlooped one, to be trained on",
     "bench": "measure how fast this machine is with this program",
 }
-_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "elt_lightning.commands.train") | {
-    name: f"elt_lightning.commands.{name}"
-    for name in ("sample", "models", "compare", "calibrate", "encode", "stats", "plan", "export", "loop", "bench")
-}
+TRAINER = "elt_lightning.commands.train"
+_MODULES = {name: f"elt_lightning.commands.{name}" for name in SUBCOMMANDS} | dict.fromkeys(
+    ("fit", "validate", "test", "predict"), TRAINER
+)
 _MODULES["import"] = "elt_lightning.commands.import_published"
 
 HELP = f"""elt {__version__}: Elastic Looped Transformers, one small stack run L times, usable at every L
@@ -119,7 +120,10 @@ def run_command(name: str, arguments: list[str]) -> None:
         near = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "see elt --help"
         raise UserError(f"there is no command {name!r}: {hint}")
-    importlib.import_module(_MODULES[name]).run(name, arguments)
+    if _MODULES[name] == TRAINER and {"-h", "--help"} & set(arguments):
+        importlib.import_module("elt_lightning.commands.kept_help").run(name, TRAINER)
+    else:
+        importlib.import_module(_MODULES[name]).run(name, arguments)
 
 
 LONGEST_LINE = 2000

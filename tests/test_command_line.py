@@ -62,6 +62,28 @@ def elt(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_help_of_fit_is_kept_until_something_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Made by Lightning's parser once, and then printed without importing torch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["fit", "--help"]) == 0
+    made = capsys.readouterr().out
+    assert "--trainer.max_steps" in made
+    assert "--ema.decay" in made
+    code = (
+        "import sys; from elt_lightning.cli import main; status = main(['fit', '-h']);"
+        "sys.exit(status or 7 * ('torch' in sys.modules))"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert again.stdout == made
+    kept = tmp_path / "elt_lightning" / "fit_help.txt"
+    kept.write_text("of an older version\nold")
+    assert main(["fit", "--help"]) == 0
+    assert capsys.readouterr().out == made
+    assert kept.read_text().endswith(made)
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_answer_without_importing_torch_or_lightning(flag: str) -> None:
     code = (

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from small_runs import train_small_squares
 from torch import nn
 
+import elt_lightning
 from elt_lightning import from_pretrained
+from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.pretrained import OF_TRAINING, build_module
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
@@ -246,7 +248,7 @@ def test_what_hugging_face_does_not_give_is_said_in_one_line(
 
 def test_without_huggingface_hub_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="pip install huggingface_hub"):
+    with pytest.raises(UserError, match=r"pip install .elt-lightning.hub"):
         from_pretrained("someone/nothing")
 
 
@@ -255,3 +257,63 @@ def test_what_can_be_no_name_is_not_looked_for_on_hugging_face(source: str, monk
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"there is no checkpoint|was not written by|comes along"):
         from_pretrained(source)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Hugging Face, as a folder that keeps what is uploaded."""
+
+    class Hub:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            assert exist_ok
+            (tmp_path / "hub" / repo_id).mkdir(parents=True)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_a_token")
+    return tmp_path / "hub"
+
+
+def test_push_uploads_a_model_that_draws_and_a_card_with_its_sweep(
+    checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    squares = shipped.folder_of("squares")
+    assert main(["push", "someone/squares", f"--ckpt_path={squares}"]) == 0
+    there = hub / "someone" / "squares"
+    assert "https://huggingface.co/someone/squares: README.md, config.json, loops.json" in capsys.readouterr().out
+    card = (there / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: elt-lightning\n")
+    assert 'elt_lightning.load("someone/squares")' in card
+    row = shipped.recorded(shipped.read_json("squares", "loops.json"))
+    assert f"| 4 | {row['macs_per_sample'] / 1e9:.3g} | {row['metrics']['valid_squares']['mean']:.4g} |" in card
+    assert main(["push", "someone/small", f"--ckpt_path={checkpoint}"]) == 0
+    monkeypatch.chdir(hub)  # where no data lie: the tokenizer is the one that was uploaded
+    pictures = [elt_lightning.load(source).draw([3], seed=1)[0].tobytes() for source in (squares, "someone/squares")]
+    assert pictures[0] == pictures[1]
+    assert len(elt_lightning.load("someone/small").draw()) == 5
+
+
+def test_what_keeps_push_from_uploading_is_one_line(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push = ["push", "someone/squares", f"--ckpt_path={shipped.folder_of('squares')}"]
+    complaints = []
+
+    def refuse() -> None:
+        assert main(push) == 2
+        complaints.append(capsys.readouterr().err)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    refuse()
+    push += [f"--sweep={tmp_path}"]
+    refuse()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    refuse()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refuse()
+    tellings = ("did not take someone/squares: no connection", "has no loops.json", "HF_TOKEN", "elt-lightning[hub]")
+    for complaint, telling in zip(complaints, tellings, strict=True):
+        assert len(complaint.splitlines()) == 1
+        assert telling in complaint

@@ -88,7 +88,7 @@ def test_what_was_exported_predicts_as_torch_does(network: LoopedNetwork, tmp_pa
 
 @pytest.mark.slow
 def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command and every piece of Python of docs/export.md, one after the other, with the runner that was written."""
+    """Every command and every piece of Python of docs/export.md, with the runner that was written."""
     page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "exported" / "squares")

@@ -121,7 +121,7 @@ def fetch(name: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
-        raise UserError(f"there is no {name}; to look on Hugging Face, pip install huggingface_hub") from error
+        raise UserError(f"there is no {name}; to look on Hugging Face, pip install 'elt-lightning[hub]'") from error
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG, f"{TOKENIZER}.*"]))
     except (OSError, ValueError) as error:

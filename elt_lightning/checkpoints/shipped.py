@@ -33,8 +33,8 @@ def read_json(name: str, file: str) -> dict[str, Any]:
     return content
 
 
-def recorded(sweep: dict[str, Any]) -> dict[str, Any]:
-    """Return the best row of a sweep at the loop count of training."""
+def recorded(sweep: dict[str, Any], loops: int | None = None) -> dict[str, Any]:
+    """Return the best row of a sweep at a loop count, by default that of training."""
     sign = 1 if sweep["higher_is_better"] else -1
-    rows = [row for row in sweep["rows"] if row["loops"] == sweep["train_loops"]]
+    rows = [row for row in sweep["rows"] if row["loops"] == (loops or sweep["train_loops"])]
     return max(rows, key=lambda row: sign * row["metrics"][sweep["primary_metric"]]["mean"])

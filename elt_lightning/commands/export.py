@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
 from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
-from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS
+from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, Weights
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import folder_aside
@@ -34,14 +34,13 @@ def run(name: str, arguments: list[str]) -> None:
     if options.format == "onnx":
         check_onnx()
     checkpoint = read_pretrained(options.ckpt_path)
-    module = build_module(checkpoint, options.weights)  # what cannot be built is not exported
-    description, tokenizer = describe(checkpoint, options.weights), None
+    tokenizer = None
     is_beside = "exported" in checkpoint and any(Path(checkpoint["elt"]["folder"]).glob(f"{TOKENIZER}.*"))
     if options.with_tokenizer or is_beside:
-        tokenizer = file_of_tokenizer(found(checkpoint["elt"], "tokenizer"))
-        name = f"{TOKENIZER}{tokenizer.suffix}"
-        description["tokenizer"] = description["tokenizer"] | {"init_args": {"path": name}}
-    write_model(options.output, module, description, tokenizer, options.format)
+        tokenizer = file_of_tokenizer(checkpoint)
+        if tokenizer is None:
+            raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
+    export(checkpoint, options.weights, options.output, tokenizer, options.format)
     print(options.output)
 
 
@@ -86,16 +85,35 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     }
 
 
-def file_of_tokenizer(description: dict[str, Any]) -> Path:
-    """Return the one file that a tokenizer is read from.
+def export(
+    checkpoint: dict[str, Any],
+    weights: Weights,
+    folder: Path,
+    tokenizer: Path | None = None,
+    form: str = "safetensors",
+) -> None:
+    """Write the model of a checkpoint into a folder, and its tokenizer's file beside it where that is given.
 
     Raises:
-        UserError: it is missing or another one, or the tokenizer has none that could be copied.
+        UserError: the model cannot be built, or the folder cannot be written.
     """
-    tokenizer = load_tokenizer(description)
-    if tokenizer.init_args().keys() != {"path"} or not Path(tokenizer.path or "").is_file():
-        raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
-    return Path(str(tokenizer.path))
+    module = build_module(checkpoint, weights)  # what cannot be built is not exported
+    description = describe(checkpoint, weights)
+    if tokenizer is not None:
+        beside = {"init_args": {"path": f"{TOKENIZER}{tokenizer.suffix}"}}
+        description["tokenizer"] = description["tokenizer"] | beside
+    write_model(folder, module, description, tokenizer, form)
+
+
+def file_of_tokenizer(checkpoint: dict[str, Any]) -> Path | None:
+    """Return the one file that a model's tokenizer is read from; None where it is not read from one.
+
+    Raises:
+        UserError: it is missing or another one.
+    """
+    tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"))
+    is_read_from_one = tokenizer.init_args().keys() == {"path"} and Path(str(tokenizer.path)).is_file()
+    return Path(str(tokenizer.path)) if is_read_from_one else None
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

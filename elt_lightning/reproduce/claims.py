@@ -427,15 +427,16 @@ def ilsd_suits_recall(experiment: Experiment) -> Finding:
 
 @claim(
     "Beyond the paper, R6",
-    "carried at L_max, recall and coverage of the features, and the share of different squares among the valid ones, "
-    f"are at least {100 * UNHURT:.0f} % of what they are from zero",
+    "carried at L_max, the share of different squares among the valid ones, or where there are no puzzles recall and "
+    f"coverage of the features, are at least {100 * UNHURT:.0f} % of what they are from zero",
     RECALL,
 )
 def carried_samples_are_varied(experiment: Experiment) -> Finding:
     """Samples drawn with the state carried are as varied as those from zero."""
     ours = experiment.arms["recall_ilsd"]
     zero, carried = ours.variety[False], ours.variety[True]
-    judged = [name for name in ("recall", "coverage", "distinct") if name in zero]
+    # Puzzles are drawn with a few writings of each digit: beside real handwriting all their samples are far off.
+    judged = ["distinct"] if "distinct" in zero else ["recall", "coverage"]
     holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
     cells = (
         f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in zero
