@@ -1,5 +1,6 @@
 """Networks as other programs run them: ONNX graphs and one `torch.export` program against torch, loops free."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -97,6 +98,7 @@ def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if language == "bash":
             assert main(shlex.split(text)[1:]) == 0
         else:
+            importlib.invalidate_caches()  # the folder was not there when it was put on the path
             exec(text, names := {})
             ran.append(names)
     onnx, sampled, torchs = ran
