@@ -456,7 +456,8 @@ def test_descriptions_build_the_tokenizer_again_and_refuse_another(vae_folder: P
     other = write_sd_vae(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"/other is not the tokenizer that .* were made with .*sha256"):
         load_tokenizer(again.description(), str(other))
-    assert isinstance(load_tokenizer(PixelScaling().description(), "ignored"), PixelScaling)
+    with pytest.raises(UserError, match="PixelScaling has no file"):
+        load_tokenizer(PixelScaling().description(), "nothing.bin")
 
 
 def test_scaled_pixels_can_be_kept_on_disk() -> None:

@@ -84,7 +84,7 @@ def nearest_figure(samples: Tensor, nearest: Nearest, labels: Sequence[str] = ()
     for axes, label in zip(grid[0], labels, strict=False):
         axes.set_title(label, fontsize=9)
     for axes, index, distance in zip(grid[1], nearest.indices[:, 0], nearest.distances[:, 0], strict=True):
-        axes.set_title(f"no. {int(index)}, MSE {float(distance):.2g}", fontsize=9)
+        axes.set_title(f"no. {int(index)}, MSE {float(distance):.2g}", fontsize=7)
     return figure
 
 

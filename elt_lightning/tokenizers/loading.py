@@ -16,13 +16,15 @@ def load_tokenizer(description: dict[str, Any], path: str | None = None) -> Toke
     """Build the tokenizer that :meth:`Tokenizer.description` described, on the CPU; ``path`` is where its file is now.
 
     Raises:
-        UserError: it describes none, the file is missing, or its content is not what was described.
+        UserError: it describes none, the file is missing, its content is not what was described, or it has none.
     """
     if not (isinstance(description, dict) and isinstance(description.get("init_args"), dict)):
         raise UserError(f"{description} describes no tokenizer: what it was read from is damaged")
     description = dict(description)
     expected = description.pop("sha256", None)
-    if path is not None and "path" in description["init_args"]:
+    if path is not None:
+        if "path" not in description["init_args"]:
+            raise UserError(f"tokenizer_path {path}: {description.get('class_path')} has no file; leave it out")
         description["init_args"] = description["init_args"] | {"path": path}
     found = description["init_args"].get("path")
     another = UserError(f"{found} is not the tokenizer that the model or its data were made with (its sha256 differs)")
