@@ -44,7 +44,8 @@ def test_a_model_that_comes_along_draws_what_it_drew(
 def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: Path) -> None:
     """Squares can be judged exactly: shares of valid ones and of their lines lie within four standard deviations."""
     sweep, settings = shipped.read_json(name, "loops.json"), shipped.read_json(name, "made.json")["data"]
-    data = KINDS[settings["class_path"]](**settings["init_args"] | {"root": str(tmp_path)})
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["init_args"].items()}
+    data = KINDS[settings["class_path"]](**arguments | {"root": str(tmp_path)})
     assert sweep["parts_given"] == (data.num_given > 0)
     for tokenizer in shipped.folder_of(name).glob("tokenizer.*"):
         shutil.copy(tokenizer, data.codebook_path)
