@@ -277,7 +277,6 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "export without a folder": (["export", "--ckpt_path=trained/checkpoints/last.ckpt"], "--output"),
     "export into a file": (["export", "--ckpt_path=trained/checkpoints/last.ckpt", "--output=notes.txt"], "notes.txt"),
     "export over another": (["export", "--ckpt_path=trained/checkpoints/last.ckpt", "--output=exported"], "exported"),
-    "export of an export": (["export", "--ckpt_path=exported", "--output=new"], "exported model"),
     "encode of nothing": (["encode"], "KIND"),
     "encode with a tokenizer that is none": (
         ["encode", "imagenet", "--root=pictures", "--output=new", "--tokenizer=json.JSONDecoder"],

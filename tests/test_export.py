@@ -66,6 +66,7 @@ def draw(module: ELTModel) -> torch.Tensor:
 def test_an_exported_model_is_the_one_of_the_checkpoint(weights: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = export(checkpoint, tmp_path / "model", "--weights", weights)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
     original = build_module(read_checkpoint(checkpoint), weights)
     loaded = from_pretrained(folder)
     assert not loaded.training
@@ -193,7 +194,11 @@ def test_onnx_graphs_draw_the_samples_of_their_checkpoint(
         graphs(torch.zeros(1, *shape), Condition(torch.zeros(1)), 2, (3,))
     # Weights lie in model.safetensors alone; files of another format do not outlive the model they are of.
     assert max((folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS) < 50_000
-    export(checkpoint, folder, "--overwrite")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    export(folder, folder, "--overwrite")  # of the exported model itself
+    assert all(
+        torch.equal(*both) for both in zip(from_pretrained(folder).parameters(), module.parameters(), strict=True)
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     arguments = ["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'none'}", "--format=onnx"]

@@ -1,5 +1,7 @@
 """Networks as other programs run them: ONNX graphs and one `torch.export` program against torch, loops free."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from elt_lightning.checkpoints.graphs import PROGRAM, write_onnx, write_program
+from elt_lightning.cli import main
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.networks.diffusion import LoopedDiT
 from elt_lightning.networks.masked import LoopedMaskedTransformer
@@ -81,6 +84,25 @@ def test_what_was_exported_predicts_as_torch_does(network: LoopedNetwork, tmp_pa
             state = ended if network.has_recall else None
     with pytest.raises(RuntimeError, match="exits must lie in"):
         program(**inputs | {"exits": torch.tensor([1, 13])})
+
+
+@pytest.mark.slow
+def test_the_page_about_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command and every piece of Python of docs/export.md, with the runner that was written."""
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "exported" / "squares")
+    ran = []
+    for language, text in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        if language == "bash":
+            assert main(shlex.split(text)[1:]) == 0
+        else:
+            exec(text, names := {})
+            ran.append(names)
+    onnx, sampled, torchs = ran
+    assert sampled["tokens"].equal(sampled["model"].sample(sampled["labels"], 4, sampled["seeds"]))
+    for place, loops in enumerate((1, 2, 8)):
+        torch.testing.assert_close(torchs["predictions"][place], torch.from_numpy(onnx["predictions"][loops]))
 
 
 def test_the_runner_needs_neither_torch_nor_this_package() -> None:

@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
-from elt_lightning.checkpoints.pretrained import build_module
+from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
-from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, Weights, read_checkpoint
+from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, Weights
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.files import folder_aside
@@ -33,9 +33,10 @@ def run(name: str, arguments: list[str]) -> None:
     check_free(options.output, options.overwrite)
     if options.format == "onnx":
         check_onnx()
-    checkpoint = read_checkpoint(options.ckpt_path)
+    checkpoint = read_pretrained(options.ckpt_path)
     tokenizer = None
-    if options.with_tokenizer:
+    is_beside = "exported" in checkpoint and any(Path(checkpoint["elt"]["folder"]).glob(f"{TOKENIZER}.*"))
+    if options.with_tokenizer or is_beside:
         tokenizer = file_of_tokenizer(checkpoint)
         if tokenizer is None:
             raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
+    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, exported model, or name of elt models")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
     add(
         "--format",
