@@ -28,9 +28,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        with suppress(PermissionError):  # file systems without such rights
-            os.chmod(aside, 0o644)  # mkstemp makes files that their owner alone may read
-        os.replace(aside, path)
+        publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -42,9 +40,14 @@ def folder_aside(folder: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".aside.") as name:
         yield Path(name)
         for file in sorted(Path(name).iterdir()):
-            with suppress(PermissionError):  # file systems without such rights
-                os.chmod(file, 0o644)  # safetensors makes files that their owner alone may read
-            os.replace(file, Path(folder) / file.name)
+            publish(file, Path(folder) / file.name)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Give a file its name, and the right to be read to everyone: temporary ones their owner alone may read."""
+    with suppress(PermissionError):  # file systems without such rights
+        os.chmod(aside, 0o644)
+    os.replace(aside, path)
 
 
 def write_text(path: str | Path, text: str) -> None:

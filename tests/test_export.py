@@ -66,6 +66,7 @@ def draw(module: ELTModel) -> torch.Tensor:
 def test_an_exported_model_is_the_one_of_the_checkpoint(weights: Any, checkpoint: Path, tmp_path: Path) -> None:
     folder = export(checkpoint, tmp_path / "model", "--weights", weights)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
     original = build_module(read_checkpoint(checkpoint), weights)
     loaded = from_pretrained(folder)
     assert not loaded.training

@@ -12,6 +12,7 @@ import torch
 import elt_lightning
 from elt_lightning.checkpoints import shipped
 from elt_lightning.cli import main
+from elt_lightning.data.toy.latin_square_images import LatinSquareImagesDataModule
 from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 from elt_lightning.data.toy.sudoku import SudokuDataModule
 from elt_lightning.errors import UserError
@@ -20,8 +21,9 @@ from elt_lightning.metrics.latin_squares import LatinSquareScores
 from elt_lightning.reproduce.ship import MOST_BYTES, means
 from elt_lightning.samplers.base import SETTINGS
 
-SAMPLES = 128
-KINDS = {f"{kind.__module__}.{kind.__name__}": kind for kind in (LatinSquaresDataModule, SudokuDataModule)}
+SAMPLES = 64
+SQUARES = (LatinSquaresDataModule, LatinSquareImagesDataModule, SudokuDataModule)
+KINDS = {f"{kind.__module__}.{kind.__name__}": kind for kind in SQUARES}
 
 
 @pytest.mark.parametrize("name", shipped.names())
@@ -40,19 +42,22 @@ def test_a_model_that_comes_along_draws_what_it_drew(
     "name", [name for name in shipped.names() if shipped.read_json(name, "made.json")["data"]["class_path"] in KINDS]
 )
 def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: Path) -> None:
-    """Squares can be judged exactly: the share of valid ones lies within four standard deviations of the recorded."""
+    """Squares can be judged exactly: shares of valid ones and of their lines lie within four standard deviations."""
     sweep, settings = shipped.read_json(name, "loops.json"), shipped.read_json(name, "made.json")["data"]
-    given = {} if sweep["parts_given"] else {"num_given": 0}
-    data = KINDS[settings["class_path"]](**settings["init_args"] | {"root": str(tmp_path)} | given)
-    shutil.copy(shipped.folder_of(name) / "tokenizer.safetensors", data.codebook_path)
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["init_args"].items()}
+    data = KINDS[settings["class_path"]](**arguments | {"root": str(tmp_path)})
+    assert sweep["parts_given"] == (data.num_given > 0)
+    for tokenizer in shipped.folder_of(name).glob("tokenizer.*"):
+        shutil.copy(tokenizer, data.codebook_path)
     data.setup("predict")
     row, model = shipped.recorded(sweep), elt_lightning.load(name)
     sampler, loops = model.sampler(row["loops"], **{setting: row[setting] for setting in SETTINGS})
     metrics = [LatinSquareScores(data.load_digit_network(), data.order, data.boxes)]
     scores = Sweep(SAMPLES, SAMPLES, sweep["seed"])
-    share = scores.run(model.module, sampler, model.tokenizer, metrics, loops, data.request).mean("valid_squares")
-    expected = row["metrics"]["valid_squares"]["mean"]
-    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES) + 1 / SAMPLES
+    found = scores.run(model.module, sampler, model.tokenizer, metrics, loops, data.request)
+    for metric in ("valid_squares", "valid_lines"):
+        expected = row["metrics"][metric]["mean"]
+        assert abs(found.mean(metric) - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES) + 1 / SAMPLES
 
 
 def test_models_lists_all_of_them_and_a_wrong_name_does_too(

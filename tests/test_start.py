@@ -28,6 +28,7 @@ def test_drawing_exporting_and_stats_import_nothing_of_training(small_squares: P
         ["export", f"--ckpt_path={small_squares}", f"--output={tmp_path / 'model'}"],
         ["sample", f"--ckpt_path={tmp_path / 'model'}", "--loops=1,2", "--num=2", f"--output={tmp_path / 'grid.png'}"],
     ]
+    commands += [["models"], ["sample", "--model=squares", "--num=1", f"--output={tmp_path / 'one.png'}"]]
     arguments = [json.dumps([commands, HEAVY]), str(small_squares)]
     subprocess.run([sys.executable, "-c", STEPS, *arguments], cwd=small_squares.parents[3], check=True)
     assert (tmp_path / "grid.png").stat().st_size > 1000
