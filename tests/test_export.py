@@ -176,6 +176,7 @@ def test_tied_weights_are_exported_with_their_average_under_all_names(checkpoint
         assert torch.equal(weight, average)
 
 
+@pytest.mark.slow
 def test_onnx_graphs_draw_the_samples_of_their_checkpoint(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
