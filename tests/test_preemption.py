@@ -230,6 +230,7 @@ def test_a_second_interrupt_ends_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
+@pytest.mark.slow
 def test_a_step_that_is_saved_already_is_not_saved_again(folder: Path) -> None:
     """The signal comes in validation, and the step before it was saved."""
     with pytest.raises(SystemExit):
