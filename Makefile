@@ -31,7 +31,7 @@ $(BIN)/elt: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (3 minutes); PAPER=1 without recall
+quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (6 minutes); PAPER=1 without recall
 	$(BIN)/python -m elt_lightning.reproduce.quickstart $(if $(PAPER),--paper)
 
 quickstart-video: $(BIN)/elt ## the same for clips, on tokens of moving digits (12 minutes; resumes)

@@ -68,8 +68,11 @@ class Report:
         return [self.best([row for row in self.rows if row.loops == loops]) for loops in counts]
 
     def titles(self, labels: Tensor) -> list[str]:
-        """Return the names of the classes, or else their numbers."""
-        return [str(number) if self.class_names is None else self.class_names[number] for number in labels.tolist()]
+        """Return the names of the classes, or else their numbers; nothing where no class was asked for."""
+        if self.class_names is None:
+            return [str(number) for number in labels.tolist()]
+        names = [*self.class_names, ""]  # the null class is the last
+        return [names[number] for number in labels.tolist()]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain data: the content of ``loops.json``."""

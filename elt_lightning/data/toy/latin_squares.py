@@ -79,6 +79,7 @@ class LatinSquaresDataModule(IndexedDataModule):
         self.root, self.num_train, self.num_val = Path(root), num_train, num_val
         self.codes_per_digit, self.num_given = codes_per_digit, num_given
         self.order = self.num_classes = order
+        self.class_names = [f"{digit} in the centre" for digit in range(1, order + 1)]
         self.input_shape = (order, order)
         self.codebook_size = order * codes_per_digit
 
