@@ -125,6 +125,7 @@ def test_a_wrong_kind_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sampling_is_measured_beside_the_unlooped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "inference.json"
     flags = [*QUICK, "--scale=tiny,tiny_dit", "--batch-sizes=3", "--guidance=2", "--rounds=2", f"--output={path}"]

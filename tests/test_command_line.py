@@ -182,6 +182,7 @@ def test_sweep_does_not_depend_on_its_batch_size(checkpoint: Path) -> None:
         assert reports[0][name]["mean"] == pytest.approx(reports[1][name]["mean"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_averaged_and_raw_weights_are_judged_apart(checkpoint: Path) -> None:
     scores = []
     for weights in ("ema", "raw"):

@@ -157,6 +157,7 @@ def test_samples_of_a_compiled_network() -> None:
     assert counters["stats"]["unique_graphs"] == 2  # both branches of guidance in a batch, then one
 
 
+@pytest.mark.slow
 def test_compile_is_a_setting_of_training(
     tmp_path: Path, latin_squares_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ def test_permuting_the_reduced_squares_gives_all_161280_once() -> None:
     assert len(seen) == 161_280
 
 
-@pytest.mark.parametrize("order", [4, 6])
+@pytest.mark.parametrize("order", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_squares_of_other_orders(order: int, latin_squares_root: Path) -> None:
     squares = draw_latin_squares(200, torch.Generator().manual_seed(0), order)
     assert all(is_latin(square) for square in as_tuples(squares))

@@ -228,6 +228,7 @@ def test_memory_of_weights_optimiser_and_average() -> None:
     assert plan["checkpoint_bytes"] == 8 * total
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_micro_batch_and_the_largest_fits_and_no_more() -> None:
     module = small_masked()
     for device_memory in (0.0001, 0.02):

@@ -157,6 +157,7 @@ def test_a_folder_has_a_second_name_without_links_too(tmp_path: Path, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["1", "2", "last"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_goes_on_from_its_checkpoint_alone(
     elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_moments_of_a_folder_are_written(
     assert read_moments(output).num_images == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("images")
 def test_a_file_that_exists_is_kept_unless_overwriting_is_asked_for(weights: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "stats.npz"
@@ -77,6 +78,7 @@ def test_a_file_that_exists_is_kept_unless_overwriting_is_asked_for(weights: Pat
     assert read_moments(output).num_images == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("images")
 def test_moments_go_with_samples_of_the_same_size_crop_and_network_alone(
     weights: Path,

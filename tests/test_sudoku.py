@@ -211,6 +211,7 @@ def test_impossible_boxes_are_refused() -> None:
             SudokuDataModule(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_config_from_training_to_pictures(
     tmp_path: Path, latin_squares_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -713,6 +713,7 @@ def vgg16_state(seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_compares_unit_features_of_five_stages(tmp_path: Path) -> None:
     state = vgg16_state()
     assert [name for name in state if name.startswith("features")][-1] == "features.28.bias"
