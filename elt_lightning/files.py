@@ -44,7 +44,7 @@ def folder_aside(folder: str | Path) -> Iterator[Path]:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a file its name, and the right to be read to everyone: temporary ones their owner alone may read."""
+    """Name a file, and let everyone read it: temporary ones are readable to their owner alone."""
     with suppress(PermissionError):  # file systems without such rights
         os.chmod(aside, 0o644)
     os.replace(aside, path)
