@@ -78,8 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--weights",
         choices=("ema", "raw"),
-        default="ema",
-        help="of a checkpoint: averaged weights (default) or raw ones",
+        help="averaged weights or raw ones; by default the averaged, or those that were exported",
     )
     add("--sweep", type=Path, metavar="DIR", help="folder of elt test, whose table and picture go into the card")
     add("--private", action="store_true", help="make the repository for its owner alone")
