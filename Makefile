@@ -9,9 +9,9 @@ REPRODUCE := $(BIN)/python -m elt_lightning.reproduce
 VARIABLES := IMAGENET VAL_LABELS VQGAN VAE INCEPTION REFERENCE MODELS TEST_FLAGS RUNS UCF101 I3D C3D TOKENIZER \
 	TOKENIZER_PATH DATA VIDEO_CONFIG VIDEO_LOOPS PROTOCOL_FLAGS VIDEO_RUNS BENCHMARKS RESULTS SMALL
 GIVEN = $(strip $(foreach name,$(VARIABLES),$(if $($(name)),--$(name)='$($(name))')) $(if $(SMOKE),--smoke))
-UNKNOWN := $(filter-out $(VARIABLES) SMOKE RUN PAPER PYTHON VENV BIN, \
+UNKNOWN := $(filter-out $(VARIABLES) SMOKE RUN PAPER TRAIN_TOKENIZER PYTHON VENV BIN, \
 	$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
-$(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); there are $(VARIABLES) SMOKE RUN PAPER PYTHON))
+$(if $(strip $(UNKNOWN)),$(error there is no variable $(strip $(UNKNOWN)); there are $(VARIABLES) SMOKE RUN PAPER TRAIN_TOKENIZER PYTHON))
 
 TABLES := table1 table2 table3 table4 table8
 FIGURES := fig1 fig4 fig5 fig6 fig7 fig8 fig13 fig14
@@ -34,8 +34,8 @@ $(BIN)/elt: pyproject.toml constraints.txt
 quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (6 minutes); PAPER=1 without recall
 	$(BIN)/python -m elt_lightning.reproduce.quickstart $(if $(PAPER),--paper)
 
-quickstart-video: $(BIN)/elt ## the same for clips, on tokens of moving digits (12 minutes; resumes)
-	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper)
+quickstart-video: $(BIN)/elt ## the same for clips of moving digits (12 minutes; resumes); TRAIN_TOKENIZER=1 anew
+	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper) $(if $(TRAIN_TOKENIZER),--train_tokenizer)
 
 fashion: $(BIN)/elt ## real pictures: tokenizer, masked and diffusion ELT on Fashion-MNIST; SMOKE=1 a few steps
 	$(BIN)/python -m elt_lightning.reproduce.fashion $(if $(SMOKE),--smoke)

@@ -2,15 +2,43 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from elt_lightning.cli import main
-from elt_lightning.reproduce import quickstart_video
+from elt_lightning.data.toy.moving_digits import MovingDigits
+from elt_lightning.reproduce import clip_reading, quickstart_video
+from elt_lightning.tokenizers.video_vq import VideoVQ
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_the_tokenizer_that_comes_along_is_what_its_config_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps of a few held-out videos about what was measured of all of them."""
+    monkeypatch.chdir(CONFIGS.parent)
+    tokenizer, config = (
+        VideoVQ(str(quickstart_video.READY)),
+        yaml.safe_load(quickstart_video.SHARP.tokenizer_config.read_text()),
+    )
+    model = config["model"]["init_args"]
+    settings = {name: model[name] for name in asdict(tokenizer.settings) if name in model}
+    assert asdict(tokenizer.settings) == asdict(tokenizer.settings) | settings | {
+        "multipliers": tuple(model["multipliers"])
+    }
+    assert list(tokenizer.sample_shape) == model["sample_shape"]
+    assert quickstart_video.READY.stat().st_size <= 2_000_000
+    digits = MovingDigits(training_videos=1, val_videos=2, style="sharp")
+    digits.write(tmp_path / "clips")
+    kept = clip_reading.measure(digits, tmp_path / "clips", tokenizer, stride=2)
+    measured = json.loads((CONFIGS.parent / "docs/results/quickstart_video/tokenizer.json").read_text())
+    assert kept.psnr == pytest.approx(measured["psnr"], abs=1.5)
+    assert kept.read > measured["read"] - 0.1
 
 
 @pytest.mark.slow
@@ -19,23 +47,24 @@ def test_the_video_quickstart_runs_resumes_and_predicts_frames(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(CONFIGS)
-    small = {
-        "tokenizer": [
-            "--trainer.max_steps=2",
-            "--model.init_args.filters=4",
-            "--data.init_args.training_videos=8",
-            "--data.init_args.val_videos=4",
-        ],
-        "elt": ["--trainer.max_steps=2"],
-    }
+    config = yaml.safe_load(quickstart_video.SHARP.tokenizer_config.read_text())
+    config["data"]["init_args"] |= {"training_videos": 8, "val_videos": 4}
+    config["trainer"]["max_steps"] = 2
+    Path("tokenizer.yaml").write_text(yaml.safe_dump(config))
+    small = replace(quickstart_video.SHARP, tokenizer_config=Path("tokenizer.yaml"))
+    monkeypatch.setattr(quickstart_video, "SHARP", small)
     whole = quickstart_video.fit
-    monkeypatch.setattr(quickstart_video, "fit", lambda settings, run: whole([*settings, *small[run.name]], run))
+    two_steps = lambda settings, run: whole([*settings, "--trainer.max_steps=2"], run)  # noqa: E731
+    monkeypatch.setattr(quickstart_video, "fit", two_steps)
     elt = quickstart_video.elt
     few = ["--num_samples=20", "--data.init_args.batch_size=4"]
     monkeypatch.setattr(quickstart_video, "elt", lambda *words: elt(*words, *(few if words[0] == "test" else [])))
-    monkeypatch.setattr(sys, "argv", ["quickstart_video"])
+    monkeypatch.setattr(sys, "argv", ["quickstart_video", "--train_tokenizer"])
     quickstart_video.main()
-    test_dir = Path("runs/quickstart_video/elt/test")
+    test_dir = Path("runs/clips/elt/test")
+    kept = json.loads(Path("runs/clips/tokenizer.json").read_text())
+    assert kept["frames"] == 4 * 10 * 8
+    assert kept["read"] < 0.5 < 0.8 < kept["read_before"]  # two steps teach a tokenizer nothing
     report = json.loads((test_dir / "loops.json").read_text())
     assert [row["loops"] for row in report["rows"]] == [1, 2, 4, 8, 16]
     assert set(report["rows"][0]["metrics"]) == {"recognised", "fd_motion"}

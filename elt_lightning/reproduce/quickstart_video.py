@@ -1,39 +1,75 @@
-"""`make quickstart-video`: a tokenizer of clips, then a looped generator on its tokens, on moving digits.
+"""`make quickstart-video`: a looped generator of clips, digits that move, on the tokens of a 3D-VQ tokenizer.
 
-Whatever is done already is not done again; to begin anew, delete the folders that it names at the end.
+The tokenizer comes with the repository; ``--train_tokenizer`` trains it anew. Whatever is done already is not done
+again; to begin anew, delete the folders that it names at the end.
 """
 
 import argparse
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import yaml
+
 from elt_lightning.cli import status_of
-from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS
+from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS, MovingDigitsDataModule
+from elt_lightning.files import write_json
+from elt_lightning.reproduce import clip_reading
 from elt_lightning.reproduce.commands import elt, fit, is_measured
 from elt_lightning.reproduce.quickstart import LOOPS
+from elt_lightning.tokenizers.video_vq import VideoVQ
 
-TOKENIZER_CONFIG = Path("configs/quickstart_video_tokenizer.yaml")
-CONFIG, PAPER_CONFIG = Path("configs/quickstart_video_recall.yaml"), Path("configs/quickstart_video.yaml")
-VIDEO_FOLDER, TOKENS = Path("data/moving_digits"), Path("data/moving_digits_tokens")
-"""Where both configs' data modules look, too."""
+CONFIG, PAPER_CONFIG = Path("configs/clips_recall.yaml"), Path("configs/clips.yaml")
 
-CLIPS = ["--size", "16", "--num_frames", "8", "--stride", "2"]
-"""As the tokenizer's config has them."""
+
+@dataclass(frozen=True)
+class Clips:
+    """Clips and their tokenizer; they lie where the configs of both look for them."""
+
+    tokenizer_config: Path  # it says what is drawn, too
+    tokens: Path
+    clips_per_video: int  # in training
+    runs: Path
+
+    def data(self) -> MovingDigitsDataModule:
+        """Return what the tokenizer's config draws."""
+        return MovingDigitsDataModule(**yaml.safe_load(self.tokenizer_config.read_text())["data"]["init_args"])
+
+
+SHARP = Clips(Path("configs/clips_tokenizer.yaml"), Path("data/clips_tokens"), 4, Path("runs/clips"))
+SOFT = Clips(
+    Path("configs/quickstart_video_tokenizer.yaml"), Path("data/moving_digits_tokens"), 8, Path("runs/quickstart_video")
+)
+"""Of the experiments: small and grey, since what they compare is motion."""
+
+READY = SHARP.tokenizer_config.with_suffix(".safetensors")
+"""The tokenizer that comes along."""
 
 
 def main() -> None:
     """Run what is missing, and name the files to look at."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart_video"), help="where runs go")
-    parser.add_argument("--tokens_only", action="store_true", help="stop once there are tokens to train on")
+    parser.add_argument("--runs", type=Path, help=f"where runs go; by default {SHARP.runs}, or {SOFT.runs} if soft")
+    parser.add_argument("--train_tokenizer", action="store_true", help="in place of the one that comes along")
+    parser.add_argument("--soft", action="store_true", help="make the tokens that the experiments train on, and stop")
     parser.add_argument("--paper", action="store_true", help="the paper's recipe, without recall")
     options = parser.parse_args()
+    clips = SOFT if options.soft else SHARP
+    runs = options.runs or clips.runs
     began = time.perf_counter()
-    write_tokens(options.runs / "tokenizer")
-    if options.tokens_only:
+    tokenizer = READY
+    if options.train_tokenizer or options.soft:
+        fit(["--config", clips.tokenizer_config], runs / "tokenizer")
+        tokenizer = runs / "tokenizer" / "tokenizer.safetensors"
+    write_tokens(clips, tokenizer)
+    if options.soft:
         return
-    run_dir = options.runs / ("elt_paper" if options.paper else "elt")
+    data = clips.data()
+    kept = clip_reading.measure(data.files, Path(data.folder), VideoVQ(str(tokenizer)), data.shape.stride)
+    write_json(runs / "tokenizer.json", asdict(kept))
+    print(f"the tokenizer: {kept}", flush=True)
+    run_dir = runs / ("elt_paper" if options.paper else "elt")
     config, test_dir = PAPER_CONFIG if options.paper else CONFIG, run_dir / "test"
     checkpoint = fit(["--config", config], run_dir)
     if not is_measured(test_dir, checkpoint):
@@ -44,21 +80,27 @@ def main() -> None:
     print(f"  {test_dir / 'nearest.png'}   samples beside the training clips that they are nearest to")
     print(f"  {test_dir / 'pareto.png'}    quality against compute")
     print(f"  {test_dir / 'loops.csv'}     the table above; loops.json has everything")
-    print(f"To begin anew, delete {options.runs} and {TOKENS}. Draw what may follow a clip's first frames with:")
-    clip = next(iter(sorted((VIDEO_FOLDER / VIDEOS / "Clockwise").glob("*.avi"))), "CLIP.avi")
+    print(f"  {runs / 'tokenizer.json'}    what the tokenizer keeps")
+    print(f"To begin anew, delete {runs} and {clips.tokens}. Draw what may follow a clip's first frames with:")
+    clip = next(iter(sorted((Path(data.folder) / VIDEOS / "Clockwise").glob("*.avi"))), "CLIP.avi")
     print(
         f"  .venv/bin/elt sample --ckpt_path {checkpoint} --classes 1 --loops {LOOPS} --given {clip} "
-        "--given_frames 2 --given_stride 2 --output rest.gif"
+        f"--given_frames 2 --given_stride {data.shape.stride} --output rest.gif"
     )
 
 
-def write_tokens(run_dir: Path) -> None:
-    """Train the tokenizer and encode all clips."""
-    fit(["--config", TOKENIZER_CONFIG], run_dir)
-    videos = ["--root", VIDEO_FOLDER / VIDEOS, "--annotations", VIDEO_FOLDER / LISTS]
-    tokenizer = ["--tokenizer", "video-vq", "--tokenizer_path", run_dir / "tokenizer.safetensors"]
-    for side, which in (("train", ["--clips_per_video", "8"]), ("test", ["--clips_per_video", "4", "--val"])):
-        elt("encode", "ucf101", *videos, *tokenizer, *CLIPS, *which, "--output", TOKENS / side)
+def write_tokens(clips: Clips, tokenizer: Path) -> None:
+    """Draw the videos, if they are not there yet, and encode all clips."""
+    data = clips.data()
+    data.prepare_data()
+    shape = ["--size", data.shape.size, "--num_frames", data.shape.num_frames, "--stride", data.shape.stride]
+    videos = ["--root", Path(data.folder) / VIDEOS, "--annotations", Path(data.folder) / LISTS]
+    kind = ["--tokenizer", "video-vq", "--tokenizer_path", tokenizer]
+    for side, which in (
+        ("train", ["--clips_per_video", clips.clips_per_video]),
+        ("test", ["--clips_per_video", 4, "--val"]),
+    ):
+        elt("encode", "ucf101", *videos, *kind, *shape, *which, "--output", clips.tokens / side)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ CLIPS_PER_GROUP = 4
 
 FRAMES = (32, 49)
 """A video has at least this many frames, and fewer than this many."""
+
+Style = Literal["soft", "sharp"]
+"""Light blurs on grey, of which only the motion can be told, or white strokes on black that a person reads."""
+
+SIZES: dict[Style, tuple[float, float]] = {"soft": (0.36, 0.12), "sharp": (0.56, 0.12)}
+"""Of a digit, as a share of the frame: the smallest, and how much larger the largest is."""
+
+CONTRAST, MARGIN = 4, 1
+"""Of sharp strokes: how much steeper than in the enlarged writing, and pixels of it that are added on every side."""
 
 
 class Path2D(NamedTuple):
@@ -99,6 +108,18 @@ MOTIONS: dict[str, Callable[[Tensor, float], Path2D]] = {
 """The classes: each turns times (F,) in [0, 1] and a phase in [0, 1) into a path."""
 
 
+class DigitVideo(NamedTuple):
+    """What a video shows."""
+
+    name: str  # of its file, below the folder of videos
+    motion: str  # a class
+    number: int  # in its class
+    val: bool  # it is held out
+    group: int
+    writing: Tensor  # (8, 8) float in [0, 1]
+    digit: int
+
+
 @dataclass(frozen=True)
 class MovingDigits:
     """What the files hold."""
@@ -108,6 +129,7 @@ class MovingDigits:
     side: int = 64  # height and width of a frame in pixels; even
     fps: int = 20  # frames per second
     seed: int = 0  # of the writings and how they move
+    style: Style = "soft"  # of drawing
 
     def write(self, root: str | Path) -> None:
         """Write the files below a root, once: the folder appears whole or not at all.
@@ -135,8 +157,11 @@ class MovingDigits:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _settings(self) -> dict[str, int]:
-        return asdict(self) | {"version": VERSION}
+    def _settings(self) -> dict[str, int | str]:
+        settings = asdict(self) | {"version": VERSION}
+        if self.style == "soft":  # folders that were made before there were styles are of this one
+            del settings["style"]
+        return settings
 
     def _is_written(self, root: Path) -> bool:
         try:
@@ -151,12 +176,11 @@ class MovingDigits:
 
     def _write_videos(self, root: Path) -> None:
         lists: dict[bool, list[str]] = {True: [], False: []}
-        for label, motion in enumerate(MOTIONS):
-            for number, (val, group, clip, writing) in enumerate(self._writings(label)):
-                name = f"{motion}/v_{motion}_g{group:02d}_c{clip:02d}.avi"
-                frames = self.draw(motion, writing, number)
-                write_clip(root / VIDEOS / name, frames, self.fps, b_frames=2 if number % 3 == 2 else 0)
-                lists[val].append(name if val else f"{name} {label + 1}")
+        for video in self.videos():
+            frames = self.draw(video.motion, video.writing, video.number)
+            write_clip(root / VIDEOS / video.name, frames, self.fps, b_frames=2 if video.number % 3 == 2 else 0)
+            label = "" if video.val else f" {list(MOTIONS).index(video.motion) + 1}"
+            lists[video.val].append(video.name + label)
         (root / LISTS).mkdir()
         for name, lines in (
             ("classInd", [f"{label + 1} {motion}" for label, motion in enumerate(MOTIONS)]),
@@ -165,36 +189,51 @@ class MovingDigits:
         ):
             (root / LISTS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
-    def _writings(self, label: int) -> Iterator[tuple[bool, int, int, Tensor]]:
-        """Return what each video of a class shows: whether it is held out, group, clip, and the writing (8, 8)."""
-        group = 0
-        for val, videos in ((True, self.val_videos), (False, self.training_videos)):
-            images = load_handwriting(val).images[:, 0]
-            generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + val)
-            chosen = torch.randperm(len(images), generator=generator)
-            for video in range(videos):
-                group += video % CLIPS_PER_GROUP == 0
-                yield val, group, video % CLIPS_PER_GROUP + 1, images[chosen[video // CLIPS_PER_GROUP]]
+    def videos(self) -> Iterator[DigitVideo]:
+        """List the videos, those of a motion one after another, and held-out ones before the others."""
+        for label, motion in enumerate(MOTIONS):
+            group = number = 0
+            for val, videos in ((True, self.val_videos), (False, self.training_videos)):
+                handwriting = load_handwriting(val)
+                generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + val)
+                chosen = torch.randperm(len(handwriting.labels), generator=generator)
+                for video in range(videos):
+                    group += video % CLIPS_PER_GROUP == 0
+                    name = f"{motion}/v_{motion}_g{group:02d}_c{video % CLIPS_PER_GROUP + 1:02d}.avi"
+                    place = chosen[video // CLIPS_PER_GROUP]
+                    writing, digit = handwriting.images[place, 0], int(handwriting.labels[place])
+                    yield DigitVideo(name, motion, number, val, group, writing, digit)
+                    number += 1
 
     def draw(self, motion: str, writing: Tensor, number: int) -> Tensor:
-        """Draw a video of a writing (8, 8) float in [0, 1] in a motion: (F, side, side, 3) uint8, light ink on grey.
+        """Draw a video of a writing (8, 8) float in [0, 1] in a motion: (F, side, side, 3) uint8, light ink.
 
-        The number of the video in its class decides, with the seed, phase, pace, size and the grey of the ground.
+        The number of the video in its class decides, with the seed, phase, pace, size and the grey of a soft ground.
+        """
+        places, grey = self.place(motion, number)
+        sharp = self.style == "sharp"
+        ink = F.interpolate(F.pad(writing, (MARGIN * sharp,) * 4)[None, None], scale_factor=4, mode="bicubic")
+        ink = (CONTRAST * (ink - 0.5) + 0.5 if sharp else ink).clamp(0, 1)
+        ground, light = (0, 255) if sharp else (96 + 48 * grey, 235)
+        grid = F.affine_grid(places, [len(places), 1, self.side, self.side], align_corners=False)
+        cover = F.grid_sample(ink.expand(len(places), -1, -1, -1), grid, align_corners=False)
+        return (ground + (light - ground) * cover).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+
+    def place(self, motion: str, number: int) -> tuple[Tensor, float]:
+        """Draw where a video's ink lies in each frame, and the grey of its ground in [0, 1].
+
+        Places are what affine_grid asks for, (F, 2, 3): from a place in the frame to the place in the ink.
         """
         generator = torch.Generator().manual_seed(1000 * (1000 * self.seed + list(MOTIONS).index(motion)) + number)
         phase, scale, grey = torch.rand(3, generator=generator).tolist()
         count = int(torch.randint(*FRAMES, (), generator=generator))
         path = MOTIONS[motion](torch.linspace(0, 1, count), phase)
-        ink = F.interpolate(writing[None, None], scale_factor=4, mode="bicubic").clamp(0, 1)
-        size = (0.36 + 0.12 * scale) * path.size  # of the digit, as a share of the frame
+        smallest, spread = SIZES[self.style]
+        size = (smallest + spread * scale) * path.size  # of the ink, as a share of the frame
         zoom, room = 1 / size, 1 - size.max()
         zeros = torch.zeros_like(zoom)
-        # What affine_grid asks for: from a place in the frame to the place in the writing.
         rows = (zoom, zeros, -zoom * room * path.x, zeros, zoom, -zoom * room * path.y)
-        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [count, 1, self.side, self.side], align_corners=False)
-        cover = F.grid_sample(ink.expand(count, -1, -1, -1), grid, align_corners=False)
-        ground = 96 + 48 * grey
-        return (ground + (235 - ground) * cover).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+        return torch.stack(rows, 1).view(-1, 2, 3), grey
 
 
 class MovingDigitsDataModule(UCF101DataModule):
@@ -211,6 +250,7 @@ class MovingDigitsDataModule(UCF101DataModule):
         micro_batch_size: samples per forward pass on one device; None for no accumulation.
         num_workers: loader processes on each device.
         seed: of the order of training samples, and the moments that are cut out; the files do not depend on it.
+        style: light blurs on grey ("soft"), or white strokes on black that a person reads ("sharp").
     """
 
     def __init__(
@@ -225,6 +265,7 @@ class MovingDigitsDataModule(UCF101DataModule):
         micro_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        style: Style = "soft",
     ) -> None:
         super().__init__(
             root=f"{root}/{VIDEOS}",
@@ -237,7 +278,7 @@ class MovingDigitsDataModule(UCF101DataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        self.folder, self.files = root, MovingDigits(training_videos, val_videos)
+        self.folder, self.files = root, MovingDigits(training_videos, val_videos, style=style)
 
     def prepare_data(self) -> None:
         """Write the files, once."""
