@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from lightning.pytorch.cli import instantiate_class
+
 from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import run_command, status_of
@@ -19,7 +21,7 @@ MOST_BYTES = 4_000_000
 def means(model: Drawing, num: int = 8) -> list[float]:
     """Draw ``num`` samples of seed 0, all classes in turn, at the loop count of training; return their mean pixels."""
     sampler, loops = model.sampler()
-    pixels = model.pixels(model.labels(None, num), loops, sampler)
+    pixels = model.shown(model.codes(model.labels(None, num), loops, sampler))
     return [round(mean, 3) for mean in pixels.flatten(1).double().mean(1).tolist()]
 
 
@@ -38,6 +40,7 @@ def main() -> None:
     run_command("export", ["--ckpt_path", options.ckpt_path, "--output", str(folder), "--overwrite", *flags])
     shutil.copyfile(options.sweep / shipped.SWEEP, folder / shipped.SWEEP)
     made = {"draws": options.draws, "command": options.command, "seed": recipe["model"]["seed"], "data": recipe["data"]}
+    made["class_names"] = instantiate_class((), recipe["data"]).class_names
     write_json(folder / shipped.MADE, made | {"means": means(load(folder))})
     total = sum(path.stat().st_size for path in shipped.FOLDER.glob("*/*"))
     print(f"{folder}: all models together are {total / 1e6:.2f} MB")
