@@ -115,6 +115,8 @@ class Answers:
         model = self.loaded_model(options.model)
         asked = sampler_settings(options)
         sampler, loops = model.sampler(options.loops, **asked)
+        usual = model.module.sampler.settings()
+        changed = {name: value for name, value in asked.items() if value != usual[name]}
         labels = model.labels([options.label], 1)
         known = model.clues(options.given) if options.given else None
         spent: list[Tensor] = []
@@ -129,7 +131,7 @@ class Answers:
             "macs": model.module.macs_per_sample(loops, sampler),
             "loops_run": float(torch.stack(spent).mean()),
             "clashes": board and clashes(model.digits(codes)[0].tolist(), board[1]),
-            "python": python_of(options, self.flags.get(options.model, {}), asked),
+            "python": python_of(options, self.flags.get(options.model, {}), changed),
         }
 
 
@@ -191,13 +193,19 @@ def data_url(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def python_of(options: argparse.Namespace, flags: dict[str, Any], asked: dict[str, Any]) -> str:
-    """Write the lines of Python that draw the same picture; ``flags`` are what loads the model beside its name."""
+def python_of(options: argparse.Namespace, flags: dict[str, Any], changed: dict[str, Any]) -> str:
+    """Write the lines of Python that draw the same picture.
+
+    Args:
+        options: of the query.
+        flags: what loads the model beside its name.
+        changed: settings of the sampler that are not the model's own.
+    """
 
     def call(function: str, first: object, named: dict[str, Any]) -> str:
         return f"{function}({', '.join([repr(first), *(f'{name}={value!r}' for name, value in named.items())])})"
 
-    settings = {"loops": options.loops, "seed": options.seed, **asked}
+    settings = {"loops": options.loops, "seed": options.seed, **changed}
     settings |= {"given": options.given} if options.given else {}
     loaded = call("elt_lightning.load", options.model, flags)
     return f"import elt_lightning\n\nmodel = {loaded}\npictures = {call('model.draw', [options.label], settings)}"
