@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from elt_lightning.checkpoints import shipped
-from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
+from elt_lightning.commands.arguments import (
+    FINITE_FROM_0,
+    SEEDS,
+    Parser,
+    add_device_argument,
+    add_weights_argument,
+    device_of,
+    whole,
+    wholes,
+)
 from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.drawing import load
 from elt_lightning.evaluation.given import Hole, read_given
@@ -127,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=whole(1, MOST["steps"]), help="sampling steps; by default the model's")
     add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add_weights_argument(parser)
     add("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")
     add("--given_frames", type=whole(1), metavar="K", help="given are its first K frames of the token grid")
     add("--given_stride", type=whole(1), default=1, help="frames of FILE from one to the next")

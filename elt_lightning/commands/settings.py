@@ -148,6 +148,7 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     elif is_exported(checkpoint) and not goes_on:
         recipe = read_description(Path(checkpoint))
         config = {"model": recipe["model"], "data": {"class_path": recipe["data"]["class_path"]}}
+        config["ema"] = {"weights": recipe["weights"]}  # it has no others
     else:
         recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
         config = {"model": recipe["model"], "data": found(recipe, "data")}

@@ -34,7 +34,7 @@ class Drawing:
         self, source: str | Path, weights: Weights | None = None, tokenizer_path: str | Path | None = None
     ) -> None:
         checkpoint = read_pretrained(source)
-        self.module = build_module(checkpoint, weights or checkpoint.get("exported", "ema"))
+        self.module = build_module(checkpoint, weights)
         place = None if tokenizer_path is None else str(tokenizer_path)
         self.tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), place)
 
