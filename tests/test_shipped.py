@@ -82,6 +82,8 @@ def test_they_are_small_and_the_wheel_has_every_file() -> None:
     assert 0 < sum(path.stat().st_size for path in files) <= MOST_BYTES
     project = tomllib.loads((package.parent / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["elt_lightning"]
+    configs = (package.parent / "configs").rglob("*.yaml")  # elt_lightning/configs is a link
+    files += [package / path.relative_to(package.parent) for path in configs]
     assert set(files) <= {path for pattern in patterns for path in package.glob(pattern)}
 
 

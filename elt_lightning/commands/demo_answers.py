@@ -46,9 +46,8 @@ class Answers:
         self.first: str = options.model or options.ckpt_path
         self.loaded: dict[str, Drawing] = {self.first: chosen_model(options)}
         self.own = {self.first} - {options.model}  # which shipped files say nothing of
-        flags = {"weights": options.weights} if options.weights == "raw" else {}
-        flags |= {} if options.tokenizer_path is None else {"tokenizer_path": options.tokenizer_path}
-        self.flags = {self.first: flags}
+        flags = {"weights": options.weights, "tokenizer_path": options.tokenizer_path}
+        self.flags = {self.first: {name: value for name, value in flags.items() if value is not None}}
         self.names = list(dict.fromkeys([*self.own, *shipped.names()]))
 
     def answer(self, kind: str, query: str) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import argparse
 from typing import Any, get_args
 
 from elt_lightning.checkpoints import shipped
-from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, add_device_argument, device_of, whole
+from elt_lightning.commands.arguments import (
+    FINITE_FROM_0,
+    SEEDS,
+    add_device_argument,
+    add_weights_argument,
+    device_of,
+    whole,
+)
 from elt_lightning.errors import MOST
 from elt_lightning.evaluation.drawing import Drawing, load
 from elt_lightning.samplers.base import SETTINGS
@@ -17,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--ckpt_path", metavar="PATH", help="checkpoint, or exported model")
     source.add_argument("--model", metavar="NAME", help="model that comes along: elt models lists them")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add_weights_argument(parser)
     add("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
     add_device_argument(parser)
 

@@ -36,7 +36,7 @@ class Drawing:
     ) -> None:
         checkpoint = read_pretrained(source)
         self.recipe = checkpoint["elt"]
-        self.module = build_module(checkpoint, weights or checkpoint.get("exported", "ema"))
+        self.module = build_module(checkpoint, weights)
         place = None if tokenizer_path is None else str(tokenizer_path)
         self.tokenizer = load_tokenizer(found(self.recipe, "tokenizer"), place)
 
