@@ -2,7 +2,8 @@
 
 Beside ``config.json``, ``model.safetensors`` and the tokenizer's file there are ``loops.json``, which `elt test` wrote,
 and ``made.json``: what the model draws, the command and the seed that made it, its data's settings, the names of
-its classes, and the means of a few samples. :mod:`elt_lightning.reproduce.ship` writes such a folder, in half precision.
+its classes, and the means of a few samples. :mod:`elt_lightning.reproduce.ship` writes such a folder, in half
+precision.
 """
 
 from pathlib import Path

@@ -6,6 +6,8 @@ import io
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -17,6 +19,7 @@ from elt_lightning.commands.arguments import Parser, device_of, whole, wholes
 from elt_lightning.commands.drawing_arguments import add_sampler_arguments, chosen_model, sampler_settings
 from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.drawing import Drawing, frames_of, load, picture_of
+from elt_lightning.model import ELTModel
 
 Cell = tuple[int, int]
 
@@ -24,6 +27,10 @@ FIRST = "sudoku"
 """The model that the page begins with, where the command line names none."""
 
 FRAME_MILLISECONDS = 125
+
+SMALL = 10**8
+"""Multiply–accumulates of a loop below which threads wait for each other longer than they compute: for seconds, on a
+machine that is busy."""
 
 
 class Answers:
@@ -120,7 +127,8 @@ class Answers:
         known = model.clues(options.given) if options.given else None
         spent: list[Tensor] = []
         began = time.perf_counter()
-        codes = model.codes(labels, loops, sampler, options.seed, known, spent)
+        with threads_for(model.module):
+            codes = model.codes(labels, loops, sampler, options.seed, known, spent)
         pixels = model.shown(codes)[0]
         seconds = time.perf_counter() - began
         board = board_of(model, self.made(options.model))
@@ -182,6 +190,17 @@ def puzzle(order: int, boxes: tuple[int, int] | None, count: int, number: int) -
     chosen = draw.sample([(row, column) for row in range(order) for column in range(order)], count)
     shifts = [width * (row % height) + row // height for row in rows]
     return {(row, column): digits[(shifts[row] + columns[column]) % order] for row, column in sorted(chosen)}
+
+
+@contextmanager
+def threads_for(module: ELTModel) -> Iterator[None]:
+    """Compute with one thread in the block if the model is a small one."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1 if module.network.macs(1) < SMALL else usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def data_url(pixels: Tensor) -> str:
