@@ -43,8 +43,9 @@ fashion: $(BIN)/elt ## real pictures: tokenizer, masked and diffusion ELT on Fas
 test: $(BIN)/elt ## lint, check types, run the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
+	@$(BIN)/mypy & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal; tested=$$?; \
+	wait $$types || { echo 'mypy found errors: see above'; exit 1; }; exit $$tested
 
 test-all: test ## the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "test": "sweep a checkpoint over loop counts: table, JSON, CSV, pictures",
     "predict": "write many samples of a checkpoint to files, over all devices",
     "sample": "draw a picture from a model alone, a row for each loop count",
+    "demo": "show a page in the browser, whose picture follows a slider over the loops",
     "models": "list the trained models that come along",
     "compare": "lay the sweeps of several runs side by side: table and picture",
     "calibrate": "find what a compute budget is best spent on: steps, loops, guidance",
@@ -49,7 +50,7 @@ options:
   --version   show the version
   --debug     show the traceback when something goes wrong
 
-At once:      elt sample --model squares --loops 1,2,4,8
+At once:      elt demo, or elt sample --model squares --loops 1,2,4,8
 A first run:  elt fit --config configs/quickstart.yaml
 """
 

@@ -28,6 +28,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.fixture(autouse=True)
+def same_folder() -> Iterator[None]:
+    """Fail a test that leaves the process in another folder: one that opens ``configs/…`` later would not find it."""
+    before = Path.cwd()
+    yield
+    after = Path.cwd()
+    os.chdir(before)
+    assert after == before, f"the test left the process in {after}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_digit_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Train the network that reads digits once for all processes of tests: in each folder it would become the same."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -203,6 +204,8 @@ def test_commands_sweep_and_use_every_setting(
     assert "tolerance" in capsys.readouterr().out
     ending = ["--tolerance=0.01", "--loop_schedule=falling", "--loops=auto"]
     assert main(["predict", *checkpoint, "--run_dir=any_time/predicted", "--num_samples=4", *ending]) == 0
+    mean, low, high = map(float, re.findall(r"^loops: (\S+) \((\S+) to (\S+)\)", capsys.readouterr().out, re.M)[0])
+    assert 1 <= low <= mean <= high < 32
     assert main(["sample", *checkpoint, "--output=any_time/s.png", "--num=2", *ending]) == 0
     assert "at most 32 loops: " in capsys.readouterr().out
     tried = ["--steps=1,2", "--loops=1,2", "--tolerance=0.01", "--exit_scale=0.5", "--num_samples=4"]

@@ -8,7 +8,7 @@ import yaml
 
 from elt_lightning.cli import main
 from elt_lightning.commands.plan import read
-from elt_lightning.commands.settings import with_bases
+from elt_lightning.commands.settings import CONFIGS, with_bases
 from elt_lightning.errors import UserError
 from elt_lightning.tokenizers.vq_training import VQTraining
 
@@ -121,3 +121,25 @@ def test_the_tokenizers_config_builds_magvits_network() -> None:
         training = VQTraining(**settings)
     assert training.network.settings.grid(training.sample_shape) == (4, 16, 16)
     assert training.network.settings.codebook_size == 1024
+
+
+def test_a_config_that_is_not_here_is_the_one_that_came_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After ``pip install`` there is no ``configs/``; one that is there wins, and no other name is made up."""
+    monkeypatch.chdir(tmp_path)
+    _, base, _, top = with_bases(["--config=configs/quickstart_recall.yaml"], tmp_path)
+    assert Path(base).read_text() == (CONFIGS / "quickstart.yaml").read_text()
+    assert yaml.safe_load(Path(top).read_text())["model"]["network"]["init_args"]["recall"] is True
+    assert f"{CONFIGS / 'quickstart_recall.yaml'}\n" in capsys.readouterr().out
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart_recall.yaml").write_text("run_dir: mine\n")
+    assert with_bases(["--config", "configs/quickstart_recall.yaml"], tmp_path)[1] == "configs/quickstart_recall.yaml"
+    for missing in (
+        "configs/no.yaml",
+        "quickstart.yaml",
+        "other/quickstart.yaml",
+        str(tmp_path / "configs" / "a.yaml"),
+    ):
+        with pytest.raises(UserError, match="cannot be read"):
+            with_bases(["--config", missing], tmp_path)

@@ -100,7 +100,10 @@ def test_sample_draws_the_same_from_the_folder_as_from_the_checkpoint(
             flags = [f"--ckpt_path={source}", f"--weights={weights}", "--num=2", f"--output={source}.png"]
             assert main(["sample", *flags, "--overwrite"]) == 0
         assert Path(f"{checkpoint}.png").read_bytes() == Path(f"{folder}.png").read_bytes()
-    assert main(["sample", f"--ckpt_path={tmp_path / 'raw'}", f"--output={tmp_path / 'none.png'}"]) == 2
+    alone = ["sample", f"--ckpt_path={tmp_path / 'raw'}", "--num=2", f"--output={tmp_path / 'alone.png'}"]
+    assert main(alone) == 0  # an exported model's own weights
+    assert (tmp_path / "alone.png").read_bytes() == Path(f"{checkpoint}.png").read_bytes()
+    assert main([*alone, "--weights=ema", "--overwrite"]) == 2
     assert "--weights raw" in capsys.readouterr().err
 
 
@@ -127,6 +130,8 @@ def test_test_and_predict_measure_an_exported_model_as_its_checkpoint(
     assert np.array_equal(*samples)
     assert main(["test", f"--ckpt_path={folder}", *data, "--weights=raw", f"--run_dir={tmp_path / 'raw'}"]) == 2
     assert "--weights ema" in capsys.readouterr().err
+    raw = export(checkpoint, tmp_path / "raw_model", "--weights=raw")
+    assert main(["predict", f"--ckpt_path={raw}", *data, *six[:2], f"--run_dir={tmp_path / 'raw'}"]) == 0
 
 
 def test_nothing_is_overwritten_unless_asked(
@@ -279,7 +284,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_push_uploads_a_model_that_draws_and_a_card_with_its_sweep(
-    checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     squares = shipped.folder_of("squares")
     assert main(["push", "someone/squares", f"--ckpt_path={squares}"]) == 0
@@ -290,7 +295,11 @@ def test_push_uploads_a_model_that_draws_and_a_card_with_its_sweep(
     assert 'elt_lightning.load("someone/squares")' in card
     row = shipped.recorded(shipped.read_json("squares", "loops.json"))
     assert f"| 4 | {row['macs_per_sample'] / 1e9:.3g} | {row['metrics']['valid_squares']['mean']:.4g} |" in card
-    assert main(["push", "someone/small", f"--ckpt_path={checkpoint}"]) == 0
+    raw = ["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'raw'}", "--weights=raw"]
+    assert main(raw) == 0
+    assert main(["push", "someone/small", f"--ckpt_path={tmp_path / 'raw'}"]) == 0  # an exported model's own weights
+    assert json.loads((hub / "someone" / "small" / "config.json").read_text())["weights"] == "raw"
+    assert main(["push", "someone/average", f"--ckpt_path={tmp_path / 'raw'}", "--weights=ema"]) == 2
     monkeypatch.chdir(hub)  # where no data lie: the tokenizer is the one that was uploaded
     pictures = [elt_lightning.load(source).draw([3], seed=1)[0].tobytes() for source in (squares, "someone/squares")]
     assert pictures[0] == pictures[1]

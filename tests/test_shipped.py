@@ -47,6 +47,7 @@ def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: 
     arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in settings["init_args"].items()}
     data = KINDS[settings["class_path"]](**arguments | {"root": str(tmp_path)})
     assert sweep["parts_given"] == (data.num_given > 0)
+    assert shipped.read_json(name, "made.json")["class_names"] == data.class_names
     for tokenizer in shipped.folder_of(name).glob("tokenizer.*"):
         shutil.copy(tokenizer, data.codebook_path)
     data.setup("predict")
@@ -81,6 +82,8 @@ def test_they_are_small_and_the_wheel_has_every_file() -> None:
     assert 0 < sum(path.stat().st_size for path in files) <= MOST_BYTES
     project = tomllib.loads((package.parent / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["elt_lightning"]
+    configs = (package.parent / "configs").rglob("*.yaml")  # elt_lightning/configs is a link
+    files += [package / path.relative_to(package.parent) for path in configs]
     assert set(files) <= {path for pattern in patterns for path in package.glob(pattern)}
 
 

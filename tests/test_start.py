@@ -18,6 +18,9 @@ assert len(pictures) == 2 and "matplotlib" not in sys.modules
 for command in commands:
     assert main(command) == 0, command
     assert not (loaded := [name for name in heavy if name in sys.modules]), (command, loaded)
+demo, answers = (importlib.import_module(f"elt_lightning.commands.{name}") for name in ("demo", "demo_answers"))
+assert "picture" in answers.Answers(demo.build_parser().parse_args(["--model=squares"])).answer("draw", "loops=1")
+assert not (loaded := [name for name in heavy if name in sys.modules]), ("demo", loaded)
 importlib.import_module("elt_lightning.commands.stats")
 assert not (loaded := [name for name in heavy if name in sys.modules and name != "webdataset"]), ("stats", loaded)
 """

@@ -29,14 +29,13 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> ELTModel
 
     Args:
         source: an exported folder; its name ``owner/name`` on Hugging Face; the name of a model that comes along, which
-            `elt models` lists; or a checkpoint, whose averaged weights are taken.
+            `elt models` lists; or a checkpoint; see :func:`meant` for which weights.
         revision: branch, tag or commit on Hugging Face; None for the newest.
 
     Raises:
         UserError: there is no such model, it is damaged, or it comes from a newer version.
     """
-    checkpoint = read_pretrained(source, revision)
-    return build_module(checkpoint, checkpoint.get("exported", "ema"))
+    return build_module(read_pretrained(source, revision))
 
 
 def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -129,14 +128,21 @@ def fetch(name: str, revision: str | None) -> Path:
         raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error
 
 
-def build_module(checkpoint: dict[str, Any], weights: Weights = "ema") -> ELTModel:
-    """Build the model that a checkpoint describes, with its averaged or raw weights, in eval mode on the CPU.
+def meant(checkpoint: dict[str, Any], weights: Weights | None = None) -> Weights:
+    """Return which weights are meant: those asked for; by default those of an exported model, or the averaged ones."""
+    chosen: Weights = weights or checkpoint.get("exported", "ema")
+    return chosen
+
+
+def build_module(checkpoint: dict[str, Any], weights: Weights | None = None) -> ELTModel:
+    """Build the model that a checkpoint describes, with the weights that are :func:`meant`, in eval mode on the CPU.
 
     Raises:
         UserError: the model cannot be built, has other weights than the checkpoint, or these are not in it.
     """
     if "class_path" in checkpoint["elt"]["model"]:
         raise UserError("the checkpoint is of a tokenizer: `elt encode` takes the tokenizer.safetensors of its run")
+    weights = meant(checkpoint, weights)
     state = chosen_weights(checkpoint, weights)
     module = empty_module(checkpoint["elt"]["model"])
     check_weights(module.state_dict(), state)

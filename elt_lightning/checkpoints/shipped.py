@@ -1,8 +1,9 @@
 """The trained models that come along with the package: a folder each, as `elt export` writes them, and their sweep.
 
 Beside ``config.json``, ``model.safetensors`` and the tokenizer's file there are ``loops.json``, which `elt test` wrote,
-and ``made.json``: what the model draws, the command and the seed that made it, its data's settings, and the means of a
-few samples. :mod:`elt_lightning.reproduce.ship` writes such a folder.
+and ``made.json``: what the model draws, the command and the seed that made it, its data's settings, the names of
+its classes, and the means of a few samples. :mod:`elt_lightning.reproduce.ship` writes such a folder, in half
+precision.
 """
 
 from pathlib import Path

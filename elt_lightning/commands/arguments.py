@@ -86,6 +86,12 @@ def choices_from(*choices: str) -> Callable[[str], list[str]]:
     return parse
 
 
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Describe which weights a command takes, see :func:`~elt_lightning.checkpoints.pretrained.meant`."""
+    line = "averaged weights or raw ones (default: those that were exported, or the averaged)"
+    parser.add_argument("--weights", choices=("ema", "raw"), help=line)
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Describe where a command computes, see :func:`device_of`."""
     parser.add_argument("--device", help="for example cuda:1; by default a GPU where there is one")

@@ -12,6 +12,7 @@ from elt_lightning.commands.arguments import (
     SEEDS,
     Parser,
     add_device_argument,
+    add_weights_argument,
     choices_from,
     device_of,
     whole,
@@ -71,7 +72,7 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(str(error)) from error
     description = {
         "checkpoint": str(options.ckpt_path),
-        "weights": options.weights,
+        "weights": trained.weights,
         "primary_metric": data.primary_metric,
         "higher_is_better": data.higher_is_better,
         "num_samples": options.num_samples,
@@ -130,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tolerance", type=numbers, metavar="0.1,0.01", help="ends of loops (default 0.1,0.03,0.01 with recall)")
     add("--batch_size", type=whole(1), default=250, help="samples drawn at once (default 250)")
     add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add_weights_argument(parser)
     add_device_argument(parser)
     add("--output", type=Path, default=Path("plan.json"), help="(default plan.json); pareto.png goes beside it")
     add("--overwrite", action="store_true", help="replace the plan if it exists")

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from elt_lightning.checkpoints.graphs import ONNX_FILES, PROGRAM, check_onnx, write_onnx, write_program
-from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, meant, read_pretrained
 from elt_lightning.checkpoints.recipe import FORMAT_VERSION, found
 from elt_lightning.checkpoints.store import CONFIG, TOKENIZER, WEIGHTS, Weights
-from elt_lightning.commands.arguments import Parser
+from elt_lightning.commands.arguments import Parser, add_weights_argument
 from elt_lightning.errors import UserError
 from elt_lightning.files import folder_aside
 from elt_lightning.model import ELTModel
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="safetensors: model.safetensors and config.json, which elt reads; onnx: with them, in float32, graphs of "
         "embedding, loop and exit for onnxruntime, and a runner; torch: with them a program for torch.export.load",
     )
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add_weights_argument(parser)
     add("--with_tokenizer", action="store_true", help="copy the tokenizer's file too: the folder then draws anywhere")
     add("--overwrite", action="store_true", help="replace a model that was exported there")
     return parser
@@ -87,7 +87,7 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
 
 def export(
     checkpoint: dict[str, Any],
-    weights: Weights,
+    weights: Weights | None,
     folder: Path,
     tokenizer: Path | None = None,
     form: str = "safetensors",
@@ -98,7 +98,7 @@ def export(
         UserError: the model cannot be built, or the folder cannot be written.
     """
     module = build_module(checkpoint, weights)  # what cannot be built is not exported
-    description = describe(checkpoint, weights)
+    description = describe(checkpoint, meant(checkpoint, weights))
     if tokenizer is not None:
         beside = {"init_args": {"path": f"{TOKENIZER}{tokenizer.suffix}"}}
         description["tokenizer"] = description["tokenizer"] | beside

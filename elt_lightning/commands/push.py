@@ -8,7 +8,7 @@ from typing import Any
 
 from elt_lightning.checkpoints.pretrained import is_exported, read_pretrained
 from elt_lightning.checkpoints.shipped import SWEEP, recorded
-from elt_lightning.commands.arguments import Parser
+from elt_lightning.commands.arguments import Parser, add_weights_argument
 from elt_lightning.commands.export import export, file_of_tokenizer
 from elt_lightning.errors import UserError
 from elt_lightning.files import markdown_table, parse_json, write_text
@@ -53,8 +53,7 @@ def run(name: str, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         checkpoint = read_pretrained(options.ckpt_path)
-        weights = options.weights or checkpoint.get("exported", "ema")
-        export(checkpoint, weights, folder, file_of_tokenizer(checkpoint))
+        export(checkpoint, options.weights, folder, file_of_tokenizer(checkpoint))
         sweep = options.sweep or (Path(options.ckpt_path) if is_exported(options.ckpt_path) else None)
         measured = "" if sweep is None else measurements(sweep, folder, asked=options.sweep is not None)
         write_text(folder / "README.md", card(options.repository, checkpoint, measured))
@@ -75,11 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("repository", metavar="OWNER/NAME", help="where it goes; it is made if there is none")
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
-    add(
-        "--weights",
-        choices=("ema", "raw"),
-        help="averaged weights or raw ones; by default the averaged, or those that were exported",
-    )
+    add_weights_argument(parser)
     add("--sweep", type=Path, metavar="DIR", help="folder of elt test, whose table and picture go into the card")
     add("--private", action="store_true", help="make the repository for its owner alone")
     return parser

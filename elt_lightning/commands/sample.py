@@ -2,21 +2,22 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints import shipped
-from elt_lightning.commands.arguments import FINITE_FROM_0, SEEDS, Parser, add_device_argument, device_of, whole, wholes
+from elt_lightning.commands.arguments import Parser, whole, wholes
+from elt_lightning.commands.drawing_arguments import (
+    add_model_arguments,
+    add_sampler_arguments,
+    chosen_model,
+    sampler_settings,
+)
 from elt_lightning.errors import MOST, UserError
-from elt_lightning.evaluation.drawing import load
 from elt_lightning.evaluation.given import Hole, read_given
 from elt_lightning.evaluation.pictures import loops_figure, write_gif, write_mp4
 from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.files import written_aside
-from elt_lightning.samplers.base import SETTINGS
-from elt_lightning.samplers.loop_schedule import LoopShape
 from elt_lightning.training.announce import announce
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
@@ -42,13 +43,9 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     if options.output.suffix not in SUFFIXES:
         raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")
-    source = options.ckpt_path if options.model is None else shipped.folder_of(options.model)
-    model = load(source, options.weights, options.tokenizer_path).to(device_of(options.device))
+    model = chosen_model(options)
     module, tokenizer = model.module, model.tokenizer
-    labels = model.labels(options.classes, options.num)
-    asked = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
-    if "carry_state" in asked:
-        asked["carry_state"] = options.carry_state == "true"
+    labels, asked = model.labels(options.classes, options.num), sampler_settings(options)
     counts = options.loops if isinstance(options.loops, list) else [options.loops]
     settled = [model.sampler(loops, **asked) for loops in counts]
     rows, known = {}, None
@@ -60,7 +57,7 @@ def run(name: str, arguments: list[str]) -> None:
         macs = options.num * module.macs_per_sample(loops, sampler)
         announce(f"L = {loops}", macs, module, sampler, options.num)
         spent: list[Tensor] = []
-        pixels = model.pixels(labels, loops, sampler, options.seed, known, spent)
+        pixels = model.shown(model.codes(labels, loops, sampler, options.seed, known, spent))
         if sampler.loop_schedule.tolerance is not None:
             used = torch.stack(spent).mean(0)
             print(
@@ -103,9 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt sample", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt_path", metavar="PATH", help="checkpoint, or exported model")
-    source.add_argument("--model", metavar="NAME", help="model that comes along: elt models lists them")
+    add_model_arguments(parser, required=True)
     add("--classes", type=wholes(0), metavar="3,7", help="classes, taken in turn; all by default")
     add("--num", type=whole(1, 10**5), default=8, help="samples in a row (default 8)")
     add(
@@ -115,25 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a row each; by default the count of training; auto: until --tolerance is met",
     )
     add("--plan", type=Path, metavar="PATH", help="sample at the best setting of a plan of elt calibrate; flags win")
-    add("--guidance", type=FINITE_FROM_0, help="guidance scale; by default the model's")
-    add("--exit_scale", type=FINITE_FROM_0, help="strength of guidance away from an early exit")
-    add("--weak_loops", type=whole(1), help="loops of that exit")
-    add("--tolerance", type=FINITE_FROM_0, help="end a sample's loop when it changes less than this")
-    add("--loop_schedule", choices=get_args(LoopShape), help="loops over sampling steps")
-    add(
-        "--carry_state",
-        choices=("true", "false"),
-        help="begin each step's loop where the last one stopped; by default where the model has recall",
-    )
-    add("--steps", type=whole(1, MOST["steps"]), help="sampling steps; by default the model's")
-    add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged weights (default) or raw ones")
+    add_sampler_arguments(parser)
     add("--given", type=Path, metavar="FILE", help="clip or picture of which a part is given")
     add("--given_frames", type=whole(1), metavar="K", help="given are its first K frames of the token grid")
     add("--given_stride", type=whole(1), default=1, help="frames of FILE from one to the next")
     add("--hole", type=hole, metavar="2,2,6,6", help="not given are these top, left, bottom, right cells of the grid")
-    add("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")
-    add_device_argument(parser)
     add(
         "--output",
         type=Path,

@@ -55,6 +55,9 @@ SHORT_FLAGS = {
 SWITCHES = ("--loop_metrics.reconstruction", "--loop_metrics.nearest", "--loop_metrics.diversity")
 """Settings that a bare flag turns on."""
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+"""Those that are installed with the package."""
+
 MOST_SETTINGS = 100_000
 """What a config may hold; a few lines of YAML can stand for more than any memory holds."""
 
@@ -148,6 +151,7 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     elif is_exported(checkpoint) and not goes_on:
         recipe = read_description(Path(checkpoint))
         config = {"model": recipe["model"], "data": {"class_path": recipe["data"]["class_path"]}}
+        config["ema"] = {"weights": recipe["weights"]}  # it has no others
     else:
         recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
         config = {"model": recipe["model"], "data": found(recipe, "data")}
@@ -187,9 +191,18 @@ def with_bases(arguments: list[str], scratch: Path) -> list[str]:
         if flag not in ("--config", "-c") or not (equals or pending):
             written.append(flag + equals + value)
             continue
-        for path in config_and_bases(Path(value if equals else pending.pop(0)), scratch):
+        for path in config_and_bases(here_or_installed(Path(value if equals else pending.pop(0))), scratch):
             written += ["--config", str(path)]
     return written
+
+
+def here_or_installed(path: Path) -> Path:
+    """Return where a config is: one of ``configs/`` that is not below the current folder came with the package."""
+    installed = CONFIGS.joinpath(*path.parts[1:])
+    if path.exists() or path.parts[:1] != (CONFIGS.name,) or not installed.is_file():
+        return path
+    print(f"{path}: as it came with the package, {installed}")
+    return installed
 
 
 def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:

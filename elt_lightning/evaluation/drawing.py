@@ -28,15 +28,17 @@ class Drawing:
     Attributes:
         module: the model itself, an :class:`~elt_lightning.model.ELTModel`.
         tokenizer: turns what it samples into pixels.
+        recipe: how model, data and tokenizer were built, as the checkpoint says.
     """
 
     def __init__(
         self, source: str | Path, weights: Weights | None = None, tokenizer_path: str | Path | None = None
     ) -> None:
         checkpoint = read_pretrained(source)
-        self.module = build_module(checkpoint, weights or checkpoint.get("exported", "ema"))
+        self.recipe = checkpoint["elt"]
+        self.module = build_module(checkpoint, weights)
         place = None if tokenizer_path is None else str(tokenizer_path)
-        self.tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), place)
+        self.tokenizer = load_tokenizer(found(self.recipe, "tokenizer"), place)
 
     @property
     def num_classes(self) -> int:
@@ -76,7 +78,7 @@ class Drawing:
         numbers = [self.num_classes if number is None else number for number in chosen]
         return torch.tensor(numbers, device=self.module.device)[torch.arange(num) % len(chosen)]
 
-    def pixels(
+    def codes(
         self,
         labels: Tensor,
         loops: int,
@@ -85,13 +87,12 @@ class Drawing:
         known: Tensor | None = None,
         spent: list[Tensor] | None = None,
     ) -> Tensor:
-        """Draw a sample for each label (B,); see :meth:`~elt_lightning.model.ELTModel.sample`.
-
-        Returns:
-            (B, C, H, W), or clips (B, C, F, H, W), uint8 on the CPU, as people are shown them.
-        """
+        """Draw a sample for each label (B,), as codes (B, …); see :meth:`~elt_lightning.model.ELTModel.sample`."""
         seeds = sample_seeds(seed, torch.arange(len(labels), device=labels.device))
-        codes = self.module.sample(labels, loops, seeds, known, sampler, spent)
+        return self.module.sample(labels, loops, seeds, known, sampler, spent)
+
+    def shown(self, codes: Tensor) -> Tensor:
+        """Turn codes into (B, C, H, W), or clips (B, C, F, H, W), uint8 on the CPU, as people are shown them."""
         return self.tokenizer.present(self.tokenizer.decode(codes)).cpu()
 
     def given(self, path: str | Path, frames: int | None = None, hole: Hole | None = None, stride: int = 1) -> Tensor:
@@ -108,6 +109,17 @@ class Drawing:
         """
         return read_given(Path(path), self.module, self.tokenizer, frames, hole, stride).known
 
+    def board(self) -> tuple[int, int, int]:
+        """Return the rows and columns of cells, and the ways of writing each of the digits from 1 to the rows.
+
+        Raises:
+            UserError: the model does not draw digits in cells.
+        """
+        if not isinstance(self.tokenizer, PatchVQTokenizer) or len(self.tokenizer.codebook) % self.tokenizer.grid[0]:
+            raise UserError("this model does not draw digits in cells: what is given takes a picture, see given()")
+        rows, columns = self.tokenizer.grid
+        return rows, columns, len(self.tokenizer.codebook) // rows
+
     def clues(self, digits: Mapping[tuple[int, int], int]) -> Tensor:
         """Encode cells of a square or sudoku that are given, for :meth:`draw`: (1, T) int64, V elsewhere.
 
@@ -117,15 +129,22 @@ class Drawing:
         Raises:
             UserError: the model does not draw digits in cells, or there is no such cell or digit.
         """
-        if not isinstance(self.tokenizer, PatchVQTokenizer):
-            raise UserError("this model does not draw digits in cells: what is given takes a picture, see given()")
-        (rows, columns), size = self.tokenizer.grid, len(self.tokenizer.codebook)
-        known = torch.full((1, rows * columns), size, device=self.module.device)
+        rows, columns, ways = self.board()
+        known = torch.full((1, rows * columns), rows * ways, device=self.module.device)
         for (row, column), digit in digits.items():
             if not (0 <= row < rows and 0 <= column < columns and 1 <= digit <= rows):
                 raise UserError(f"no cell of {rows}×{columns}, or no digit from 1 to {rows}: {(row, column)}: {digit}")
-            known[0, row * columns + column] = (digit - 1) * (size // rows)
+            known[0, row * columns + column] = (digit - 1) * ways
         return known
+
+    def digits(self, codes: Tensor) -> Tensor:
+        """Read the digits of codes (B, T), the other way from :meth:`clues`: (B, rows, columns) int64 from 1 up.
+
+        Raises:
+            UserError: the model does not draw digits in cells.
+        """
+        rows, columns, ways = self.board()
+        return codes.unflatten(1, (rows, columns)) // ways + 1
 
     def draw(
         self,
@@ -155,10 +174,10 @@ class Drawing:
         sampler, count = self.sampler(loops, **settings)
         known = given if given is None or isinstance(given, Tensor) else self.clues(given)
         known = None if known is None else known.to(labels.device).expand(len(labels), *known.shape[1:])
-        samples = self.pixels(labels, count, sampler, seed, known)
+        samples = self.shown(self.codes(labels, count, sampler, seed, known))
         if samples.ndim == 4:
             return [picture_of(pixels) for pixels in samples]
-        return [[picture_of(frame) for frame in clip.unbind(1)] for clip in samples]
+        return [frames_of(clip) for clip in samples]
 
 
 def load(source: str | Path, weights: Weights | None = None, tokenizer_path: str | Path | None = None) -> Drawing:
@@ -180,3 +199,8 @@ def picture_of(pixels: Tensor) -> Image.Image:
     """Return pixels (C, H, W) uint8, C 1 or 3, as a picture of Pillow."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def frames_of(clip: Tensor) -> list[Image.Image]:
+    """Return a clip (C, F, H, W) uint8, C 1 or 3, as pictures of Pillow."""
+    return [picture_of(frame) for frame in clip.unbind(1)]

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from elt_lightning.evaluation.pictures import loops_figure, pictures_of, write_gif
-from elt_lightning.evaluation.spent import QUANTILES
+from elt_lightning.evaluation.spent import QUANTILES, in_brief
 from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import write_json, written_aside
 
@@ -222,10 +222,7 @@ def in_words(loops: int, settings: Mapping[str, Any]) -> str:
 
 
 def _spent(row: Row) -> str:
-    if row.loops_spread is None:
-        return f"{row.mean_loops:g}"
-    low, high = (row.loops_spread.quantiles[name][0] for name in ("p10", "p90"))
-    return f"{row.mean_loops:.3g} ({low:.3g} to {high:.3g})"
+    return f"{row.mean_loops:g}" if row.loops_spread is None else in_brief(row.loops_spread)
 
 
 def write_reconstruction(folder: Path, scores: dict[str, float]) -> None:

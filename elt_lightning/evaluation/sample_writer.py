@@ -10,6 +10,7 @@ from torch import Tensor
 from elt_lightning.data.base import Request, data_of
 from elt_lightning.errors import check_most
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
+from elt_lightning.evaluation.spent import SpentLoops, in_brief
 from elt_lightning.files import written_aside
 from elt_lightning.training.announce import announce
 from elt_lightning.training.module import ELTModule
@@ -58,13 +59,17 @@ class SampleWriter(Callback):
         with trainer.precision_plugin.forward_context():
             announce("predict", macs, module, module.sampler, min(self.batch_size, samples))
         self._written = 0
+        per_step = module.sampler.loops_per_step(module.loop_count(self.loops))
+        self._spent = SpentLoops(per_step).to(module.device)
         self._meter = meter(trainer, samples, "sample").__enter__()
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor, batch: Request, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: tuple[Tensor, Tensor], batch: Request, *_: Any
     ) -> None:
         """Decode a batch and write it: as pictures, or into the archive."""
-        pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(outputs)
+        codes, spent = outputs
+        self._spent.update(spent)
+        pixels = data_of(trainer).tokenizer.to(pl_module.device).decode(codes)
         pictures = picture_array(pixels)
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self.format == "npz":
@@ -78,9 +83,10 @@ class SampleWriter(Callback):
         self._meter.show(self._written * trainer.world_size, lambda: f"loops {loops}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts of all devices, and say how many samples they are."""
+        """Join the parts of all devices, and say how many samples they are and, with a tolerance, their loops."""
         self._meter.__exit__(None, None, None)
         written = int(trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum"))
+        per_sample = self._spent.compute()[1]  # over all ranks
         if not trainer.is_global_zero:
             return
         if self.format == "npz":
@@ -88,6 +94,8 @@ class SampleWriter(Callback):
         path = self.folder / ("samples.npz" if self.format == "npz" else "samples")
         fewer = f", of {self.num_samples} asked for," if written < self.num_samples else ""
         print(f"{written} {'samples' if self.format == 'npz' else 'pictures'}{fewer} in {path}")
+        if cast(ELTModule, pl_module).sampler.loop_schedule.tolerance is not None:
+            print(f"loops: {in_brief(per_sample)}, the mean over steps and samples (10 and 90 % of samples)")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the meter, which hands the terminal back."""

@@ -50,3 +50,9 @@ def spread(counts: Tensor, unit: float) -> Spread:
     reached = counts.cumsum(1)
     quantiles = {name: values[(reached < (share * total).ceil()).sum(1)].tolist() for name, share in QUANTILES.items()}
     return Spread(((counts * values.double()).sum(1) / total[:, 0]).tolist(), quantiles)
+
+
+def in_brief(spread: Spread) -> str:
+    """Write the mean of a spread's first row, and between what 80 % of its values lie."""
+    low, high = (spread.quantiles[name][0] for name in ("p10", "p90"))
+    return f"{spread.mean[0]:.3g} ({low:.3g} to {high:.3g})"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, meant, read_pretrained
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import Weights
 from elt_lightning.data.base import VAL_LOSS, GenerativeDataModule
@@ -24,16 +24,17 @@ class Trained:
     Args:
         path: of a checkpoint or an exported model.
         device: where samples are drawn.
-        weights: averaged or raw.
+        weights: averaged or raw; see :func:`~elt_lightning.checkpoints.pretrained.meant`.
 
     Raises:
         UserError: it cannot be read, or its data cannot be built or have no metric of samples.
     """
 
-    def __init__(self, path: str | Path, device: torch.device, weights: Weights = "ema") -> None:
+    def __init__(self, path: str | Path, device: torch.device, weights: Weights | None = None) -> None:
         checkpoint = read_pretrained(path)
         self.train_steps = checkpoint.get("global_step")  # which exported models do not say
-        self.module = build_module(checkpoint, weights).to(device)
+        self.weights = meant(checkpoint, weights)
+        self.module = build_module(checkpoint, self.weights).to(device)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(GenerativeDataModule, "data")
         try:

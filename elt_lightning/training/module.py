@@ -181,10 +181,11 @@ class ELTModule(ELTModel, LightningModule):
 
     test_step = validation_step
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Draw what a :class:`~elt_lightning.data.base.Request` asks for: codes (B, …)."""
-        loops = batch.loops or self.max_loops
-        return self.sample(batch.labels, loops, sample_seeds(self.seed, batch.indices), batch.known)
+    def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Draw what a :class:`~elt_lightning.data.base.Request` asks for: codes (B, …), and loops run (B, K)."""
+        loops, spent = batch.loops or self.max_loops, list[Tensor]()
+        codes = self.sample(batch.labels, loops, sample_seeds(self.seed, batch.indices), batch.known, spent=spent)
+        return codes, torch.stack(spent, 1)
 
     def refuse_broken(self, message: str) -> None:
         """Warn of samples that are not finite where a training judges itself: it goes on; see :meth:`sample`."""
