@@ -4,17 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from elt_lightning.data.clips import ClipShape, fixed_start
-from elt_lightning.data.toy.moving_digits import MARGIN, VIDEOS, MovingDigits
-from elt_lightning.metrics.digits import load_digit_network
-from elt_lightning.metrics.handwriting import SIDE
+from elt_lightning.data.clips import ClipShape, fixed_start, resize_and_crop
+from elt_lightning.data.toy.moving_digits import MARGIN, MOTIONS, VIDEOS, MovingDigits
+from elt_lightning.files import is_file
+from elt_lightning.metrics.digits import DigitNetwork, keep, train_digit_network
+from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
 from elt_lightning.tokenizers.video_vq import VideoVQ
 
 FINER = 4
 """A writing is cut out at this many times its resolution, then averaged."""
+
+FRAMES_APART = 8
+"""Frames that the digit network learns from are this far apart."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,12 @@ def measure(digits: MovingDigits, root: Path, tokenizer: VideoVQ, stride: int) -
 
     Args:
         digits: what was written.
-        root: folder of the videos, and of the digit network, which is trained there once.
+        root: folder of the videos, and of the network that reads, which is trained there once.
         tokenizer: of clips.
         stride: frames of the video from one frame of a clip to the next.
     """
-    network = load_digit_network(root)
     frames, height = tokenizer.sample_shape[:2]
-    shape = ClipShape(frames, height, stride)
+    network, shape = load_reader(digits, root, height), ClipShape(frames, height, stride)
     psnr, right = [], []
     for video in digits.videos():
         if not video.val:
@@ -60,6 +64,28 @@ def measure(digits: MovingDigits, root: Path, tokenizer: VideoVQ, stride: int) -
         right.append(torch.stack(both).argmax(2) == video.digit)
     after, before = torch.cat(right, 1).double().mean(1).tolist()
     return Kept(float(torch.stack(psnr).mean()), after, before, len(right) * frames)
+
+
+def load_reader(digits: MovingDigits, root: Path, side: int) -> DigitNetwork:
+    """Load the network that reads digits in frames from its cache, or train it once, seeded, and write the cache."""
+    network, path = DigitNetwork(), root / f"sharp_digit_network_{side}.safetensors"
+    if not is_file(path):
+        train_digit_network(network, as_shown(digits, side, val=False))
+        val = as_shown(digits, side, val=True)
+        keep(network, path, val.images, val.labels, "the digit network, which reads {:.1%} of the held-out digits")
+    network.load_state_dict(load_file(path))
+    return network.eval().requires_grad_(False)
+
+
+def as_shown(digits: MovingDigits, side: int, val: bool) -> Handwriting:
+    """Return all handwriting of one kind as frames of ``side`` pixels show it, in all motions, sizes and places."""
+    handwriting, images, labels = load_handwriting(val), [], []
+    for number, (image, label) in enumerate(zip(handwriting.images, handwriting.labels, strict=True)):
+        motion = list(MOTIONS)[number % len(MOTIONS)]
+        frames = resize_and_crop(digits.draw(motion, image[0], number)[::FRAMES_APART], side)
+        images.append(writings(frames[0] / 255, digits.place(motion, number)[0][::FRAMES_APART]))
+        labels.append(label.expand(len(images[-1])))
+    return Handwriting(torch.cat(images), torch.cat(labels))
 
 
 def writings(frames: Tensor, places: Tensor) -> Tensor:
