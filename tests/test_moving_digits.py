@@ -129,7 +129,7 @@ def test_a_group_shows_one_writing_in_several_ways(root: Path) -> None:
 
 def test_sharp_digits_are_read_where_they_are_and_the_ground_is_black(root: Path, tmp_path: Path) -> None:
     """Growing and shrinking ones are too small to be read at one end."""
-    sharp, network = MovingDigits(training_videos=1, val_videos=12, style="sharp"), load_digit_network(tmp_path)
+    sharp, network = MovingDigits(training_videos=1, val_videos=4, style="sharp"), load_digit_network(tmp_path)
     assert "style" not in json.loads((root / "moving_digits.json").read_text())  # as older folders of soft ones
     assert sharp._settings()["style"] == "sharp"
     right = []
