@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -113,13 +114,20 @@ def test_a_puzzle_has_a_solution_and_what_clashes_is_found(order: int, boxes: tu
     assert puzzle(order, boxes, 7, 0) != puzzle(order, boxes, 7, 1)
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    """Port of a page that begins with the sudokus."""
-    with server(build_parser().parse_args(["--port=0"])) as serving:
+@contextmanager
+def served(*arguments: str) -> Iterator[int]:
+    """Serve a page in the block, on the port that it is given."""
+    with server(build_parser().parse_args(["--port=0", *arguments])) as serving:
         Thread(target=serving.serve_forever, daemon=True).start()
         yield serving.server_port
         serving.shutdown()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """Port of a page that begins with the sudokus."""
+    with served() as number:
+        yield number
 
 
 def test_the_server_answers_on_this_machine_alone_and_a_busy_port_is_refused(
@@ -150,18 +158,28 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+SETTLED = "model && !busy && shown === query(loops.value)"
+
+
+def opened(browser: Any, address: str) -> tuple[Any, list[str]]:
+    """Open a page; return it with what the browser will complain of."""
+    page, complaints = browser.new_page(viewport={"width": 1160, "height": 900}), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(address)
+    return page, complaints
+
+
 @pytest.mark.slow
 def test_the_picture_follows_the_slider_in_a_real_browser(port: int, browser: Any) -> None:
     """Opens the page, moves the slider, gives a cell; DEMO_SCREENSHOT names a file to keep the first view in."""
-    page, home = browser.new_page(viewport={"width": 1160, "height": 900}), f"http://{HOST}:{port}/"
-    complaints, visited = [], []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    home, visited = f"http://{HOST}:{port}/", []
+    page, complaints = opened(browser, home)
     page.on("request", lambda request: visited.append(request.url))
-    page.goto(home)
+    page.reload()
 
     def settled() -> str:
-        page.wait_for_function("model && !busy && shown === query(loops.value)")
+        page.wait_for_function(SETTLED)
         return page.get_attribute("#picture", "src")
 
     at_one = settled()
@@ -202,3 +220,27 @@ def test_the_picture_follows_the_slider_in_a_real_browser(port: int, browser: An
     settled()
     assert not complaints
     assert all(url.startswith((home, "data:")) for url in visited), visited
+
+
+@pytest.mark.slow
+def test_a_model_without_recall_is_not_shown_what_needs_it(
+    small_squares: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small_squares.parents[3])
+    with served(f"--ckpt_path={small_squares}") as port:
+        page, complaints = opened(browser, f"http://{HOST}:{port}/")
+        page.wait_for_function(SETTLED)
+        assert (page.is_visible("#carry_state"), page.is_visible("#tolerance")) == (False, False)
+        page.fill("#guidance", "2")
+        page.wait_for_function(SETTLED)
+        assert "guidance=2.0" in page.inner_text("#python")
+        assert "carry_state" not in page.inner_text("#python")
+        page.select_option("#model", "squares")
+        page.wait_for_function("model.name === 'squares'")
+        assert (page.is_visible("#carry_state"), page.is_visible("#tolerance")) == (True, True)
+        page.wait_for_function(SETTLED)
+        assert not complaints
+        page.route("**/draw*", lambda route: route.abort())  # as if the server had gone
+        page.locator("#loops").fill("7")
+        page.wait_for_function("!error.hidden")
+        assert "look at the terminal" in page.inner_text("#error")

@@ -84,7 +84,9 @@ def test_they_are_small_and_the_wheel_has_every_file() -> None:
     patterns = project["tool"]["setuptools"]["package-data"]["elt_lightning"]
     configs = (package.parent / "configs").rglob("*.yaml")  # elt_lightning/configs is a link
     files += [package / path.relative_to(package.parent) for path in configs]
-    assert set(files) <= {path for pattern in patterns for path in package.glob(pattern)}
+    assert {*files, package / "commands" / "demo.html"} <= {
+        path for pattern in patterns for path in package.glob(pattern)
+    }
 
 
 def test_an_export_with_its_tokenizer_draws_anywhere(
