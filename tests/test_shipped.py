@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import elt_lightning
 from elt_lightning.checkpoints import shipped
@@ -18,6 +19,7 @@ from elt_lightning.data.toy.sudoku import SudokuDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.sweep import Sweep
 from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.metrics.small_pictures import PictureNetwork
 from elt_lightning.reproduce.ship import MOST_BYTES, means
 from elt_lightning.samplers.base import SETTINGS
 
@@ -59,6 +61,22 @@ def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: 
     for metric in ("valid_squares", "valid_lines"):
         expected = row["metrics"][metric]["mean"]
         assert abs(found.mean(metric) - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES) + 1 / SAMPLES
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if name.startswith("fashion")])
+def test_clothes_are_recognised_as_the_sweep_says(name: str) -> None:
+    """By the network that judged the sweep, in half precision beside this file; within four standard deviations."""
+    sweep, model = shipped.read_json(name, "loops.json"), elt_lightning.load(name)
+    network = PictureNetwork(model.num_classes)
+    network.load_state_dict(load_file(Path(__file__).parent / "fashion_network.safetensors"))
+    row = shipped.recorded(sweep)
+    sampler, loops = model.sampler(row["loops"], **{setting: row[setting] for setting in SETTINGS})
+    codes = model.codes(model.labels(None, SAMPLES), loops, sampler)
+    with torch.no_grad():
+        named = network(model.tokenizer.decode(codes)).argmax(1)
+    expected = row["metrics"]["recognised"]["mean"]
+    found = (named == model.labels(None, SAMPLES)).double().mean().item()
+    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES)
 
 
 def test_models_lists_all_of_them_and_a_wrong_name_does_too(
