@@ -91,7 +91,7 @@ class Answers:
         return {"models": sorted(self.names, key=lambda name: name != self.first)}
 
     def model(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Say what a model draws, and which settings it has."""
+        """Return what a model draws, and which settings it has."""
         model, made = self.loaded_model(options.model), self.made(options.model)
         module, board = model.module, board_of(model, made)
         return {
