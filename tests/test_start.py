@@ -1,9 +1,14 @@
 """What only draws starts without what only trains: Lightning and torchmetrics take longer to import than torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from elt_lightning.cli import SPIN_COUNT, status_of
 
 HEAVY = ("lightning", "torchmetrics", "pandas", "webdataset", "decord", "tensorboard", "torch._dynamo", "sympy")
 
@@ -35,3 +40,19 @@ def test_drawing_exporting_and_stats_import_nothing_of_training(small_squares: P
     arguments = [json.dumps([commands, HEAVY]), str(small_squares)]
     subprocess.run([sys.executable, "-c", STEPS, *arguments], cwd=small_squares.parents[3], check=True)
     assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_threads_do_not_hold_their_cores_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other programs a sample took a hundred times as long. What the user sets stays."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was
+        monkeypatch.delenv(name)
+    assert status_of(lambda: None) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert status_of(lambda: None) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert status_of(lambda: None) == 0
+    assert "GOMP_SPINCOUNT" not in os.environ
