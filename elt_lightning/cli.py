@@ -58,8 +58,8 @@ A first run:  elt fit --config configs/quickstart.yaml
 SPIN_COUNT = "5000"
 """How often a thread of torch looks whether its neighbours are done before it lets others have its core.
 
-OpenMP's own is 300,000: beside two other busy programs on two cores a picture then took 10 s in place of 0.2, since every
-thread waited for one that had no core. On an idle machine 5,000 are as fast. Read where torch is loaded, later.
+OpenMP's own is 300,000: beside two other busy programs on two cores a picture then took 10 s in place of 0.2, since
+every thread waited for one that had no core. On an idle machine 5,000 are as fast. Read where torch is loaded, later.
 """
 
 
