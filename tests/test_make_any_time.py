@@ -58,6 +58,7 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     setting = {"carry_state": False, "guidance": 1.0, "exit_scale": 0, "weak_loops": None}
     setting |= {"loop_schedule": "constant", "tolerance": None}
     about = {"num_samples": 4, "train_steps": 6, "train_loops": 4, "sampling_steps": 3, "primary_metric": "valid"}
+    about["guidance"] = 1.0
     scores = {"ilsd": {1: (0.2, 0.4), 4: (0.6, 0.8)}, "recall_ilsd": {1: (0.5, 0.6), 2: (0.8, 0.7), 4: (0.9, 1.0)}}
     for recipe, by_loops in scores.items():
         for seed in (0, 1):
@@ -66,6 +67,11 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
                 | {"metrics": {"valid": values[seed]}}
                 for loops, values in by_loops.items()
             ]
+            if recipe == "ilsd":  # at L_max too, away from an exit, one of them at more than the compute of L_max
+                guided = records[-1] | {"weak_loops": 1}
+                for scale, macs, score in ((0.5, 410, 0.75), (1.0, 410, 0.65), (2.0, 500, 0.99)):
+                    changed = {"exit_scale": scale, "macs_per_sample": macs, "metrics": {"valid": score}}
+                    records.append(guided | changed)
             path = any_time.records_path(tmp_path / "any_time", "squares", recipe, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(about | {"higher_is_better": True, "records": records}))
@@ -76,6 +82,12 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     testbed = json.loads((tmp_path / "any_time" / "any_time.json").read_text())["testbeds"]["squares"]
     assert testbed["compute_ratio_at_equal_quality"] == pytest.approx(0.5)
     assert testbed["quality_at_equal_compute"] == pytest.approx({"paper": 0.7, "ours": 0.95})
+    # Seed 1 alone has L = 4 as good, seed 0 alone L = 2; each is then scored on the other.
+    assert testbed["held_out"]["compute_ratio"] == pytest.approx([1.0, 0.5])
+    assert testbed["held_out"]["difference"] == pytest.approx([0.3, -0.1])
+    worth = testbed["worth"]["ilsd"]
+    assert (worth["plain"], worth["exit guidance"]["score"], worth["exit guidance"]["tried"]) == (0.7, 0.75, 2)
+    assert set(testbed["worth"]["recall_ilsd"]) == {"plain"}
     row = next(row for row in testbed["rows"] if (row["recipe"], row["mean_loops"]) == ("ilsd", 1))
     assert {name: row[name] for name in ("steps", "macs_per_sample", "seeds")} == {
         "steps": 3,
@@ -83,5 +95,8 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
         "seeds": [0, 1],
     }
     assert (row["mean"], row["std"]) == pytest.approx((0.3, 0.2 / 2**0.5))
-    assert "ours needs 0.50 of its compute" in (tmp_path / "any_time" / "any_time.md").read_text()
+    page = (tmp_path / "any_time" / "any_time.md").read_text()
+    assert "ours needs 0.50 of its compute" in page
+    assert "ahead of the recipe by 0.3, -0.1" in page
+    assert "| ILSD | 0.7 | 0.75 (loops 4" in page
     assert (tmp_path / "any_time" / "any_time.png").stat().st_size > 10_000
