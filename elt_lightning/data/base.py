@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError, check_most
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -365,7 +365,6 @@ class IndexedDataModule(GenerativeDataModule):
             _AskedByNumbers(dataset),
             _Numbers(order),
             self.num_workers,
-            obey_parent_alone,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from elt_lightning.data.base import HeldOutOrder, TrainingOrder
 from elt_lightning.data.clips import ClipShape, Video, fixed_start
 from elt_lightning.data.decoding import BrokenClipError
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 
@@ -174,7 +174,6 @@ class ClipLoader(Loader[Any]):
             dataset,
             ClipOrder(order),
             num_workers,
-            obey_parent_alone,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -15,7 +15,7 @@ from elt_lightning.data.clips import CROP, ClipShape, Video
 from elt_lightning.data.crops import Crops, Picture, Request
 from elt_lightning.data.encode import Encoding, Storing
 from elt_lightning.data.images import ImageSource
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError
 
 
@@ -135,4 +135,4 @@ class ClipEncoding(Encoding):
     def read(self, requests: Iterable[Request], num_workers: int) -> Iterator[Crops]:  # noqa: D102
         shape = ClipShape(self.num_frames, self.size, self.stride)
         clips = FixedClips(self.source.videos, shape, self.source.clips_per_video)
-        yield from Loader(_ClipReader(clips), requests, num_workers, obey_parent_alone)
+        yield from Loader(_ClipReader(clips), requests, num_workers)
