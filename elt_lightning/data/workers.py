@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from elt_lightning.errors import LOST_LOADER, UserError
+from elt_lightning.errors import LOST_LOADER, UserError, first_line
 
 Batch = TypeVar("Batch")
 
@@ -56,7 +56,7 @@ class Loader(DataLoader[Batch]):
         except (OSError, EOFError) as error:
             if not self.num_workers or "in DataLoader worker" in str(error):  # the data set's own
                 raise
-            raise UserError(LOST_LOADER.format(str(error).partition("\n")[0] or type(error).__name__)) from error
+            raise UserError(LOST_LOADER.format(first_line(error))) from error
 
 
 def check_temporary_folder() -> None:
