@@ -36,7 +36,7 @@ class ClipBatch(NamedTuple):
 class ClipRequest(NamedTuple):
     """Clips that are asked for."""
 
-    places: list[int]  # of clips in their data set; plain numbers, which reach loader processes without shared memory
+    places: list[int]  # of clips in their data set
     epoch: int = 0  # of training, which decides the moments that are cut out
 
 
@@ -53,7 +53,7 @@ class ClipOrder(Sampler[ClipRequest]):
         epoch, order = 0, self.order
         if isinstance(order, TrainingOrder):
             epoch = order.current_step() // (order.num_samples // order.batch_size)
-        return (ClipRequest(places.tolist(), epoch) for places in order)
+        return (ClipRequest(places, epoch) for places in order)
 
 
 class Clip(NamedTuple):
