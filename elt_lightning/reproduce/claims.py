@@ -389,14 +389,15 @@ def more_loops_never_hurt(experiment: Experiment) -> Finding:
 @claim("Beyond the paper, R2", "recall from zero is at least as good as the paper's recipe at L_max", RECALL)
 def recall_costs_nothing(experiment: Experiment) -> Finding:
     """Recall costs nothing at the loop count of training."""
-    return compared(experiment.arms["recall_ilsd"], experiment.arms["ilsd"], lambda full: (full, full))
+    ours, paper = experiment.arms["recall_ilsd"], experiment.arms["ilsd"]
+    return compared(ours, paper.max_loops, paper)
 
 
 @claim("Beyond the paper, R3", "recall at L_max/2, carried, is at least as good as the paper's recipe at L_max", RECALL)
 def half_the_loops_do(experiment: Experiment) -> Finding:
     """With the state carried, half the loops suffice."""
-    ours = experiment.arms["recall_ilsd"].with_carried_state()
-    return compared(ours, experiment.arms["ilsd"], lambda full: (full // 2, full))
+    ours, paper = experiment.arms["recall_ilsd"].with_carried_state(), experiment.arms["ilsd"]
+    return compared(ours, paper.max_loops // 2, paper)
 
 
 @claim("Beyond the paper, R4", "one carried loop has twice the recipe's score at L = 1, or 80 % of it at L_max", RECALL)
@@ -444,9 +445,9 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
 
-def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
-    """Compare two arms, at loop counts that are a function of L_max: for each seed whether ours is at least as good."""
-    here, there = loops(paper.max_loops)
+def compared(ours: Arm, here: int, paper: Arm) -> Finding:
+    """Compare an arm at a loop count with the paper's at its L_max: for each seed whether ours is at least as good."""
+    there = paper.max_loops
     gaps = ahead(ours, here, paper, there)
     text = f"{ours.label} {ours.show(here)} at L = {here}; {paper.label} {paper.show(there)} at L = {there}"
     return Finding(text, gaps >= 0, gaps)
