@@ -512,7 +512,8 @@ def page(results: Path, benchmarks: Path) -> str:
         table = markdown_table(("experiment", "measured", "verdict"), rows)
         anchor = f'<a id="claim-{number}"></a>'
         sections += ["", anchor, "", f"## {number}. {claim.title}", "", criterion, "", table]
-    sections += [*cost_section(benchmarks), *norms_section(results), *experiments_section(experiments)]
+    sections += [*any_time_section(results), *cost_section(benchmarks), *norms_section(results)]
+    sections += experiments_section(experiments)
     table = markdown_table(("claim", "verdicts, in how many seeds"), overview)
     return "\n".join([INTRODUCTION.strip(), "", table, *sections]) + "\n"
 
@@ -534,6 +535,34 @@ def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tup
         rows.append(row)
         short.append(f"{what.partition(',')[0]}: {verdict}")
     return rows, short
+
+
+def any_time_section(results: Path) -> list[str]:
+    """Return how much of the recipe's compute ours needs for its quality at L_max, with settings of other seeds."""
+    lines = [
+        "",
+        "## Quality for less compute",
+        "",
+        "Beyond the paper: with recall, carried states, exits per sample and exit guidance, half of the",
+        "multiply–accumulates do for the score that the paper's recipe has at L_max. A seed counts where the best",
+        "setting for at most half of them, chosen on the other seeds' models, is as good on this one.",
+    ]
+    path = results / "any_time" / "any_time.json"
+    if not path.is_file():
+        return [*lines, "", "Not measured yet."]
+    cells = []
+    for name, testbed in json.loads(path.read_text())["testbeds"].items():
+        ratio, found = testbed["compute_ratio_at_equal_quality"], testbed.get("held_out")
+        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "not measured yet"
+        if found is not None:
+            gaps = pd.Series(found["difference"])
+            pairs = zip(found["compute_ratio"], gaps, strict=True)
+            chosen = "; ".join(f"{share:.2f}, {gap:+.3g}" for share, gap in pairs)
+            verdict = Finding("", gaps >= 0, gaps).verdict()
+        cells.append((f"{name}, {testbed['metric']}", cheapest, chosen, f"**{verdict}**"))
+    headings = ("testbed", "compute of the cheapest as good", "within half: compute, difference", "verdict")
+    lines += ["", *markdown_table(headings, cells).splitlines()]
+    return [*lines, "", "`make any-time`: [figure](any_time/any_time.png), [all settings](any_time/any_time.md)."]
 
 
 def cost_section(benchmarks: Path) -> list[str]:
