@@ -193,3 +193,8 @@ def keep_pictures(
 def joined(so_far: Tensor, more: Tensor) -> Tensor:
     """Add samples to those kept so far, of which there may be none."""
     return torch.cat([so_far, more]) if len(so_far) else more
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
+    return torch.device("cpu") if device.type == "mps" else device
