@@ -15,9 +15,8 @@ from elt_lightning.commands.drawing_arguments import (
 )
 from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.given import Hole, read_given
-from elt_lightning.evaluation.pictures import loops_figure, write_gif, write_mp4
+from elt_lightning.evaluation.pictures import loops_figure, write_figure, write_gif, write_mp4
 from elt_lightning.evaluation.plans import read_plan
-from elt_lightning.files import written_aside
 from elt_lightning.training.announce import announce
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
@@ -78,8 +77,7 @@ def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
         UserError: a film is asked for, but the samples are pictures.
     """
     if output.suffix not in (".gif", ".mp4"):
-        with written_aside(output) as aside:
-            loops_figure(rows).savefig(aside, bbox_inches="tight")
+        write_figure(output, loops_figure(rows))
         return
     if next(iter(rows.values())).ndim != 5:
         raise UserError(f"{output}: the model's samples are pictures, not clips: choose a name that ends in .png")

@@ -16,8 +16,9 @@ from elt_lightning.errors import UserError, check_most
 from elt_lightning.evaluation.archives import SampleArchive
 from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
-from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings, with_float64
+from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.metrics.moments import with_float64
 from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape

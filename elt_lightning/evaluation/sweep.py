@@ -101,7 +101,7 @@ class Sweep:
             for metric in metrics:
                 metric.reset()
             share = HeldOutOrder(self.num_samples, self.batch_size, self.rank, self.world_size)
-            for index in (numbers.to(module.device) + self.first for numbers in share):
+            for index in (torch.tensor(numbers, device=module.device) + self.first for numbers in share):
                 labels, _, known, _ = request(index)
                 seeds, spent = sample_seeds(self.seed + repeat, index), list[Tensor]()
                 began = now(module.device)
@@ -193,8 +193,3 @@ def keep_pictures(
 def joined(so_far: Tensor, more: Tensor) -> Tensor:
     """Add samples to those kept so far, of which there may be none."""
     return torch.cat([so_far, more]) if len(so_far) else more
-
-
-def with_float64(device: torch.device) -> torch.device:
-    """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
-    return torch.device("cpu") if device.type == "mps" else device

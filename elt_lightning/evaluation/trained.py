@@ -13,8 +13,9 @@ from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import Weights
 from elt_lightning.data.base import VAL_LOSS, GenerativeDataModule
 from elt_lightning.errors import UserError
-from elt_lightning.evaluation.sweep import Row, Sweep, with_float64
+from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.metrics.moments import with_float64
 from elt_lightning.samplers.base import Sampler
 
 

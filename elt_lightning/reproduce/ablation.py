@@ -35,7 +35,8 @@ from elt_lightning.cli import status_of
 from elt_lightning.commands.settings import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.comparison import Curve, draw, table
-from elt_lightning.files import write_json, write_text, written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import write_json, write_text
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -148,9 +149,16 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
     """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
-        return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
+        arms = [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
     except (TypeError, AttributeError) as error:
         raise UserError(f"an arm of the experiment is not as it should be: {error}") from error
+    for arm in arms:
+        if arm.begins_at not in (None, *config["arms"]):
+            raise UserError(f"the arm {arm.name} begins at {arm.begins_at}, which is no arm of the experiment")
+        idle = {"init", "taught"} & config["arms"][arm.name].keys()
+        if idle and arm.begins_at is None:
+            raise UserError(f"the arm {arm.name} has {', '.join(sorted(idle))}, but no begins_at")
+    return arms
 
 
 def prepare(program: str) -> None:
@@ -200,6 +208,7 @@ def run_arm(
     if not is_trained(folder):
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         beginning = begin(arm, runs, seed, folder, after) if begins and not unfinished else []
+        began = time.perf_counter()  # without waiting for the run that it begins from
         elt("fit", *flags, "--run_dir", str(folder), *unfinished, *beginning)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
         write_text(folder / TRAINED, json.dumps({"seconds": seconds}))
@@ -336,8 +345,7 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
     write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
-    with written_aside(folder / "ablation.png") as aside:
-        figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "ablation.png", figure(summary, arms, metrics))
     tables = [table(curves(summary, arms, name), name, in_percent=not name.startswith("fd_")) for name in metrics]
     write_text(folder / "ablation.md", "\n".join(tables))
 
