@@ -229,7 +229,7 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
     if is_larger(config, MOST_SETTINGS):
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
-    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model to begin from")):
+    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model that `elt fit` begins from")):
         if config.get(flag) is not None:
             raise UserError(f"{named} names {what}: give it on the command line, --{flag} {config[flag]}")
     for target in SEEDS:
