@@ -264,8 +264,8 @@ def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
                 continue
             alike = [measured for measured in drawn_alike(report, [row]) if measured["loops"] == loops]
             if len(alike) < len(found):
-                others = len(found) - len(alike)
-                table.notes.append(f"{row.model}: {path}: {others} of its rows are left out, drawn unlike the paper's.")
+                unlike = len(found) - len(alike)
+                table.notes.append(f"{row.model}: {path}: {unlike} of its rows are left out, drawn unlike the paper's.")
             found = alike
         for measured in found:
             names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
