@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from elt_lightning.cli import main
+from elt_lightning.commands.compare import curves_of
 
 
 def write_run(folder: Path, seed: int, scores: dict[int, float], recall: bool = False, **row: Any) -> Path:
@@ -42,6 +43,12 @@ def test_runs_that_differ_in_their_seed_are_one_curve(tmp_path: Path, capsys: py
     ]
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
     assert "60.0 ± 14.1" in capsys.readouterr().out
+
+
+def test_where_a_tolerance_ends_loops_a_curves_compute_is_the_mean_of_its_seeds() -> None:
+    row = {"loops": 32, "params_backbone": 10, "metrics": {"valid": {"mean": 0.5}}}
+    group = [("a", Path(), {"rows": [row | {"macs_per_sample": macs}]}) for macs in (100, 300)]
+    assert curves_of(group, "valid")[0].macs[32] == 200
 
 
 @pytest.mark.parametrize(

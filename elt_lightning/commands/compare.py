@@ -130,7 +130,7 @@ def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str) -> lis
             Curve(
                 f"{name}, {words}" if words else name,
                 part.pivot_table(index="loops", columns="seed", values="score"),
-                part.groupby("loops")["macs_per_sample"].first(),
+                part.groupby("loops")["macs_per_sample"].mean(),  # with a tolerance each seed's are its own
                 int(first.get("train_loops", 1)),
                 int(part["params_backbone"].iloc[0]),
             )

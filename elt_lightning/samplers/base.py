@@ -111,17 +111,21 @@ class Sampler(ABC):
         """Return the same sampler with some of its :meth:`settings` changed; ``weak_loops`` None leaves it as it is.
 
         Raises:
-            ValueError: a value that the setting may not have.
+            ValueError: a value that the setting may not have, or a weak exit alone, where there is no exit guidance.
+            UserError: more steps than anybody waits for.
         """
         other = copy.copy(self)
         if changes.get("weak_loops", 0) is None:
             del changes["weak_loops"]
+        if "weak_loops" in changes and "exit_scale" not in changes and not self.guidance.exit_scale:
+            raise ValueError("weak_loops alone changes nothing: the sampler's exit_scale is 0, give one above it too")
         for part, fields in (("guidance", OF_GUIDANCE), ("loop_schedule", OF_LOOPS)):
             changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
             setattr(other, part, replace(getattr(self, part), **changed))
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
         if changes or other.steps < 1:
             raise ValueError(f"a sampler has no such setting: {changes or f'steps {other.steps}'}")
+        check_most(steps=other.steps)
         return other
 
     def suited_to(self, has_recall: bool) -> Self:
