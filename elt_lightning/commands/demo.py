@@ -70,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    server: ThreadingHTTPServer
     alone = ThreadPoolExecutor(1)  # one after the other, or they would slow each other and the milliseconds be wrong
 
     def __init__(self, answers: Answers, *connection: Any) -> None:

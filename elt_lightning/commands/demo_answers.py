@@ -136,7 +136,7 @@ class Answers:
         pixels = model.shown(codes)[0]
         seconds = time.perf_counter() - began
         board = board_of(model, self.made(options.model))
-        digits = board and model.digits(codes)[0].tolist()
+        digits = model.digits(codes)[0].tolist() if board else []
         return {
             "picture": data_url(pixels),
             "milliseconds": 1000 * seconds,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from elt_lightning.errors import check_most
+from elt_lightning.errors import MOST, check_most
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.guidance import Guidance
@@ -116,12 +116,19 @@ class Sampler(ABC):
         other = copy.copy(self)
         if changes.get("weak_loops", 0) is None:
             del changes["weak_loops"]
+        of_a_weak_exit = "weak_loops" in changes and "exit_scale" not in changes
         for part, fields in (("guidance", OF_GUIDANCE), ("loop_schedule", OF_LOOPS)):
             changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
             setattr(other, part, replace(getattr(self, part), **changed))
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
-        if changes or other.steps < 1:
-            raise ValueError(f"a sampler has no such setting: {changes or f'steps {other.steps}'}")
+        if changes:
+            raise ValueError(f"a sampler has no such setting: {', '.join(changes)}; there are {', '.join(SETTINGS)}")
+        if other.steps not in range(1, MOST["steps"] + 1):
+            raise ValueError(f"steps must be a whole number from 1 to {MOST['steps']}, not {other.steps!r}")
+        if other.carry_state not in (None, False, True):
+            raise ValueError(f"carry_state is true, false or null, not {other.carry_state!r}")
+        if of_a_weak_exit and not other.guidance.exit_scale:
+            raise ValueError("weak_loops is the exit that exit guidance pushes away from: give it an exit_scale too")
         return other
 
     def suited_to(self, has_recall: bool) -> Self:
