@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -165,6 +166,7 @@ def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: 
             folder = Path(arguments[arguments.index("--run_dir") + 1])
             (folder / "checkpoints").mkdir(parents=True)
             (folder / "checkpoints" / "last.ckpt").touch()
+            time.sleep(0.5 * (folder.name == "unlooped_8_seed0"))
 
     monkeypatch.setattr(ablation, "elt", elt)
     monkeypatch.setattr(ablation, "write_record", lambda *_: None)
@@ -185,3 +187,5 @@ def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: 
     assert loops["blocks"][:3] == ("loop", "--from", original)
     assert fits["blocks_25_seed0"][-2:] == ("--init_from", "runs/upcycling/blocks_25_seed0/beginning")
     assert all(noted.index(fits["unlooped_8_seed0"]) < noted.index(call) for call in loops.values())
+    trained = json.loads(Path("runs/upcycling/blocks_25_seed0/trained.json").read_text())
+    assert trained["seconds"] < 0.25  # waiting is no training

@@ -221,15 +221,17 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
     if is_larger(config, MOST_SETTINGS):
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
-    if config.get("ckpt_path") is not None:
-        raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
+    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model to begin from")):
+        if config.get(flag) is not None:
+            raise UserError(f"{named} names {what}: give it on the command line, --{flag} {config[flag]}")
     for target in SEEDS:
         value: Any = config
         for key in target.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value not in (None, config.get("seed_everything", 0)):
             raise UserError(f"{target} is decided by seed_everything: leave it out")
-    written = with_home(config)
+    # A training's record says init_from null, a setting that other commands have not.
+    written = with_home({name: value for name, value in config.items() if name != "init_from"})
     if "base" not in config and written == config:
         return [path]
     base = written.pop("base", None)

@@ -197,6 +197,7 @@ def run_arm(
     if not (folder / "trained.json").is_file():
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         beginning = begin(arm, runs, seed, folder, after) if begins and not unfinished else []
+        began = time.perf_counter()  # without waiting for the run that it begins from
         elt("fit", *flags, "--run_dir", str(folder), *unfinished, *beginning)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
         write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
