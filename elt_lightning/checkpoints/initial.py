@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints.pretrained import build_module, chosen_weights, empty_module, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, chosen_weights, empty_module, read_pretrained, weights_in
 from elt_lightning.errors import UserError
 from elt_lightning.model import ELTModel
 from elt_lightning.training.weights import differences
@@ -40,7 +40,7 @@ def begin_from(module: ELTModel, source: str | Path) -> str:
         UserError: there is no such model, nothing of it fits, or not all that fits is finite.
     """
     checkpoint = read_pretrained(source)
-    weights = chosen_weights(checkpoint, checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw"))
+    weights = chosen_weights(checkpoint, weights_in(checkpoint))
     line = take_over(module, weights)
     if line is None:
         raise UserError(f"nothing of {source} has the name and shape of a weight of this model: it is of another kind")
@@ -94,7 +94,7 @@ def looped(
     if init not in get_args(Init):
         raise UserError(f"--init is one of {', '.join(get_args(Init))}, not {init}")
     section = copy.deepcopy(checkpoint["elt"]["model"])
-    source = build_module(checkpoint, checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw"))
+    source = build_module(checkpoint, weights_in(checkpoint))
     backbone, settings = source.network.backbone, section["network"]["init_args"]
     if source.max_loops > 1 or len(backbone.prelude) or len(backbone.coda) or source.network.has_recall:
         raise UserError("the model loops already: elt loop takes one that was trained with max_loops 1 and no recall")

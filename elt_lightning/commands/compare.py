@@ -13,7 +13,8 @@ import yaml
 from elt_lightning.commands.arguments import Parser
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.comparison import Curve, sheet, table
-from elt_lightning.files import next_numbered, parse_json, write_text, written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import next_numbered, parse_json, write_text
 
 SETTINGS = ("steps", "guidance", "weak_loops", "exit_scale", "carry_state", "loop_schedule", "tolerance")
 """Columns of ``loops.json`` that were swept where they differ between its rows."""
@@ -55,8 +56,7 @@ def run(name: str, arguments: list[str]) -> None:
     text = table(curves, metric, in_percent=higher and all((curve.scores <= 1).all(axis=None) for curve in curves))
     print(text, end="")
     write_text(folder / "compare.md", text)
-    with written_aside(folder / "compare.png") as aside:
-        sheet(curves, metric, higher).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "compare.png", sheet(curves, metric, higher))
     print("\n".join(str(folder / f"compare.{ending}") for ending in ("png", "md")))
 
 

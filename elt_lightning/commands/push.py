@@ -10,7 +10,7 @@ from elt_lightning.checkpoints.pretrained import meant, read_pretrained
 from elt_lightning.checkpoints.shipped import SWEEP, recorded
 from elt_lightning.commands.arguments import Parser, add_weights_argument
 from elt_lightning.commands.export import export, file_of_tokenizer
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, first_line
 from elt_lightning.files import markdown_table, parse_json, write_text
 from elt_lightning.samplers.base import SETTINGS
 
@@ -69,8 +69,7 @@ def run(name: str, arguments: list[str]) -> None:
         except UserError:
             raise
         except Exception as error:  # whatever its HTTP library raises
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"Hugging Face did not take {options.repository}: {reason}") from error
+            raise UserError(f"Hugging Face did not take {options.repository}: {first_line(error)}") from error
         written = ", ".join(sorted(path.name for path in folder.iterdir()))
         print(f"https://huggingface.co/{options.repository}: {written}")
         if not measured:

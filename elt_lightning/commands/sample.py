@@ -15,9 +15,8 @@ from elt_lightning.commands.drawing_arguments import (
 )
 from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.given import Hole, read_given
-from elt_lightning.evaluation.pictures import loops_figure, write_gif, write_mp4
+from elt_lightning.evaluation.pictures import loops_figure, write_figure, write_gif, write_mp4
 from elt_lightning.evaluation.plans import read_plan
-from elt_lightning.files import written_aside
 from elt_lightning.training.announce import announce
 
 FILMS = (".gif", ".mp4")
@@ -80,8 +79,7 @@ def run(name: str, arguments: list[str]) -> None:
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
     """Write samples as a picture with a row for each loop count; clips as a GIF or MP4 where the name ends so."""
     if output.suffix not in FILMS:
-        with written_aside(output) as aside:
-            loops_figure(rows).savefig(aside, bbox_inches="tight")
+        write_figure(output, loops_figure(rows))
         return
     if output.suffix == ".gif":
         write_gif(output, rows)

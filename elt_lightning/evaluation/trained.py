@@ -15,6 +15,7 @@ from elt_lightning.data.base import VAL_LOSS, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.metrics.moments import with_float64
 from elt_lightning.samplers.base import Sampler
 
 
@@ -53,7 +54,7 @@ class Trained:
     @cached_property
     def metrics(self) -> Sequence[SampleMetric]:
         """The data's metrics; their references are measured once."""
-        return [metric.to(self.module.device) for metric in self.data.build_metrics()]
+        return [metric.to(with_float64(self.module.device)) for metric in self.data.build_metrics()]
 
     def measure(self, loops: int, sampler: Sampler, sweep: Sweep, **settings: Any) -> Row:
         """Measure one setting, see :meth:`Sweep.run`."""

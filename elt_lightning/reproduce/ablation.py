@@ -35,7 +35,8 @@ from elt_lightning.cli import status_of
 from elt_lightning.commands.settings import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.comparison import Curve, draw, table
-from elt_lightning.files import write_json, write_text, written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import write_json, write_text
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
@@ -329,8 +330,7 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
     write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
-    with written_aside(folder / "ablation.png") as aside:
-        figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "ablation.png", figure(summary, arms, metrics))
     tables = [table(curves(summary, arms, name), name, in_percent=not name.startswith("fd_")) for name in metrics]
     write_text(folder / "ablation.md", "\n".join(tables))
 

@@ -26,7 +26,7 @@ from elt_lightning.checkpoints.pretrained import build_module
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.arguments import device_of
-from elt_lightning.evaluation.pictures import loops_figure
+from elt_lightning.evaluation.pictures import loops_figure, write_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce.curves import read_curves
@@ -400,8 +400,7 @@ def write(number: int, sources: Sources, folder: Path) -> None:
     """Write ``fig<number>.png`` and ``fig<number>.csv``."""
     drawing, lines = render(number, sources)
     stem = folder / f"fig{number}"
-    with written_aside(stem.with_suffix(".png")) as aside:
-        drawing.savefig(aside, bbox_inches="tight")
+    write_figure(stem.with_suffix(".png"), drawing)
     with written_aside(stem.with_suffix(".csv")) as aside:
         lines.convert_dtypes().to_csv(aside, index=False)
     print(stem.with_suffix(".png"))
