@@ -12,7 +12,14 @@ from elt_lightning.cli import main
 def write_run(folder: Path, seed: int, scores: dict[int, float], recall: bool = False, **row: Any) -> Path:
     """A run's folder as `elt fit` and `elt test` leave it, with a sweep of these scores."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel:\n  recall: {json.dumps(recall)}\n")
+    config = {
+        "seed_everything": seed,
+        "trainer": {"default_root_dir": str(folder)},
+        "model": {"recall": recall, "seed": seed},
+        "data": {"init_args": {"seed": seed}},
+        "run_dir": str(folder),
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
     write_sweep(folder / "test", [{"loops": loops, "score": score, **row} for loops, score in scores.items()])
     return folder
 

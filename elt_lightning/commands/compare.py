@@ -22,7 +22,8 @@ SETTINGS = ("steps", "guidance", "weak_loops", "exit_scale", "carry_state", "loo
 MEASURED = ("num_samples", "parts_given", "feature_network", "weights")
 """What ``loops.json`` says of a whole sweep: scores that differ in it are of other things, or of other accuracy."""
 
-SEED = "seed_everything"
+OF_ONE_RUN = ("seed_everything", "model.seed", "data.init_args.seed", "run_dir", "trainer.default_root_dir")
+"""Where a run's seed and its folder stand in the ``config.yaml`` of `elt fit`."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -113,12 +114,21 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def recipe_of(sweep: Path) -> str:
-    """Return the config that a sweep's model was trained by, its seed aside, as text; the sweep's path without one."""
+    """Return the config that a sweep's model was trained by, :data:`OF_ONE_RUN` aside, as text.
+
+    Without a config it is the sweep's path.
+    """
     config = run_of(sweep) / "config.yaml"
     if not config.is_file():
         return str(sweep.resolve())
     settings = yaml.safe_load(config.read_text())
-    return json.dumps({name: value for name, value in settings.items() if name != SEED}, sort_keys=True)
+    for place in OF_ONE_RUN:
+        *sections, name = place.split(".")
+        section = settings
+        for each in sections:
+            section = section.get(each) or {}
+        section.pop(name, None)
+    return json.dumps(settings, sort_keys=True)
 
 
 def run_of(sweep: Path) -> Path:
