@@ -19,6 +19,7 @@ from elt_lightning.reproduce import ablation
 from elt_lightning.reproduce.claims import read_experiment
 
 ROOT = Path(__file__).parent.parent
+LOOPED = {"label": "looped", "num_layers": 1, "max_loops": 2, "mode": "ilsd"}
 
 
 def settings_of(flags: list[str]) -> dict[str, str]:
@@ -47,7 +48,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "settings": settings_of(SMALL)
         | {"trainer.accelerator": "cpu", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
         "arms": {
-            "ilsd": {"label": "looped", "num_layers": 1, "max_loops": 2, "mode": "ilsd", "test_loops": [1, 2]},
+            "ilsd": LOOPED | {"test_loops": [1, 2]},
             "unlooped_2": {"label": "unlooped", "num_layers": 2, "max_loops": 1, "mode": "vanilla"},
         },
     }
@@ -145,6 +146,8 @@ def test_an_error_leaves_the_summary_of_the_whole_seeds(commands: list[str], mon
         ({"base": "configs/digits.yaml"}, "may not have base"),
         ({"seeds": None}, "lacks seeds"),
         ({"arms": {"ilsd": {"layers": 2}}}, "unexpected keyword argument 'layers'"),
+        ({"arms": {"ilsd": LOOPED | {"taught": True}}}, "ilsd has taught, but no begins_at"),
+        ({"arms": {"ilsd": LOOPED | {"begins_at": "deep"}}}, "begins at deep, which is no arm"),
     ],
 )
 def test_what_an_experiment_may_not_say_is_named(

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from small_runs import SMALL_SQUARES
 
 from elt_lightning import from_pretrained
 from elt_lightning.checkpoints.initial import Init, looped, take_over
 from elt_lightning.checkpoints.pretrained import empty_module
 from elt_lightning.cli import main
-from elt_lightning.commands.settings import config_and_bases
+from elt_lightning.commands.settings import config_and_bases, with_stored_config
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
 from elt_lightning.objectives.masked import MaskedObjective
@@ -177,6 +178,12 @@ def test_from_an_unlooped_run_to_a_looped_one(
     assert not any("teacher" in name for name in checkpoint["state_dict"])
     assert checkpoint["elt"]["model"]["network"]["init_args"]["recall"] is True
     assert checkpoint["elt"]["model"]["outer_teacher"] == {"path": ckpt, "weight": 0.5}
+    monkeypatch.chdir(tmp_path / "looped")  # a training may go on from another folder
+    stored = with_stored_config(["--ckpt_path=checkpoints/last.ckpt"], Path.cwd())[1]
+    assert yaml.safe_load(Path(stored).read_text())["model"]["outer_teacher"]["path"] == str(tmp_path / ckpt)
+    stored = with_stored_config(["--init_from=checkpoints/last.ckpt"], Path.cwd())[1]
+    assert "outer_teacher" not in yaml.safe_load(Path(stored).read_text())["model"]
+    monkeypatch.chdir(tmp_path)
     assert main([*begin, f"--ckpt_path={ckpt}"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
     plans = []

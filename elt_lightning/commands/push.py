@@ -132,7 +132,8 @@ def measurements(sweep: Path, folder: Path, weights: str, steps: int | None) -> 
             for row in best
         ]
         direction = "higher" if report["higher_is_better"] else "lower"
-        text = f"\n## Quality against loops\n\n{report['num_samples']:,} samples for each row"
+        given = ", parts of each given" if report.get("parts_given") else ""
+        text = f"\n## Quality against loops\n\n{report['num_samples']:,} samples for each row{given}"
         text += f"; {report['primary_metric']}: {direction} is better.\n\n"
         of_model = {"weights": weights, "train_steps": steps}
         of_sweep = {name: report.get(name) or value for name, value in of_model.items()}

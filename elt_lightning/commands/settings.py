@@ -127,7 +127,7 @@ def bracketed(value: str) -> str:
 def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True) -> list[str]:
     """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
 
-    Of what a training begins from that is its model alone.
+    Of what a training begins from that is its model alone, without its outer teacher.
 
     Args:
         arguments: of the command line.
@@ -147,14 +147,17 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     if checkpoint and begins_at:
         raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
     if begins_at:
-        config, checkpoint = {"model": read_recipe(begins_at)["model"]}, "init_from"
+        config, checkpoint = {"model": dict(read_recipe(begins_at)["model"])}, "init_from"
+        config["model"].pop("outer_teacher", None)  # another training's, at a path of its own
     elif is_exported(checkpoint) and not goes_on:
         recipe = read_description(Path(checkpoint))
         config = {"model": recipe["model"], "data": {"class_path": recipe["data"]["class_path"]}}
         config["ema"] = {"weights": recipe["weights"]}  # it has no others
     else:
         recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-        config = {"model": recipe["model"], "data": found(recipe, "data")}
+        config = {"model": dict(recipe["model"]), "data": found(recipe, "data")}
+        if "outer_teacher" in config["model"]:  # the one setting of a model that is a path
+            config["model"]["outer_teacher"] = found(recipe | config["model"], "outer_teacher")
     for target in LINKED:  # which a config may not hold
         section, last = find_section(config, target)
         if section is not None:
@@ -221,7 +224,7 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
     if is_larger(config, MOST_SETTINGS):
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
-    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model to begin from")):
+    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model that `elt fit` begins from")):
         if config.get(flag) is not None:
             raise UserError(f"{named} names {what}: give it on the command line, --{flag} {config[flag]}")
     for target in SEEDS:

@@ -146,9 +146,16 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
     """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
-        return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
+        arms = [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
     except (TypeError, AttributeError) as error:
         raise UserError(f"an arm of the experiment is not as it should be: {error}") from error
+    for arm in arms:
+        if arm.begins_at not in (None, *config["arms"]):
+            raise UserError(f"the arm {arm.name} begins at {arm.begins_at}, which is no arm of the experiment")
+        idle = {"init", "taught"} & config["arms"][arm.name].keys()
+        if idle and arm.begins_at is None:
+            raise UserError(f"the arm {arm.name} has {', '.join(sorted(idle))}, but no begins_at")
+    return arms
 
 
 def prepare(program: str) -> None:
