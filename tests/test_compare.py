@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from elt_lightning.cli import main
+from elt_lightning.commands.compare import curves_of
 
 
 def write_run(folder: Path, seed: int, scores: dict[int, float], recall: bool = False, **row: Any) -> Path:
@@ -65,6 +66,12 @@ def test_what_was_measured_otherwise_is_named_and_two_sweeps_of_a_run_are_no_see
     assert "out has a comparison: choose another --output, or add --overwrite" in capsys.readouterr().err
     assert main(["compare", "a/test", "--output=out", "--overwrite"]) == 0
     assert "num_samples" not in Path("out/compare.md").read_text()
+
+
+def test_where_a_tolerance_ends_loops_a_curves_compute_is_the_mean_of_its_seeds() -> None:
+    row = {"loops": 32, "params_backbone": 10, "metrics": {"valid": {"mean": 0.5}}}
+    group = [("a", Path(), {"rows": [row | {"macs_per_sample": macs}]}) for macs in (100, 300)]
+    assert curves_of(group, "valid")[0].macs[32] == 200
 
 
 @pytest.mark.parametrize(

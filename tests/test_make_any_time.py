@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
         "plain": {"steps": [0.34, 1.0], "loops": [1, 4]},
         "exits": {"steps": [1.0], "loops": [1, 4], "exit_scale": [0, 0.5], "weak_loops": [1]},
     },
-    "testbeds": {"squares": {"runs": "recall", "num_samples": 4}},
+    "testbeds": {"squares": {"runs": "recall", "num_samples": 4, "recorded": {"recall": ["vanilla"]}}},
 }
 
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_is_measured_setting_by_setting_and_only_once(
 
 
 def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of records made by hand: means over seeds, the cheapest that is as good, the best that costs no more."""
     setting = {"carry_state": False, "guidance": 1.0, "exit_scale": 0, "weak_loops": None}
@@ -77,9 +77,15 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(about | {"higher_is_better": True, "records": records}))
     (tmp_path / "any_time.yaml").write_text(yaml.safe_dump(CONFIG | {"seeds": [0, 1, 2]}))
+    stopped = tmp_path / "recall" / "ilsd_seed2" / "checkpoints" / "last.ckpt"
+    stopped.parent.mkdir(parents=True)
+    stopped.touch()  # without the mark of a training that came to its end
     flags = ["--config", str(tmp_path / "any_time.yaml"), "--runs", str(tmp_path), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["any_time", *flags, "--output", str(tmp_path / "any_time")])
     any_time.main()
+    printed = capsys.readouterr().out
+    assert str(stopped.parents[1]) in printed.splitlines()[0]
+    assert f"not in {tmp_path / 'recall' / 'ablation.json'}, and left out: vanilla" in printed
     testbed = json.loads((tmp_path / "any_time" / "any_time.json").read_text())["testbeds"]["squares"]
     assert testbed["compute_ratio_at_equal_quality"] == pytest.approx(0.5)
     assert testbed["quality_at_equal_compute"] == pytest.approx({"paper": 0.7, "ours": 0.95})
@@ -103,3 +109,6 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     assert (tmp_path / "any_time" / "any_time.png").stat().st_size > 10_000
     section = "\n".join(any_time_section(tmp_path))
     assert "| squares, valid | 0.50 | 0.50, +0.2; 0.50, -0.1 | **holds in 1 of 2 seeds only" in section
+    path.write_text(path.read_text().replace('"num_samples": 4', '"num_samples": 5'))
+    with pytest.raises(UserError, match="of recall_ilsd, seed 1, have num_samples 5 in place of 4"):
+        any_time.main()

@@ -98,6 +98,8 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     """Read how a checkpoint's or exported model's settings were, without its weights; as :func:`read_pretrained`."""
     if is_exported(source):
         return read_description(Path(source))
+    if Path(source).is_file() or (Path(source) / META).is_file():
+        return read_checkpoint(source, prefixes=())["elt"]
     return read_pretrained(source)["elt"]
 
 

@@ -138,7 +138,7 @@ def run_of(sweep: Path) -> Path:
     return next(runs, folders[0])
 
 
-def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str, differing: Sequence[str]) -> list[Curve]:
+def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str, differing: Sequence[str] = ()) -> list[Curve]:
     """Join the sweeps of one recipe: a curve for each setting of the sampler that was swept.
 
     Sweeps of one run are no seeds: where they measured the same setting, their mean counts.
@@ -168,7 +168,7 @@ def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str, differ
             Curve(
                 f"{name}, {words}" if words else name,
                 part.pivot_table(index="loops", columns="seed", values="score"),
-                part.groupby("loops")["macs_per_sample"].first(),
+                part.groupby("loops")["macs_per_sample"].mean(),  # with a tolerance each seed's are its own
                 int(first.get("train_loops", 1)),
                 int(part["params_backbone"].iloc[0]),
             )

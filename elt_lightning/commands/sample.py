@@ -30,12 +30,13 @@ def run(name: str, arguments: list[str]) -> None:
     Raises:
         UserError: the command line, the checkpoint or its tokenizer is wrong.
     """
-    parser = build_parser()
+    parser, plan = build_parser(), None
     options = parser.parse_args(arguments)
     if options.plan is not None:
-        best = read_plan(options.plan)
-        planned = {"loops": [best.pop("loops")], "carry_state": str(best.pop("carry_state")).lower(), **best}
-        parser.set_defaults(**planned)  # flags win
+        plan = read_plan(options.plan)
+        best = plan.settings
+        planned = {"loops": [best["loops"]], "carry_state": str(best["carry_state"]).lower()}
+        parser.set_defaults(**best | planned)  # flags win
         options = parser.parse_args(arguments)
     if (options.given is None) != (options.given_frames is None and options.hole is None):
         raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
@@ -49,6 +50,8 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")
     model = chosen_model(options)
     module, tokenizer = model.module, model.tokenizer
+    if plan is not None:
+        plan.check(model.recipe)
     if options.output.suffix in FILMS and len(module.grid) != 3:
         raise UserError(
             f"{options.output}: the model's samples are pictures, not clips: choose a name that ends in .png"

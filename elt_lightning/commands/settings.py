@@ -40,14 +40,14 @@ def _short(section: str, *names: str, **others: str) -> dict[str, str]:
 
 
 _SAMPLER = "model.sampler.init_args"
-_EVALUATION = _short("loop_metrics", "loops", "guidance", "num_samples", "repeats")
-_TEST = _short("loop_metrics", *SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
+_TEST = _short("loop_metrics", "loops", *SETTINGS, "num_samples", "repeats", "save_samples")
+_TEST |= _short("loop_metrics", "reconstruction", "nearest", "diversity")
 _PREDICTION = _short("samples", "loops", "num_samples") | _short(_SAMPLER, *SETTINGS)
 _PREDICTION |= _short(f"{_SAMPLER}.guidance", **OF_GUIDANCE) | _short(f"{_SAMPLER}.loop_schedule", **OF_LOOPS)
 SHORT_FLAGS = {
     "fit": _short("ema", "weights"),
-    "validate": _EVALUATION | _short("ema", "weights"),
-    "test": _EVALUATION | _TEST | _short("ema", "weights"),
+    "validate": _short("loop_metrics", "loops", num_samples="num_validation_samples") | _short("ema", "weights"),
+    "test": _TEST | _short("ema", "weights"),
     "predict": _PREDICTION | _short("ema", "weights"),
 }
 """Short names for the settings that a command is mostly called with."""
@@ -79,10 +79,11 @@ def with_plan(name: str, arguments: list[str]) -> list[str]:
     """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
 
     Raises:
-        UserError: the command takes none, there is no file, or it is no plan.
+        UserError: the command takes none, there is no file, it is no plan, or one of another model.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--ckpt_path")
     try:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -91,7 +92,11 @@ def with_plan(name: str, arguments: list[str]) -> list[str]:
         return arguments
     if name not in ("test", "predict"):
         raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
-    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    plan = read_plan(options.plan)
+    if options.ckpt_path not in (None, "null"):
+        plan.check(read_recipe(options.ckpt_path))
+        others += ["--ckpt_path", options.ckpt_path]
+    best = {flag: value for flag, value in plan.settings.items() if value is not None}
     return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
 
 

@@ -48,7 +48,7 @@ def search(
     sampler: Sampler,
     grid: Mapping[str, Sequence[Any]],
     measure: Callable[[int, Sampler], Tried],
-    most: Callable[[int, Sampler], bool],
+    possible: Callable[[int, Sampler], bool],
     higher_is_better: bool,
     auto_loops: int,
 ) -> list[Tried]:
@@ -61,7 +61,7 @@ def search(
         sampler: whose settings are changed; of a network that it suits.
         grid: {setting: values}, of "loops" and what :data:`SETTINGS` names.
         measure: of a loop count and a sampler.
-        most: whether a setting may be tried.
+        possible: whether a setting may be tried.
         higher_is_better: direction of the score.
         auto_loops: the most loops where a tolerance ends them.
     """
@@ -70,11 +70,7 @@ def search(
     def attempt(loops: int, **changes: Any) -> None:
         changed = sampler.with_settings(**changes)
         key = (loops, *changed.settings().values())
-        try:
-            changed.loops_per_step(loops)
-        except ValueError:  # the weak exit is not below the last at every step
-            return
-        if key not in tried and most(loops, changed):
+        if key not in tried and possible(loops, changed):
             tried[key] = measure(loops, changed)
 
     for steps in grid["steps"]:

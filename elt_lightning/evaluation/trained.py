@@ -33,13 +33,14 @@ class Trained:
 
     def __init__(self, path: str | Path, device: torch.device, weights: Weights | None = None) -> None:
         checkpoint = read_pretrained(path)
+        self.recipe: dict[str, Any] = checkpoint["elt"]
         self.train_steps = checkpoint.get("global_step")  # which exported models do not say
         self.weights = meant(checkpoint, weights)
         self.module = build_module(checkpoint, self.weights).to(device)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(GenerativeDataModule, "data")
         try:
-            described = parser.parse_object({"data": found(checkpoint["elt"], "data")})
+            described = parser.parse_object({"data": found(self.recipe, "data")})
             self.data: GenerativeDataModule = parser.instantiate(described).data
         except UserError:
             raise

@@ -28,6 +28,7 @@ from elt_lightning.evaluation.sweep import Sweep, swept_settings
 from elt_lightning.evaluation.trained import Trained
 from elt_lightning.files import write_json
 from elt_lightning.model import AUTO_LOOPS
+from elt_lightning.reproduce.ablation import is_trained
 from elt_lightning.reproduce.any_time_results import key_of, records_path, write_results
 from elt_lightning.reproduce.commands import last_checkpoint
 from elt_lightning.samplers.base import Sampler
@@ -62,7 +63,7 @@ def main() -> None:
     if unknown := set(chosen) - set(config["testbeds"]):
         raise UserError(f"there is no testbed {', '.join(sorted(unknown))}: there are {', '.join(config['testbeds'])}")
     runs = list(runs_of(config, chosen, options.runs, output, options.num_samples))
-    missing = [run for run in runs if not run.checkpoint.is_file()]
+    missing = [run for run in runs if not (run.checkpoint.is_file() and is_trained(run.checkpoint.parents[1]))]
     if missing:
         print(f"not trained yet, and left out: {', '.join(str(run.checkpoint.parents[1]) for run in missing)}")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

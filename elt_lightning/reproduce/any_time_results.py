@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from elt_lightning.errors import UserError
 from elt_lightning.evaluation.calibration import Tried, pareto_front
 from elt_lightning.evaluation.report import in_words
 from elt_lightning.files import markdown_table, write_json, write_text, written_aside
@@ -49,8 +50,9 @@ def summarise(config: dict[str, Any], output: Path) -> dict[str, Any]:
         }
         if not contents:
             continue
-        about = next(iter(contents.values()))
-        metric = testbed.get("metric", about["primary_metric"])
+        about = described(contents)
+        primary_metric = about.pop("primary_metric")
+        metric = testbed.get("metric", primary_metric)
         rows = list(recorded_rows(testbed.get("recorded", {}), output.parent, metric))
         for recipe in config["recipes"]:
             by_setting: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
@@ -58,10 +60,27 @@ def summarise(config: dict[str, Any], output: Path) -> dict[str, Any]:
                 for record in content["records"] if of == recipe else ():
                     by_setting.setdefault(key_of(record), {})[seed] = record
             rows += [row_of(recipe, records, metric) for records in by_setting.values()]
-        kept = ("num_samples", "train_loops", "sampling_steps", "guidance", "higher_is_better")
-        about = {key: about[key] for key in kept}
         summary["testbeds"][name] = {"metric": metric} | about | {"rows": rows} | verdict(rows, config, about)
     return summary
+
+
+KEPT = ("num_samples", "train_steps", "train_loops", "sampling_steps", "guidance", "primary_metric", "higher_is_better")
+"""What records say of themselves beside their settings."""
+
+
+def described(contents: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+    """Return what all records of a testbed have in common, {(recipe, seed): records}.
+
+    Raises:
+        UserError: some were measured otherwise, and cannot be compared with the rest.
+    """
+    first = next(iter(contents.values()))
+    for (recipe, seed), other in contents.items():
+        if differing := [
+            f"{name} {other[name]} in place of {first[name]}" for name in KEPT if other[name] != first[name]
+        ]:
+            raise UserError(f"the records of {recipe}, seed {seed}, have {', '.join(differing)}: measure them again")
+    return {name: first[name] for name in KEPT}
 
 
 def row_of(recipe: str, records: dict[int, dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -86,6 +105,8 @@ def recorded_rows(recorded: dict[str, list[str]], results: Path, metric: str) ->
     for experiment, arms in recorded.items():
         path = results / experiment / "ablation.json"
         summary = json.loads(path.read_text()) if path.is_file() else {"arms": {}}
+        if missing := [arm for arm in arms if arm not in summary["arms"]]:
+            print(f"not in {path}, and left out: {', '.join(missing)}")
         for arm in arms:
             for row in summary["arms"].get(arm, {"rows": ()})["rows"]:
                 values = row["metrics"][metric]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from elt_lightning.errors import MOST, check_most
+from elt_lightning.errors import check_most
 from elt_lightning.processes.base import Process
 from elt_lightning.processes.conditioning import Condition
 from elt_lightning.samplers.guidance import Guidance
@@ -111,24 +111,25 @@ class Sampler(ABC):
         """Return the same sampler with some of its :meth:`settings` changed; ``weak_loops`` None leaves it as it is.
 
         Raises:
-            ValueError: a value that the setting may not have.
+            ValueError: a value that the setting may not have, or a weak exit alone, where there is no exit guidance.
+            UserError: more steps than anybody waits for.
         """
         other = copy.copy(self)
         if changes.get("weak_loops", 0) is None:
             del changes["weak_loops"]
-        of_a_weak_exit = "weak_loops" in changes and "exit_scale" not in changes
+        if "weak_loops" in changes and "exit_scale" not in changes and not self.guidance.exit_scale:
+            raise ValueError("weak_loops alone changes nothing: the sampler's exit_scale is 0, give one above it too")
         for part, fields in (("guidance", OF_GUIDANCE), ("loop_schedule", OF_LOOPS)):
             changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
             setattr(other, part, replace(getattr(self, part), **changed))
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
         if changes:
             raise ValueError(f"a sampler has no such setting: {', '.join(changes)}; there are {', '.join(SETTINGS)}")
-        if other.steps not in range(1, MOST["steps"] + 1):
-            raise ValueError(f"steps must be a whole number from 1 to {MOST['steps']}, not {other.steps!r}")
+        if not isinstance(other.steps, int) or other.steps < 1:
+            raise ValueError(f"steps must be a whole number from 1 up, not {other.steps!r}")
+        check_most(steps=other.steps)
         if other.carry_state not in (None, False, True):
             raise ValueError(f"carry_state is true, false or null, not {other.carry_state!r}")
-        if of_a_weak_exit and not other.guidance.exit_scale:
-            raise ValueError("weak_loops is the exit that exit guidance pushes away from: give it an exit_scale too")
         return other
 
     def suited_to(self, has_recall: bool) -> Self:
