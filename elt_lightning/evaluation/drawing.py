@@ -1,6 +1,7 @@
 """A model with its tokenizer: from classes to pictures, for people."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -94,9 +95,9 @@ class Drawing:
         Raises:
             UserError: the seed is no whole number in [0, 2³¹).
         """
-        if seed not in range(2**31):
+        if not (isinstance(seed, Integral) and 0 <= seed < 2**31):
             raise UserError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
-        seeds = sample_seeds(seed, torch.arange(len(labels), device=labels.device))
+        seeds = sample_seeds(int(seed), torch.arange(len(labels), device=labels.device))
         return self.module.sample(labels, loops, seeds, known, sampler, spent)
 
     def shown(self, codes: Tensor) -> Tensor:

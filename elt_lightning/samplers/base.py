@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -125,7 +126,7 @@ class Sampler(ABC):
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
         if changes:
             raise ValueError(f"a sampler has no such setting: {', '.join(changes)}; there are {', '.join(SETTINGS)}")
-        if not isinstance(other.steps, int) or other.steps < 1:
+        if not isinstance(other.steps, Integral) or other.steps < 1:
             raise ValueError(f"steps must be a whole number from 1 up, not {other.steps!r}")
         check_most(steps=other.steps)
         if other.carry_state not in (None, False, True):
