@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 from small_runs import SMALL_SQUARES
 from test_recall import CLASSES, LATENTS, TOKENS, V, dit, masked
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.calibration import Tried, pareto_front
+from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.plans import OF_MODEL, of_model, read_plan
 from elt_lightning.evaluation.spent import SpentLoops
 from elt_lightning.networks.base import LoopedNetwork
@@ -100,6 +102,15 @@ def test_a_weak_exit_at_or_beyond_the_last_loop_is_refused() -> None:
         Guidance(weak_loops=0)
     with pytest.raises(ValueError, match="exit_interval"):
         Guidance(exit_interval=(0.5, 0.5))
+
+
+def test_a_prediction_may_have_loops_that_a_sweep_up_to_l_max_has_not() -> None:
+    """`elt predict --loops 8 --exit_scale 0.5 --weak_loops 4` of a model trained at four."""
+    sampler = MaskGITSampler(TOKENS, CLASSES, 2, guidance=Guidance(exit_scale=0.5, weak_loops=4))
+    module, metrics, trainer = module_of(masked(), sampler), LoopMetrics(), Trainer(logger=False, devices=1)
+    metrics.setup(trainer, module, "predict")
+    with pytest.raises(ValueError, match="no setting is left to measure"):
+        metrics.setup(trainer, module, "test")
 
 
 def test_schedules_of_loops_have_the_same_sum_and_fall_or_rise() -> None:

@@ -136,7 +136,8 @@ class LoopMetrics(Callback):
                 does not have.
             UserError: a loop is to end by itself, and nothing says when.
         """
-        self._settings(cast(ELTModule, pl_module), swept=stage == "test")
+        if stage != "predict":  # which measures nothing
+            self._settings(cast(ELTModule, pl_module), swept=stage == "test")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how long the model was trained."""

@@ -31,7 +31,7 @@ from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce.curves import read_curves
 from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABLE_1, TABLE_2
-from elt_lightning.reproduce.sweeps import difference, read_sweep, rows_of
+from elt_lightning.reproduce.sweeps import difference, drawn_alike, read_sweep, rows_of
 from elt_lightning.reproduce.update_norms import figure as norms_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
 
@@ -155,7 +155,7 @@ def read_runs(folder: Path, mode: str = "ilsd") -> pd.DataFrame:
             "train_loops": report["train_loops"],
             "is_compared": model in COMPARED,
         }
-        for row in report["rows"]:
+        for row in drawn_alike(report, papers):
             score = row["metrics"][metric]
             lines.append(of_run | cost_of(row) | {"value": score["mean"], "spread": score["std"]})
     return best_first(points_of(lines)).drop_duplicates(["series", "loops"]).sort_index()
