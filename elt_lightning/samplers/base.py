@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -123,9 +124,13 @@ class Sampler(ABC):
             changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
             setattr(other, part, replace(getattr(self, part), **changed))
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
-        if changes or other.steps < 1:
-            raise ValueError(f"a sampler has no such setting: {changes or f'steps {other.steps}'}")
+        if changes:
+            raise ValueError(f"a sampler has no such setting: {', '.join(changes)}; there are {', '.join(SETTINGS)}")
+        if not isinstance(other.steps, Integral) or other.steps < 1:
+            raise ValueError(f"steps must be a whole number from 1 up, not {other.steps!r}")
         check_most(steps=other.steps)
+        if other.carry_state not in (None, False, True):
+            raise ValueError(f"carry_state is true, false or null, not {other.carry_state!r}")
         return other
 
     def suited_to(self, has_recall: bool) -> Self:
