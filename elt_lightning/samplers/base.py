@@ -47,8 +47,9 @@ class Sampler(ABC):
         num_classes: the null class.
         steps: K, sampling steps.
         guidance: by the class and by an exit.
-        carry_state: begin the loop of every step but the first from the state that the step before ended with, in both
-            branches of guidance; this needs a network with recall. None: where the network has recall.
+        carry_state: begin the loop of every step but the first from the state that the step before ended with, times
+            :meth:`carried_shares`, in both branches of guidance; this needs a network with recall. None: where the
+            network has recall.
         loop_schedule: how loops are spread over the steps, and when a sample's loop may stop.
 
     Raises:
@@ -100,6 +101,10 @@ class Sampler(ABC):
     @abstractmethod
     def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
         """Measure how much a prediction for x (b, …) differs from the loop before's: (b,), at least 0."""
+
+    def carried_shares(self) -> list[float]:
+        """List how much of the carried state each of the K steps begins from, in [0, 1]: all of it."""
+        return [1.0] * self.steps
 
     def settings(self) -> dict[str, Any]:
         """Return what may be swept; ``weak_loops`` is None where there is no exit guidance."""
