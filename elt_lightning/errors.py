@@ -27,6 +27,11 @@ def printable(text: str, longest: int = 300) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's message, as much of it as fits on one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 MOST = {
     "max_loops": 10**6,
     "loops": 10**6,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,12 +12,14 @@ import yaml
 from processes import start
 from small_runs import SMALL
 
+from elt_lightning.cli import main
 from elt_lightning.data.toy.digits import DigitsDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.reproduce import ablation
 from elt_lightning.reproduce.claims import read_experiment
 
 ROOT = Path(__file__).parent.parent
+LOOPED = {"label": "looped", "num_layers": 1, "max_loops": 2, "mode": "ilsd"}
 
 
 def settings_of(flags: list[str]) -> dict[str, str]:
@@ -45,7 +48,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "settings": settings_of(SMALL)
         | {"trainer.accelerator": "cpu", "trainer.max_steps": 4, "trainer.val_check_interval": 2},
         "arms": {
-            "ilsd": {"label": "looped", "num_layers": 1, "max_loops": 2, "mode": "ilsd", "test_loops": [1, 2]},
+            "ilsd": LOOPED | {"test_loops": [1, 2]},
             "unlooped_2": {"label": "unlooped", "num_layers": 2, "max_loops": 1, "mode": "vanilla"},
         },
     }
@@ -85,6 +88,9 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     loop = json.loads(Path("runs/ablation_small/ilsd_seed1/test/loops.json").read_text())
     assert records[1]["rows"][0]["metrics"]["fd_digits"] == loop["rows"][0]["metrics"]["fd_digits"]["mean"]
     assert Path("results/ablation.png").stat().st_size > 10_000
+    seeds = ["elsewhere/ablation_small/ilsd_seed0", "runs/ablation_small/ilsd_seed1"]
+    assert main(["compare", *seeds, "--output=sheet"]) == 0
+    assert "| ilsd_seed0 and 1 more | " in Path("sheet/compare.md").read_text()
     found = read_experiment(Path("results"))
     assert found is not None
     assert list(found.arms["ilsd"].scores[2]) == arm["rows"][1]["metrics"]["recognised"]
@@ -140,6 +146,8 @@ def test_an_error_leaves_the_summary_of_the_whole_seeds(commands: list[str], mon
         ({"base": "configs/digits.yaml"}, "may not have base"),
         ({"seeds": None}, "lacks seeds"),
         ({"arms": {"ilsd": {"layers": 2}}}, "unexpected keyword argument 'layers'"),
+        ({"arms": {"ilsd": LOOPED | {"taught": True}}}, "ilsd has taught, but no begins_at"),
+        ({"arms": {"ilsd": LOOPED | {"begins_at": "deep"}}}, "begins at deep, which is no arm"),
     ],
 )
 def test_what_an_experiment_may_not_say_is_named(
@@ -165,6 +173,7 @@ def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: 
             folder = Path(arguments[arguments.index("--run_dir") + 1])
             (folder / "checkpoints").mkdir(parents=True)
             (folder / "checkpoints" / "last.ckpt").touch()
+            time.sleep(0.5 * (folder.name == "unlooped_8_seed0"))
 
     monkeypatch.setattr(ablation, "elt", elt)
     monkeypatch.setattr(ablation, "write_record", lambda *_: None)
@@ -185,3 +194,5 @@ def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: 
     assert loops["blocks"][:3] == ("loop", "--from", original)
     assert fits["blocks_25_seed0"][-2:] == ("--init_from", "runs/upcycling/blocks_25_seed0/beginning")
     assert all(noted.index(fits["unlooped_8_seed0"]) < noted.index(call) for call in loops.values())
+    trained = json.loads(Path("runs/upcycling/blocks_25_seed0/trained.json").read_text())
+    assert trained["seconds"] < 0.25  # waiting is no training

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 from small_runs import SMALL_SQUARES
 from test_recall import CLASSES, LATENTS, TOKENS, V, dit, masked
 from torch import Tensor
 
 from elt_lightning.cli import main
+from elt_lightning.errors import UserError
 from elt_lightning.evaluation.calibration import Tried, pareto_front
-from elt_lightning.evaluation.plans import read_plan
+from elt_lightning.evaluation.loop_metrics import LoopMetrics
+from elt_lightning.evaluation.plans import OF_MODEL, of_model, read_plan
 from elt_lightning.evaluation.spent import SpentLoops
 from elt_lightning.networks.base import LoopedNetwork
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -28,6 +31,7 @@ from elt_lightning.samplers.guidance import Guidance
 from elt_lightning.samplers.guided_steps import GuidedSteps
 from elt_lightning.samplers.loop_schedule import LoopSchedule
 from elt_lightning.samplers.masked import MaskGITSampler
+from elt_lightning.training.announce import macs_per_second
 from elt_lightning.training.module import ELTModule
 
 
@@ -88,10 +92,25 @@ def test_a_weak_exit_at_or_beyond_the_last_loop_is_refused() -> None:
     for loops in (1, 2, [3, 3, 2, 3]):
         with pytest.raises(ValueError, match="exit 2, which must come before the last"):
             sampler.loops_per_step(loops)
+    with pytest.raises(ValueError, match="weak_loops alone changes nothing"):  # which a flag would do in silence
+        MaskGITSampler(TOKENS, CLASSES, 4).with_settings(weak_loops=2)
+    assert MaskGITSampler(TOKENS, CLASSES, 4).with_settings(exit_scale=0.5, weak_loops=2).guidance.weak_loops == 2
+    assert sampler.with_settings(weak_loops=1).guidance.weak_loops == 1
+    with pytest.raises(UserError, match="steps must be at most"):
+        sampler.with_settings(steps=10**7)
     with pytest.raises(ValueError, match="weak_loops >= 1"):
         Guidance(weak_loops=0)
     with pytest.raises(ValueError, match="exit_interval"):
         Guidance(exit_interval=(0.5, 0.5))
+
+
+def test_a_prediction_may_have_loops_that_a_sweep_up_to_l_max_has_not() -> None:
+    """`elt predict --loops 8 --exit_scale 0.5 --weak_loops 4` of a model trained at four."""
+    sampler = MaskGITSampler(TOKENS, CLASSES, 2, guidance=Guidance(exit_scale=0.5, weak_loops=4))
+    module, metrics, trainer = module_of(masked(), sampler), LoopMetrics(), Trainer(logger=False, devices=1)
+    metrics.setup(trainer, module, "predict")
+    with pytest.raises(ValueError, match="no setting is left to measure"):
+        metrics.setup(trainer, module, "test")
 
 
 def test_schedules_of_loops_have_the_same_sum_and_fall_or_rise() -> None:
@@ -154,6 +173,34 @@ def test_samples_that_have_arrived_leave_the_batch() -> None:
     assert per_sample.quantiles["p50"] == pytest.approx([torch.stack(spent).mean(0).median().item()])
 
 
+def test_the_time_of_long_work_is_measured_where_few_loops_would_end_at_the_weak_exit() -> None:
+    """32 falling loops have five left where exit guidance still acts; the few that are timed would have two."""
+    guidance = Guidance(exit_scale=0.5, weak_loops=2, exit_interval=(0.0, 0.9))
+    sampler = MaskGITSampler(TOKENS, CLASSES, 16, guidance=guidance, loop_schedule=LoopSchedule("falling"))
+    assert min(sampler.loops_per_step(32)[:15]) == 5
+    assert macs_per_second(module_of(masked(), sampler), sampler, 2) > 0
+
+
+def test_a_plan_is_of_one_model_and_of_values_that_settings_may_have(tmp_path: Path) -> None:
+    recipe = {"model": {name: {"class_path": name} for name in OF_MODEL} | {"optimizer": 1}}
+    best = {"loops": 2, "steps": 3, "carry_state": True, "guidance": 1.0, "exit_scale": 0, "weak_loops": None}
+    best |= {"loop_schedule": "falling", "tolerance": 0.1}
+    assert best.keys() == {"loops", *SETTINGS}
+    written = {"best": best, "weights": "raw", "model": of_model(recipe)}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(written))
+    plan = read_plan(path)
+    assert plan.settings == best | {"weights": "raw"}
+    plan.check({"model": recipe["model"] | {"optimizer": 2}})
+    with pytest.raises(UserError, match="another model, whose sampler differs"):
+        plan.check({"model": recipe["model"] | {"sampler": {"class_path": "DDIMSampler"}}})
+    wrong = [("loops", "2"), ("steps", 1.5), ("carry_state", 1), ("weak_loops", -1), ("loop_schedule", "up")]
+    for name, value in [*wrong, ("tolerance", "x"), ("guidance", -1)]:
+        path.write_text(json.dumps(written | {"best": best | {name: value}}))
+        with pytest.raises(UserError, match="not written by this version of `elt calibrate`"):
+            read_plan(path)
+
+
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_the_front_is_what_nothing_beats(higher_is_better: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -208,8 +255,9 @@ def test_commands_sweep_and_use_every_setting(
     assert 1 <= low <= mean <= high < 32
     assert main(["sample", *checkpoint, "--output=any_time/s.png", "--num=2", *ending]) == 0
     assert "at most 32 loops: " in capsys.readouterr().out
-    tried = ["--steps=1,2", "--loops=1,2", "--tolerance=0.01", "--exit_scale=0.5", "--num_samples=4"]
+    tried = ["--steps=1,2", "--loops=1,2", "--tolerance=0.01", "--exit_scale=0.5", "--num_samples=4", "--weights=raw"]
     assert main(["calibrate", *checkpoint, "--budget=0.5", *tried, "--output=any_time/plan.json"]) == 0
+    assert "left out as without a loop beyond the weak exit" in " ".join(capsys.readouterr().out.split())
     plan = json.loads(Path("any_time/plan.json").read_text())
     assert plan["first_sample"] > 100_000
     assert plan["best"] in plan["front"]
@@ -219,11 +267,20 @@ def test_commands_sweep_and_use_every_setting(
     assert Path("any_time/pareto.png").stat().st_size > 1000
     planned = ["--plan", "any_time/plan.json"]
     assert main(["test", *checkpoint, *planned, "--num_samples=4", "--run_dir=any_time/planned"]) == 0
-    (row,) = json.loads(Path("any_time/planned/loops.json").read_text())["rows"]
-    assert {name: row[name] for name in ("loops", *SETTINGS)} == read_plan("any_time/plan.json")
+    report = json.loads(Path("any_time/planned/loops.json").read_text())
+    (row,) = report["rows"]
+    found = {name: row[name] for name in ("loops", *SETTINGS)} | {"weights": report["weights"]}
+    assert found == read_plan("any_time/plan.json").settings
+    for command in (
+        ["test", "--run_dir=refused"],
+        ["predict", "--run_dir=refused"],
+        ["sample", "--output=refused.png"],
+    ):
+        assert main([*command, "--ckpt_path", str(small_squares), *planned]) == 2
+        assert "plan.json is of another model, whose network differs" in capsys.readouterr().err
     assert main(["sample", *checkpoint, *planned, "--num=2", "--output=any_time/planned.png"]) == 0
     assert main(["predict", *checkpoint, "--plan=any_time/exits/loops.json"]) == 2
-    assert "was not written by `elt calibrate`" in capsys.readouterr().err
+    assert "was not written by this version of `elt calibrate`" in capsys.readouterr().err
     for command in (["test"], ["predict"], ["sample", "--output=refused.png"]):
         folder = [] if command[0] == "sample" else ["--run_dir=refused"]
         for flags, message in (

@@ -29,7 +29,7 @@ from shard_files import add_member, npy, stored, token_index, write_shards
 
 from elt_lightning.cli import end_of_loader, main
 from elt_lightning.data.base import BatchDataset
-from elt_lightning.data.workers import Loader, end_where_batches_are_lost
+from elt_lightning.data.workers import Loader
 from elt_lightning.files import sha256
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -866,7 +866,7 @@ class Unsendable(BatchDataset):
 
 def test_a_batch_that_cannot_be_handed_on_is_not_waited_for(capfd: pytest.CaptureFixture[str]) -> None:
     with at_most(3 * SECONDS), pytest.raises(RuntimeError) as caught:
-        list(Loader(Unsendable(), [torch.arange(1)], 1, end_where_batches_are_lost))
+        list(Loader(Unsendable(), [torch.arange(1)], 1))
     assert end_of_loader(caught.value) is not None
     assert "cannot hand on a batch" in capfd.readouterr().err
 

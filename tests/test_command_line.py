@@ -194,8 +194,13 @@ def test_averaged_and_raw_weights_are_judged_apart(checkpoint: Path) -> None:
     assert scores[0] != scores[1]
 
 
-def test_validate_runs_from_a_checkpoint_alone(checkpoint: Path) -> None:
-    assert main(["validate", "--ckpt-path", str(checkpoint), "--loops=1,3"]) == 0
+def test_validate_runs_from_a_checkpoint_alone(checkpoint: Path, refused: Callable[..., str]) -> None:
+    flags = ["--loops=1,3", "--num_samples=5", "--run_dir=runs/validated"]
+    assert main(["validate", "--ckpt-path", str(checkpoint), *flags]) == 0
+    settings = yaml.safe_load(Path("runs/validated/config.yaml").read_text())["loop_metrics"]
+    assert settings["num_validation_samples"] == 5  # num_samples are those of a test
+    for flag in ("--guidance=2", "--repeats=2"):  # which validation does not sweep
+        assert "there is no setting" in refused("validate", "--ckpt_path", str(checkpoint), flag)
 
 
 def test_predict_writes_every_sample_once_in_order(checkpoint: Path) -> None:

@@ -56,9 +56,10 @@ def inputs(network: Network, batch: int = 4) -> tuple[Tensor, Condition]:
     return torch.randint(0, 14, (batch, *network.sample_shape)), Condition(labels)
 
 
+@pytest.mark.parametrize("recall", [False, True])
 @pytest.mark.parametrize("make", [masked, dit])
-def test_one_compilation_serves_every_loop_count(make: Callable[..., Network]) -> None:
-    compiled, plain = pair(make)
+def test_one_compilation_serves_every_loop_count(make: Callable[..., Network], recall: bool) -> None:
+    compiled, plain = pair(make, recall=recall)
     names = list(compiled.state_dict())
     compiled.backbone.compile_loop(backend="eager")
     assert list(compiled.state_dict()) == names == list(plain.state_dict())
@@ -70,6 +71,10 @@ def test_one_compilation_serves_every_loop_count(make: Callable[..., Network]) -
                 *(n(x, condition, loops, exits).predictions.values() for n in (compiled, plain)), strict=True
             ):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        if recall:  # a carried state takes the same one
+            state = plain(x, condition, 2).state
+            ours, theirs = (n(x, condition, 2, state=state).predictions[2] for n in (compiled, plain))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -89,7 +94,7 @@ def test_what_is_compiled_grows_with_layers_and_not_with_loops() -> None:
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-@pytest.mark.parametrize("make", [masked, dit])
+@pytest.mark.parametrize("make", [masked, dit, lambda: dit(recall=True)])
 def test_gradients_are_those_without(make: Callable[..., Network], activation_checkpointing: bool) -> None:
     compiled, plain = pair(make)
     compiled.backbone.activation_checkpointing = activation_checkpointing

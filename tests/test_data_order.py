@@ -4,10 +4,9 @@ import random
 import pytest
 import torch
 from lightning import Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from elt_lightning.data.base import HeldOutOrder, TensorBatches, TrainingOrder
+from elt_lightning.data.base import AskedByNumbers, HeldOutOrder, TensorBatches, TrainingOrder
 from elt_lightning.data.toy.digits import DigitsDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.training.trainer_settings import count_in_steps
@@ -18,7 +17,7 @@ def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, e
     ranks = []
     for rank in range(world):
         order = TrainingOrder(samples, batch, micro, rank, world, seed, lambda: epoch * (samples // batch))
-        ranks.append([index.tolist() for index in order])
+        ranks.append(list(order))
         assert len(order) == len(ranks[-1])
     return ranks
 
@@ -26,14 +25,14 @@ def micro_batches(samples: int, batch: int, micro: int, world: int, seed: int, e
 def val_batches(samples: int, batch: int, world: int) -> list[list[list[int]]]:
     """For each rank its batches."""
     orders = [HeldOutOrder(samples, batch, rank, world) for rank in range(world)]
-    ranks = [[index.tolist() for index in order] for order in orders]
+    ranks = [list(order) for order in orders]
     assert [len(order) for order in orders] == [len(rank) for rank in ranks]
     return ranks
 
 
 def test_samples_without_number_are_asked_for_as_they_come() -> None:
     order = HeldOutOrder(10**15, 3, 1, 2)
-    assert next(iter(order)).tolist() == [1, 3, 5]
+    assert next(iter(order)) == [1, 3, 5]
     assert len(order) == 166_666_666_666_667
 
 
@@ -91,9 +90,9 @@ def test_a_pass_begins_at_the_step_that_the_trainer_has_reached(done: int, epoch
     step = 0
     order = TrainingOrder(100, 10, 5, 0, 1, 4, lambda: step)
     step = 10 * epoch
-    whole = [index.tolist() for index in order]
+    whole = list(order)
     step = 10 * epoch + done
-    assert [index.tolist() for index in order] == whole[2 * done :]
+    assert list(order) == whole[2 * done :]
 
 
 @pytest.mark.parametrize(("samples", "batch", "world"), [(100, 12, 2), (7, 1, 4), (50, 8, 1), (96, 4, 3)])
@@ -118,10 +117,9 @@ def test_a_loader_over_the_order_gives_whole_batches_with_their_places(workers: 
     x = torch.randint(0, 200, (30, 4)).to(dtype)
     labels = torch.randint(0, 9, (30,), dtype=torch.uint8)
     order = TrainingOrder(30, 10, 5, 1, 2, seed=3)
-    loader = DataLoader(TensorBatches(x, labels), sampler=order, batch_size=None, num_workers=workers)
+    loader = DataLoader(AskedByNumbers(TensorBatches(x, labels)), sampler=order, batch_size=None, num_workers=workers)
     assert len(loader) == 3
-    expected: list[Tensor] = list(order)
-    for batch, index in zip(loader, expected, strict=True):
+    for batch, index in zip(loader, map(torch.tensor, order), strict=True):
         assert torch.equal(batch.indices, index)
         assert torch.equal(batch.x, x[index].float() if dtype.is_floating_point else x[index].long())
         assert batch.x.dtype == (torch.float32 if dtype.is_floating_point else torch.int64)

@@ -7,6 +7,7 @@ from torch import Tensor
 from elt_lightning.metrics.diversity import manifold_scores
 from elt_lightning.metrics.frechet import FrechetDistance
 from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.metrics.small_networks import FeatureNetwork
 
 
 def by_hand(real: Tensor, samples: Tensor, neighbours: int) -> dict[str, float]:
@@ -36,9 +37,16 @@ def test_scores_equal_those_of_loops_by_hand() -> None:
         manifold_scores(real[:5], samples)
 
 
+class Pixels(FeatureNetwork):
+    num_features = 4
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)
+
+
 def test_the_features_of_a_distance_tell_copies_of_one_picture_from_many() -> None:
     torch.manual_seed(0)
-    distance = FrechetDistance("fd", lambda pixels: pixels.flatten(1), 4, "pixels")
+    distance = FrechetDistance("fd", Pixels(), "pixels")
     assert distance.diversity() == []
     real = torch.rand(40, 1, 2, 2)
     distance.set_reference(real.split(15))

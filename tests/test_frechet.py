@@ -12,17 +12,21 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from elt_lightning.metrics.frechet import FrechetDistance, frechet_distance
 from elt_lightning.metrics.moments import Moments
+from elt_lightning.metrics.small_networks import FeatureNetwork
 
 
-class FlatFeatures(nn.Module):
+class FlatFeatures(FeatureNetwork):
     """Pictures of one row as features, unchanged."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
         return pixels.flatten(1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.features(pixels)
 
 
 def random_pictures(count: int, num_features: int, seed: int) -> Tensor:
@@ -34,7 +38,7 @@ def random_pictures(count: int, num_features: int, seed: int) -> Tensor:
 
 
 def metric_for(num_features: int, reference: Tensor | None = None) -> FrechetDistance:
-    metric = FrechetDistance("fd_flat", FlatFeatures(num_features), num_features, "flat")
+    metric = FrechetDistance("fd_flat", FlatFeatures(num_features), "flat")
     if reference is not None:
         metric.set_reference(reference.split(70))
     return metric

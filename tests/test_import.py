@@ -110,6 +110,36 @@ def test_a_checkpoint_of_their_training_gives_its_average(tmp_path: Path, capsys
     assert "add --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("dit", torch.float16), ("sit", torch.bfloat16)])
+def test_files_in_half_precision_and_of_the_old_format_are_read(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The table of positions is rounded in them; SiT's time is turned in full precision."""
+    half = file_of_weights(tmp_path / "half.pt", lambda state: {name: w.to(dtype) for name, w in state.items()})
+    weights = {name: weight.float() for name, weight in torch.load(half).items()}
+    weights["pos_embed"] = torch.load(file_of_weights(tmp_path / "exact.pt"))["pos_embed"]
+    full = tmp_path / "full.pt"
+    torch.save(weights, full, _use_new_zipfile_serialization=False)
+    assert elt_import(kind, half) == elt_import(kind, full) == 0
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("half", "full"))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("flags", "telling"),
+    [
+        ({"model": "DiT-XL/2"}, "of a DiT-XL/2: elt import dit"),
+        ({"model": "SiT-XL/2", "path_type": "GVP"}, "path_type GVP"),
+        ({"path_type": "Linear", "prediction": "noise"}, "prediction noise"),
+        ({"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}, None),
+    ],
+)
+def test_the_flags_of_a_training_say_whether_it_is_of_this_kind(
+    flags: dict[str, str], telling: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = file_of_weights(tmp_path / "a.pt", lambda s: as_checkpoint(s) | {"args": argparse.Namespace(**flags)})
+    assert elt_import("sit", file) == (2 if telling else 0)
+    assert (telling or "") in capsys.readouterr().err
+
+
 def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda state: {key: value for key, value in state.items() if key != name}
 
@@ -125,6 +155,10 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
             r"of another shape such as blocks\.2\.mlp\.fc2\.weight \(2, 2\), not \(32, 128\)",
         ),
         (lambda state: state | {"pos_embed": state["pos_embed"] + 1}, "pos_embed is not the table"),
+        (lambda state: state | {"pos_embed": torch.ones(4)}, "no tensor 'pos_embed' of 3 dimensions"),
+        (lambda state: state | {"pos_embed": torch.ones(1, 5, 64)}, r"pos_embed \(1, 5, 64\), not \(1, 4, 32\)"),
+        (lambda state: state | {"x_embedder.proj.weight": torch.ones(32, 4, 2, 3)}, r"2, 3\), not \(32, 4, 2, 2\)"),
+        (lambda state: state | {"x_embedder.proj.weight": torch.ones(32, 4, 0, 0)}, "no tensor 'x_embedder"),
         (lambda state: {"epoch": 3}, r"no tensor 'x_embedder\.proj\.weight'"),
         (lambda state: [1, 2], "holds a list, not named weights"),
     ],

@@ -11,6 +11,7 @@ import yaml
 
 from elt_lightning.errors import UserError
 from elt_lightning.reproduce import any_time
+from elt_lightning.reproduce.claims import any_time_section
 
 CONFIG: dict[str, Any] = {
     "seeds": [0],
@@ -24,7 +25,7 @@ CONFIG: dict[str, Any] = {
         "plain": {"steps": [0.34, 1.0], "loops": [1, 4]},
         "exits": {"steps": [1.0], "loops": [1, 4], "exit_scale": [0, 0.5], "weak_loops": [1]},
     },
-    "testbeds": {"squares": {"runs": "recall", "num_samples": 4}},
+    "testbeds": {"squares": {"runs": "recall", "num_samples": 4, "recorded": {"recall": ["vanilla"]}}},
 }
 
 
@@ -52,12 +53,13 @@ def test_a_checkpoint_is_measured_setting_by_setting_and_only_once(
 
 
 def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of records made by hand: means over seeds, the cheapest that is as good, the best that costs no more."""
     setting = {"carry_state": False, "guidance": 1.0, "exit_scale": 0, "weak_loops": None}
     setting |= {"loop_schedule": "constant", "tolerance": None}
     about = {"num_samples": 4, "train_steps": 6, "train_loops": 4, "sampling_steps": 3, "primary_metric": "valid"}
+    about["guidance"] = 1.0
     scores = {"ilsd": {1: (0.2, 0.4), 4: (0.6, 0.8)}, "recall_ilsd": {1: (0.5, 0.6), 2: (0.8, 0.7), 4: (0.9, 1.0)}}
     for recipe, by_loops in scores.items():
         for seed in (0, 1):
@@ -66,16 +68,33 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
                 | {"metrics": {"valid": values[seed]}}
                 for loops, values in by_loops.items()
             ]
+            if recipe == "ilsd":  # at L_max too, away from an exit, one of them at more than the compute of L_max
+                guided = records[-1] | {"weak_loops": 1}
+                for scale, macs, score in ((0.5, 410, 0.75), (1.0, 410, 0.65), (2.0, 500, 0.99)):
+                    changed = {"exit_scale": scale, "macs_per_sample": macs, "metrics": {"valid": score}}
+                    records.append(guided | changed)
             path = any_time.records_path(tmp_path / "any_time", "squares", recipe, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(about | {"higher_is_better": True, "records": records}))
     (tmp_path / "any_time.yaml").write_text(yaml.safe_dump(CONFIG | {"seeds": [0, 1, 2]}))
+    stopped = tmp_path / "recall" / "ilsd_seed2" / "checkpoints" / "last.ckpt"
+    stopped.parent.mkdir(parents=True)
+    stopped.touch()  # without the mark of a training that came to its end
     flags = ["--config", str(tmp_path / "any_time.yaml"), "--runs", str(tmp_path), "--jobs", "1"]
     monkeypatch.setattr(sys, "argv", ["any_time", *flags, "--output", str(tmp_path / "any_time")])
     any_time.main()
+    printed = capsys.readouterr().out
+    assert str(stopped.parents[1]) in printed.splitlines()[0]
+    assert f"not in {tmp_path / 'recall' / 'ablation.json'}, and left out: vanilla" in printed
     testbed = json.loads((tmp_path / "any_time" / "any_time.json").read_text())["testbeds"]["squares"]
     assert testbed["compute_ratio_at_equal_quality"] == pytest.approx(0.5)
     assert testbed["quality_at_equal_compute"] == pytest.approx({"paper": 0.7, "ours": 0.95})
+    # Within half of the compute of L_max seed 1 would choose L = 2 and seed 0 too; each is scored on the other.
+    assert testbed["held_out"]["compute_ratio"] == pytest.approx([0.5, 0.5])
+    assert testbed["held_out"]["difference"] == pytest.approx([0.2, -0.1])
+    worth = testbed["worth"]["ilsd"]
+    assert (worth["plain"], worth["exit guidance"]["score"], worth["exit guidance"]["tried"]) == (0.7, 0.75, 2)
+    assert set(testbed["worth"]["recall_ilsd"]) == {"plain"}
     row = next(row for row in testbed["rows"] if (row["recipe"], row["mean_loops"]) == ("ilsd", 1))
     assert {name: row[name] for name in ("steps", "macs_per_sample", "seeds")} == {
         "steps": 3,
@@ -83,5 +102,13 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
         "seeds": [0, 1],
     }
     assert (row["mean"], row["std"]) == pytest.approx((0.3, 0.2 / 2**0.5))
-    assert "ours needs 0.50 of its compute" in (tmp_path / "any_time" / "any_time.md").read_text()
+    page = (tmp_path / "any_time" / "any_time.md").read_text()
+    assert "ours needs 0.50 of its compute" in page
+    assert "ahead of the recipe by 0.2, -0.1" in page
+    assert "| ILSD | 0.7 | 0.75 (loops 4" in page
     assert (tmp_path / "any_time" / "any_time.png").stat().st_size > 10_000
+    section = "\n".join(any_time_section(tmp_path))
+    assert "| squares, valid | 0.50 | 0.50, +0.2; 0.50, -0.1 | **holds in 1 of 2 seeds only" in section
+    path.write_text(path.read_text().replace('"num_samples": 4', '"num_samples": 5'))
+    with pytest.raises(UserError, match="of recall_ilsd, seed 1, have num_samples 5 in place of 4"):
+        any_time.main()

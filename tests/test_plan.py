@@ -100,9 +100,9 @@ def small_masked(max_loops: int = 3, **settings: float) -> ELTModule:
     )
 
 
-def small_diffusion(block: str = "film") -> ELTModule:
+def small_diffusion(block: str = "film", recall: bool = False) -> ELTModule:
     return ELTModule(
-        network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, num_heads=4, block=block),  # type: ignore[arg-type]
+        network=LoopedDiT((4, 8, 8), 10, num_layers=2, width=32, num_heads=4, block=block, recall=recall),  # type: ignore[arg-type]
         process=GaussianProcess(),
         objective=DiffusionObjective,
         distillation=ILSD(3),
@@ -131,7 +131,16 @@ def really_kept(module: ELTModule, num_samples: int, types: Types) -> int:
     return kept
 
 
-@pytest.mark.parametrize("make", [small_masked, small_diffusion, lambda: small_diffusion("adaln_zero")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        small_masked,
+        small_diffusion,
+        lambda: small_diffusion("adaln_zero"),
+        lambda: small_masked(recall=True),
+        lambda: small_diffusion("adaln_zero", recall=True),
+    ],
+)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_activations_are_what_a_real_training_loss_keeps(make: Callable[[], ELTModule], precision: str) -> None:
     module, types = make(), PRECISIONS[precision]
@@ -267,6 +276,15 @@ def test_hours_of_training_validation_and_test_by_hand() -> None:
     assert make_plan(module, planned)["image_macs"] == image + 3 * loop
     two_scales = make_plan(module, settings(swept={"guidance": [1.0, 2.0]}, loops=[2]))
     assert two_scales["test_hours"][2] == pytest.approx(11 * 2 * (24 + 48) * (2 * loop + head) / 0.5e12 / 3600)
+
+
+def test_loop_counts_at_or_below_the_weak_exit_are_planned_as_they_are_drawn_not_at_all() -> None:
+    module = small_masked()
+    module.sampler = module.sampler.with_settings(exit_scale=0.5, weak_loops=1)
+    plan = make_plan(module, settings())
+    assert list(plan["sample_macs"]) == [2, 3]
+    assert plan["sample_macs"][2] == 5 * 2 * module.network.macs(2, (1,))
+    assert plan["test_hours"][1] == 0 < plan["test_hours"][2]
 
 
 def trainer(**changes: object) -> dict[str, object]:

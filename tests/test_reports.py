@@ -220,10 +220,10 @@ def test_the_table_marks_the_best_guidance_only_where_it_was_swept() -> None:
     assert "lower is better" in printed(report(higher_is_better=False))
 
 
-@pytest.mark.parametrize(("channels", "gap"), [(1, 2), (3, 0), (3, 1)])
-def test_a_row_of_pictures_lies_side_by_side(channels: int, gap: int) -> None:
-    pictures = random_pictures(4, channels)
-    row = picture_row(pictures, gap)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_row_of_pictures_lies_side_by_side(channels: int) -> None:
+    pictures, gap = random_pictures(4, channels), 2
+    row = picture_row(pictures)
     assert row.shape == ((6 + gap, 4 * (5 + gap)) if channels == 1 else (6 + gap, 4 * (5 + gap), 3))
     for place, picture in enumerate(pictures):
         left = place * (5 + gap)

@@ -156,6 +156,26 @@ def test_the_best_guidance_scale_counts_and_spreads_are_kept(tmp_path: Path) -> 
     assert any("guidance 3" in note and "elt_l_8n3l/test/loops.json" in note for note in table["notes"])
 
 
+def test_rows_that_were_drawn_unlike_the_papers_are_left_out_and_counted(tmp_path: Path) -> None:
+    """One sweep may hold the paper's sampling beside exit guidance, a schedule of loops and other numbers of steps."""
+    common = {"loops": 3, "params_backbone": size(TABLE_1[2]), "carry_state": False, "exit_scale": 0.0}
+    common |= {"loop_schedule": "constant", "tolerance": None, "guidance": 1.0}
+    changed = [{"exit_scale": 0.5}, {"loop_schedule": "falling"}, {"steps": 48}, {"steps": 24, "guidance": 2.0}]
+    better = [
+        {**common, "steps": 24, **change, "metrics": {"fid": 5.0 - place}} for place, change in enumerate(changed)
+    ]
+    write_run(tmp_path / "elt_l_8n3l", [*better[:3], {**better[3], "metrics": {"fid": 6.0}}], sampling_steps=48)
+    table = make_table(1, tmp_path)
+    assert table["rows"][2]["fid_measured"] == 6.0
+    assert any("3 of its rows are left out" in note for note in table["notes"])
+    assert any("3 loops, 24 sampling steps, guidance 2" in note for note in table["notes"])
+    assert list(figures.read_runs(tmp_path)["value"]) == [6.0]
+    write_run(tmp_path / "elt_l_8n3l", better[:2])
+    table = make_table(1, tmp_path)
+    assert table["rows"][2]["fid_measured"] is None
+    assert any("none of its samples were drawn without carry_state, exit_scale" in note for note in table["notes"])
+
+
 def test_the_two_video_rows_are_told_apart_by_loops_and_steps(tmp_path: Path) -> None:
     common = {"params_backbone": size(TABLE_4[2])}
     rows = [{**common, "loops": loops, "metrics": {"fvd": 100.0 + loops}} for loops in (4, 6)]

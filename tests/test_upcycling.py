@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from small_runs import SMALL_SQUARES
 
 from elt_lightning import from_pretrained
-from elt_lightning.checkpoints.initial import Init, looped
+from elt_lightning.checkpoints.initial import Init, looped, take_over
 from elt_lightning.checkpoints.pretrained import empty_module
 from elt_lightning.cli import main
+from elt_lightning.commands.settings import config_and_bases, with_stored_config
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
 from elt_lightning.objectives.masked import MaskedObjective
@@ -79,6 +81,7 @@ def test_a_model_whose_layers_repeat_already_stays_the_same_function(init: Init)
 def test_shared_layers_are_made_of_the_layers_that_are_named(init: Init, made_of: list[list[int]]) -> None:
     checkpoint = unlooped(6)
     _, module, line = looped(checkpoint, 2, 3, init, recall=True)
+    assert ("(4 of them left out)" in line) == (init in ("every_kth", "first"))
     state, made = checkpoint["state_dict"], module.state_dict()
     for name in [name.removeprefix(f"{LAYERS}0.") for name in state if name.startswith(f"{LAYERS}0.")]:
         for n, sources in enumerate(made_of):
@@ -94,6 +97,24 @@ def test_layers_that_do_not_come_out_are_refused() -> None:
     checkpoint["elt"]["model"]["distillation"] = {"max_loops": 2}
     with pytest.raises(UserError, match="loops already"):
         looped(checkpoint, 2, 3, "average")
+
+
+def test_weights_that_are_not_finite_are_not_begun_from() -> None:
+    checkpoint = unlooped(2)
+    checkpoint["state_dict"][f"{LAYERS}1.mlp_in.bias"][0] = torch.nan
+    with pytest.raises(UserError, match=r"1 not finite such as .*1\.mlp_in\.bias"):
+        take_over(empty_module(checkpoint["elt"]["model"]), checkpoint["state_dict"])
+
+
+def test_what_a_training_begins_from_is_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a config its settings would not count; a run's own config that says there was none can still be read."""
+    config = tmp_path / "run.yaml"
+    config.write_text("init_from: models/deep\n")
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "give it on the command line, --init_from models/deep" in capsys.readouterr().err
+    config.write_text("init_from: null\nseed_everything: 1\n")
+    (written,) = config_and_bases(config, tmp_path)
+    assert written.read_text() == "seed_everything: 1\n"
 
 
 def test_the_outer_teacher_adds_its_loss_on_the_same_batch() -> None:
@@ -136,11 +157,14 @@ def test_from_an_unlooped_run_to_a_looped_one(
     once = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", *SMALL_SQUARES]
     assert main(["fit", "--config", QUICKSTART, *once, *four, "--run_dir=deep"]) == 0
     ckpt = "deep/checkpoints/last.ckpt"
-    make = ["loop", "--from", ckpt, "--layers=2", "--loops=2", "--recall", "--output=loop"]
+    assert main(["export", f"--ckpt_path={ckpt}", "--output=exported", "--with_tokenizer"]) == 0
+    make = ["loop", "--from", "exported", "--layers=2", "--loops=2", "--recall", "--output=loop"]
     assert main(make) == 0
     assert main(make) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert from_pretrained("loop").network.has_recall
+    assert Path("loop/tokenizer.safetensors").is_file()
+    assert main(["test", "--config=deep/config.yaml", f"--ckpt_path={ckpt}", "--loops=1"]) == 0
     # A config of its own says the data and how to train; the model is the folder's.
     Path("data.yaml").write_text(f"base: {QUICKSTART}\nmodel: {{distillation: {{max_loops: 2}}}}\n")
     teacher = [f"--model.outer_teacher.path={ckpt}", "--model.outer_teacher.weight=0.5"]
@@ -148,11 +172,18 @@ def test_from_an_unlooped_run_to_a_looped_one(
     assert main(begin) == 0
     said = capsys.readouterr().out
     assert "begins from loop: taken over" in said
+    assert f"outer teacher: {ckpt}, weight 0.5" in said
     assert "fresh: nothing; left out: nothing" in said
     checkpoint = torch.load("looped/checkpoints/last.ckpt", weights_only=True)
     assert not any("teacher" in name for name in checkpoint["state_dict"])
     assert checkpoint["elt"]["model"]["network"]["init_args"]["recall"] is True
     assert checkpoint["elt"]["model"]["outer_teacher"] == {"path": ckpt, "weight": 0.5}
+    monkeypatch.chdir(tmp_path / "looped")  # a training may go on from another folder
+    stored = with_stored_config(["--ckpt_path=checkpoints/last.ckpt"], Path.cwd())[1]
+    assert yaml.safe_load(Path(stored).read_text())["model"]["outer_teacher"]["path"] == str(tmp_path / ckpt)
+    stored = with_stored_config(["--init_from=checkpoints/last.ckpt"], Path.cwd())[1]
+    assert "outer_teacher" not in yaml.safe_load(Path(stored).read_text())["model"]
+    monkeypatch.chdir(tmp_path)
     assert main([*begin, f"--ckpt_path={ckpt}"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
     plans = []

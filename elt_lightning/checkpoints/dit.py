@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -51,21 +52,24 @@ def read_dit(path: Path, kind: Kind, num_heads: int | None = None) -> tuple[dict
     Raises:
         UserError: there is no such file, or it holds something else: one line says what.
     """
-    weights = unwrapped(_load(path))
+    content = _load(path)
+    _check_flags(path, kind, content.get("args"))
+    weights = unwrapped(content)
     try:
         settings = _network_settings(weights, num_heads)
         with torch.device("meta"):
             network = LoopedDiT(**settings)
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        missing = f"it has no tensor {error} of the shape that these have" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is not of the layout of DiT and SiT: {missing}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not of the layout of DiT and SiT: {error}") from error
     expected = {theirs: tensor for name, tensor in network.state_dict().items() if (theirs := renamed(name, _THEIRS))}
-    patch = weights["x_embedder.proj.weight"].shape
-    expected["x_embedder.proj.weight"] = expected["x_embedder.proj.weight"].view(patch)
-    if faults := differences(expected, {name: value for name, value in weights.items() if name != "pos_embed"}):
+    patches = (settings["input_shape"][0], *network.patch)
+    expected["x_embedder.proj.weight"] = expected["x_embedder.proj.weight"].unflatten(1, patches)
+    expected["pos_embed"] = sine_positions(network.grid, network.width)[None]
+    if faults := differences(expected, weights):
         raise UserError(f"{path} is not of the layout of DiT and SiT (tensors: {faults})")
-    table = sine_positions(network.grid, network.width)
-    if not (weights["pos_embed"].float().view_as(table) - table).abs().max() < 1e-4:
+    found = weights["pos_embed"]
+    # In a file of half precision the table is rounded too.
+    if not (found.float() - expected["pos_embed"]).abs().max() < max(1e-4, torch.finfo(found.dtype).eps):
         raise UserError(f"{path}: pos_embed is not the table of sines that DiT and SiT compute")
     state = from_dit_state_dict(weights)
     if kind == "sit":
@@ -126,7 +130,9 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise UserError(f"there is no file {path}")
     try:
         with safe_globals([argparse.Namespace]):  # the flags of a training, in its checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # The checkpoint of a training is four times its average: what is not used is not read. Files of the format
+            # before torch 1.6 cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler raises anything on damaged bytes
         raise UserError(f"{path} is not a readable file of weights: it is damaged or of another kind") from error
     if not isinstance(state, Mapping):
@@ -134,7 +140,32 @@ def _load(path: Path) -> Mapping[str, Any]:
     return state
 
 
+def _check_flags(path: Path, kind: Kind, flags: Any) -> None:
+    """Refuse the checkpoint of a training whose flags say that it is of another kind, or path, than is known here."""
+    said = vars(flags) if isinstance(flags, argparse.Namespace) else {}
+    model = str(said.get("model", ""))
+    if model.startswith(("DiT", "SiT")) and not model.lower().startswith(kind):
+        raise UserError(f"{path} says that it is of a {model}: elt import {model[:3].lower()} reads it")
+    for name, known in (("path_type", "Linear"), ("prediction", "velocity")):
+        if said.get(name, known) != known:
+            raise UserError(f"{path} was trained with {name} {said[name]}: of SiT's, {known} alone is known here")
+
+
+_DIMENSIONS = {
+    "x_embedder.proj.weight": 4,
+    "pos_embed": 3,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+"""Of the tensors whose shapes are a model's settings."""
+
+
 def _network_settings(weights: Mapping[str, Tensor], num_heads: int | None) -> dict[str, Any]:
+    for name, dimensions in _DIMENSIONS.items():
+        shape = getattr(weights.get(name), "shape", ())
+        if len(shape) != dimensions or 0 in shape:
+            raise ValueError(f"it has no tensor {name!r} of {dimensions} dimensions")
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     side = math.isqrt(weights["pos_embed"].shape[1])
     if num_heads is None:
@@ -170,7 +201,7 @@ def _with_sit_conventions(
     of_cosine, of_sine = weight.chunk(2, dim=1)
     sine, cosine = sinusoids(torch.ones((), dtype=torch.float64), weight.shape[1] // 2)
     rotated = torch.cat([of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine], dim=1)
-    changed = {"condition.time_in.weight": rotated.to(state["condition.time_in.weight"].dtype)}
+    changed = {"condition.time_in.weight": rotated.float()}
     changed |= {f"head.linear.{kind}": -state[f"head.linear.{kind}"][:rows] for kind in ("weight", "bias")}
     return settings | {"out_channels": channels, "time_scale": 1.0}, state | changed
 

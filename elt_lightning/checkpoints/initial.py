@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from elt_lightning.checkpoints.pretrained import build_module, chosen_weights, empty_module, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, chosen_weights, empty_module, read_pretrained, weights_in
 from elt_lightning.errors import UserError
 from elt_lightning.model import ELTModel
+from elt_lightning.training.weights import differences
 
 Init = Literal["average", "every_kth", "first", "blocks"]
 """Shared layer n of N is made of layers of the unlooped model, prelude and coda taken off: the average of those that
@@ -36,10 +37,10 @@ def begin_from(module: ELTModel, source: str | Path) -> str:
     Taken over is what has the same name and shape; averaged weights where there are any.
 
     Raises:
-        UserError: there is no such model, or nothing of it fits.
+        UserError: there is no such model, nothing of it fits, or not all that fits is finite.
     """
     checkpoint = read_pretrained(source)
-    weights = chosen_weights(checkpoint, checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw"))
+    weights = chosen_weights(checkpoint, weights_in(checkpoint))
     line = take_over(module, weights)
     if line is None:
         raise UserError(f"nothing of {source} has the name and shape of a weight of this model: it is of another kind")
@@ -47,11 +48,17 @@ def begin_from(module: ELTModel, source: str | Path) -> str:
 
 
 def take_over(module: ELTModel, weights: Mapping[str, Tensor]) -> str | None:
-    """Load what has a name and shape of the module; return what was taken over, what not; None where nothing fits."""
+    """Load what has a name and shape of the module; return what was taken over, what not; None where nothing fits.
+
+    Raises:
+        UserError: of what fits, not all is finite.
+    """
     here = module.state_dict()
     fitting = {name: value for name, value in weights.items() if name in here and here[name].shape == value.shape}
     if not fitting:
         return None
+    if faults := differences({name: here[name] for name in fitting}, fitting):
+        raise UserError(f"the weights to begin from are damaged: {faults}")
     module.load_state_dict(fitting, strict=False)
     values = sum(value.numel() for value in fitting.values())
     fresh, left = [name for name in here if name not in fitting], [name for name in weights if name not in fitting]
@@ -87,7 +94,7 @@ def looped(
     if init not in get_args(Init):
         raise UserError(f"--init is one of {', '.join(get_args(Init))}, not {init}")
     section = copy.deepcopy(checkpoint["elt"]["model"])
-    source = build_module(checkpoint, checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw"))
+    source = build_module(checkpoint, weights_in(checkpoint))
     backbone, settings = source.network.backbone, section["network"]["init_args"]
     if source.max_loops > 1 or len(backbone.prelude) or len(backbone.coda) or source.network.has_recall:
         raise UserError("the model loops already: elt loop takes one that was trained with max_loops 1 and no recall")
@@ -103,7 +110,9 @@ def looped(
     module = empty_module(section)
     line = take_over(module, weights)
     assert line is not None
-    return section, module.eval(), f"{num_layers} shared layers by {init} of {num_layers * loops}; {line}"
+    used = {place for n in range(num_layers) for place in SOURCES[init](n, num_layers, loops)}
+    unused = f" ({num_layers * loops - len(used)} of them left out)" if len(used) < num_layers * loops else ""
+    return section, module.eval(), f"{num_layers} shared layers by {init} of {num_layers * loops}{unused}; {line}"
 
 
 def _of_loop(

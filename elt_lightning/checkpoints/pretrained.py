@@ -13,7 +13,7 @@ from torch import Tensor
 from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.recipe import check_recipe
 from elt_lightning.checkpoints.store import CONFIG, META, TOKENIZER, WEIGHTS, Weights, read_checkpoint
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, first_line
 from elt_lightning.files import parse_json
 from elt_lightning.model import ELTModel
 from elt_lightning.training.weights import averaged_weights, check_exported, check_weights
@@ -98,6 +98,8 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
     """Read how a checkpoint's or exported model's settings were, without its weights; as :func:`read_pretrained`."""
     if is_exported(source):
         return read_description(Path(source))
+    if Path(source).is_file() or (Path(source) / META).is_file():
+        return read_checkpoint(source, prefixes=())["elt"]
     return read_pretrained(source)["elt"]
 
 
@@ -124,14 +126,21 @@ def fetch(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, CONFIG, f"{TOKENIZER}.*"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"there is no {name} here, and Hugging Face gave none of that name: {reason}") from error
+        raise UserError(
+            f"there is no {name} here, and Hugging Face gave none of that name: {first_line(error)}"
+        ) from error
 
 
 def meant(checkpoint: dict[str, Any], weights: Weights | None = None) -> Weights:
     """Return which weights are meant: those asked for; by default those of an exported model, or the averaged ones."""
     chosen: Weights = weights or checkpoint.get("exported", "ema")
     return chosen
+
+
+def weights_in(checkpoint: dict[str, Any]) -> Weights:
+    """Return which weights to take of a checkpoint whatever it holds: averaged ones where there are any."""
+    held: Weights = checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw")
+    return held
 
 
 def build_module(checkpoint: dict[str, Any], weights: Weights | None = None) -> ELTModel:

@@ -1,6 +1,7 @@
 """`elt calibrate`: find what a compute budget is best spent on: sampling steps, loops, guidance, a tolerance."""
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,8 +20,9 @@ from elt_lightning.commands.arguments import (
     wholes,
 )
 from elt_lightning.commands.train import quieten_libraries
-from elt_lightning.errors import UserError
+from elt_lightning.errors import MOST, UserError
 from elt_lightning.evaluation.calibration import FIRST_SAMPLE, Tried, search, write_plan
+from elt_lightning.evaluation.plans import of_model
 from elt_lightning.evaluation.report import in_words
 from elt_lightning.evaluation.sweep import Sweep
 from elt_lightning.evaluation.trained import Trained
@@ -56,23 +58,30 @@ def run(name: str, arguments: list[str]) -> None:
         print(f"{in_words(loops, row.settings)}: {row.macs_per_sample / 1e9:.3g} GMACs, {score:.4g}", flush=True)
         return Tried(loops, row.settings, row.mean_loops, row.macs_per_sample, score)
 
-    full = measure(module.max_loops, sampler)
-    limit, too_large = options.budget * full.macs_per_sample, set[Any]()
+    left_out = defaultdict[str, set[Any]](set)
 
-    def affordable(loops: int, sampler: Sampler) -> bool:
-        # What a tolerance makes of a setting, only trying it shows.
-        fits = sampler.loop_schedule.tolerance is not None or module.macs_per_sample(loops, sampler) <= limit
-        if not fits:
-            too_large.add((loops, *sampler.settings().values()))
-        return fits
+    def possible(loops: int, sampler: Sampler) -> bool:
+        why = ""
+        try:
+            is_too_large = module.macs_per_sample(loops, sampler) > options.budget * full.macs_per_sample
+            # What a tolerance makes of a setting, only trying it shows.
+            if is_too_large and sampler.loop_schedule.tolerance is None:
+                why = "beyond the budget"
+        except ValueError:
+            why = "without a loop beyond the weak exit"
+        if why:
+            left_out[why].add((loops, *sampler.settings().values()))
+        return not why
 
     try:
-        tried = search(sampler, grid, measure, affordable, data.higher_is_better, AUTO_LOOPS * module.max_loops)
+        full = measure(module.max_loops, sampler)
+        tried = search(sampler, grid, measure, possible, data.higher_is_better, AUTO_LOOPS * module.max_loops)
     except ValueError as error:
         raise UserError(str(error)) from error
     description = {
         "checkpoint": str(options.ckpt_path),
         "weights": trained.weights,
+        "model": of_model(trained.recipe),
         "primary_metric": data.primary_metric,
         "higher_is_better": data.higher_is_better,
         "num_samples": options.num_samples,
@@ -81,7 +90,8 @@ def run(name: str, arguments: list[str]) -> None:
         "train_loops": module.max_loops,
     }
     best = write_plan(options.output, description, tried, full, options.budget)
-    table = Table(title=f"{len(tried)} settings tried, {len(too_large)} left out as beyond the budget")
+    others = "".join(f", {len(settings)} left out as {why}" for why, settings in left_out.items())
+    table = Table(title=f"{len(tried)} settings tried{others}")
     for heading in ("", "setting", "mean loops", "GMACs/sample", "of the full recipe", data.primary_metric):
         table.add_column(heading)
     for what, each in (("full recipe", full), ("best", best)):
@@ -121,8 +131,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
     add("--budget", type=FINITE_FROM_0, required=True, metavar="0.5", help="share of the compute of its full recipe")
     add("--num_samples", type=whole(2), default=300, help="drawn for each setting (default 300)")
-    add("--steps", type=wholes(1), metavar="6,12", help="sampling steps (default: a quarter of the model's, …, all)")
-    add("--loops", type=wholes(1), metavar="1,2,4", help="(default: up to L_max, with recall to twice that)")
+    add(
+        "--steps",
+        type=wholes(1, MOST["steps"]),
+        metavar="6,12",
+        help="sampling steps (default: a quarter of the model's, …, all)",
+    )
+    add(
+        "--loops",
+        type=wholes(1, MOST["loops"]),
+        metavar="1,2,4",
+        help="(default: up to L_max, with recall to twice that)",
+    )
     add("--carry_state", type=switches, metavar="false,true", help="(default: both with recall)")
     add("--guidance", type=numbers, metavar="1,2", help="guidance scales (default: the model's)")
     add("--exit_scale", type=numbers, metavar="0.5,1", help="strengths of exit guidance (default 0.25,0.5,1,2)")

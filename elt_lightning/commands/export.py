@@ -34,12 +34,9 @@ def run(name: str, arguments: list[str]) -> None:
     if options.format == "onnx":
         check_onnx()
     checkpoint = read_pretrained(options.ckpt_path)
-    tokenizer = None
-    is_beside = "exported" in checkpoint and any(Path(checkpoint["elt"]["folder"]).glob(f"{TOKENIZER}.*"))
-    if options.with_tokenizer or is_beside:
-        tokenizer = file_of_tokenizer(checkpoint)
-        if tokenizer is None:
-            raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
+    tokenizer = file_of_tokenizer(checkpoint) if options.with_tokenizer else tokenizer_beside(checkpoint)
+    if options.with_tokenizer and tokenizer is None:
+        raise UserError("--with_tokenizer: this model's tokenizer is not read from one file: leave the flag out")
     export(checkpoint, options.weights, options.output, tokenizer, options.format)
     print(options.output)
 
@@ -48,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, exported model, or name of elt models")
+    add(
+        "--ckpt_path",
+        required=True,
+        metavar="PATH",
+        help="checkpoint, exported model, name of elt models or on Hugging Face",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
     add(
         "--format",
@@ -98,11 +100,7 @@ def export(
         UserError: the model cannot be built, or the folder cannot be written.
     """
     module = build_module(checkpoint, weights)  # what cannot be built is not exported
-    description = describe(checkpoint, meant(checkpoint, weights))
-    if tokenizer is not None:
-        beside = {"init_args": {"path": f"{TOKENIZER}{tokenizer.suffix}"}}
-        description["tokenizer"] = description["tokenizer"] | beside
-    write_model(folder, module, description, tokenizer, form)
+    write_model(folder, module, describe(checkpoint, meant(checkpoint, weights)), tokenizer, form)
 
 
 def file_of_tokenizer(checkpoint: dict[str, Any]) -> Path | None:
@@ -114,6 +112,16 @@ def file_of_tokenizer(checkpoint: dict[str, Any]) -> Path | None:
     tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"))
     is_read_from_one = tokenizer.init_args().keys() == {"path"} and Path(str(tokenizer.path)).is_file()
     return Path(str(tokenizer.path)) if is_read_from_one else None
+
+
+def tokenizer_beside(checkpoint: dict[str, Any]) -> Path | None:
+    """Return the tokenizer's file that lies in an exported model's folder and goes where the model goes, or None.
+
+    Raises:
+        UserError: it is another one.
+    """
+    is_beside = "exported" in checkpoint and any(Path(checkpoint["elt"]["folder"]).glob(f"{TOKENIZER}.*"))
+    return file_of_tokenizer(checkpoint) if is_beside else None
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -136,6 +144,8 @@ def write_model(
 ) -> None:
     """Write all files aside, then give them their names: whatever fails, an older export there stays as it was.
 
+    The description names the tokenizer's file beside it, where that is given.
+
     Files of another format, which an older export left there, are removed: they would be of another model.
 
     Raises:
@@ -143,6 +153,9 @@ def write_model(
     """
     if form == "onnx":
         module.float()
+    if tokenizer is not None:
+        beside = {"init_args": {"path": f"{TOKENIZER}{tokenizer.suffix}"}}
+        description = description | {"tokenizer": description["tokenizer"] | beside}
     # The format refuses tensors that share memory, as tied weights do.
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     try:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import get_args
 
 from elt_lightning.checkpoints.initial import Init, looped
-from elt_lightning.checkpoints.pretrained import read_pretrained
+from elt_lightning.checkpoints.pretrained import read_pretrained, weights_in
 from elt_lightning.commands.arguments import Parser, whole
-from elt_lightning.commands.export import check_free, describe, write_model
+from elt_lightning.commands.export import check_free, describe, tokenizer_beside, write_model
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -19,8 +19,8 @@ def run(name: str, arguments: list[str]) -> None:
         checkpoint, options.layers, options.loops, options.init, options.prelude, options.coda, options.recall
     )
     checkpoint["elt"] = checkpoint["elt"] | {"model": section}
-    weights = checkpoint.get("exported", "ema" if "ema" in checkpoint else "raw")
-    write_model(options.output, module, describe(checkpoint | {"global_step": 0}, weights))
+    description = describe(checkpoint | {"global_step": 0}, weights_in(checkpoint))
+    write_model(options.output, module, description, tokenizer_beside(checkpoint))
     print(f"{line}\n{options.output}\nnext: elt fit --config CONFIG --init_from {options.output}")
 
 

@@ -290,11 +290,13 @@ def report(plan: dict[str, Any], data: Data, module: ELTModule) -> Iterator[tupl
     yield "data", f"{count} training samples{val}; {datamodule.num_classes:,} classes; {what}"
     backbone, whole = in_units(plan["parameters_backbone"]), in_units(plan["parameters"])
     yield "parameters", f"{backbone} in the shared backbone, {whole} in all"
+    at_most = "" if sampler.loop_schedule.tolerance is None else "at most "
     for loops, macs in plan["forward_macs"].items():
-        drawing = in_units(plan["sample_macs"][loops])
-        yield "MACs", f"L = {loops}: a pass {in_units(macs)}, drawing a sample {drawing}"
-    calls = len(sampler.network_calls(module.max_loops))
-    yield "MACs", f"a sample takes {calls:,} passes: {sampler.steps:,} steps, guidance {sampler.guidance.scale:g}"
+        drawn = plan["sample_macs"].get(loops)
+        drawing = f", drawing a sample {at_most}{in_units(drawn)}" if drawn else ": too few to draw, by its weak exit"
+        yield "MACs", f"L = {loops}: a pass {in_units(macs)}{drawing}"
+    calls = f"{at_most}{len(sampler.network_calls(module.max_loops)):,} passes"
+    yield "MACs", f"a sample takes {calls}: {sampler.steps:,} steps, guidance {sampler.guidance.scale:g}"
     each, samples = settings.micro_batch_size, settings.devices * settings.micro_batch_size
     split = f"{settings.devices:,} × {settings.batch_size // samples:,} × {each:,} samples"
     split += " (devices × passes of each × samples of a pass)"

@@ -183,13 +183,14 @@ def make_plan(module: ELTModule, settings: Settings) -> dict[str, Any]:
     again = (network.macs(2) - network.macs(1)) * loops if network.backbone.activation_checkpointing else 0
     # Forward, backward (twice as much), loops computed again, the outer teacher.
     image = 3 * network.macs(loops, exits) + again + taught
-    sample = {count: module.macs_per_sample(count) for count in settings.loops}
-    val = settings.num_val * network.macs(max(settings.loops), settings.loops)
-    validation = settings.num_validation_samples * sum(sample.values()) + val
     try:
+        drawn, _ = swept_settings(settings.loops, module.sampler, {}, network.has_recall)
         tested, _ = swept_settings(settings.loops, module.sampler, settings.swept, network.has_recall)
     except ValueError as error:
         raise UserError(str(error)) from error
+    sample = {count: module.macs_per_sample(count, sampler) for count, sampler in drawn}
+    val = settings.num_val * network.macs(max(settings.loops), settings.loops)
+    validation = settings.num_validation_samples * sum(sample.values()) + val
 
     def hours(macs: int) -> float:
         return 2 * macs / (settings.tflops * 1e12 * settings.utilisation) / 3600

@@ -40,14 +40,14 @@ def _short(section: str, *names: str, **others: str) -> dict[str, str]:
 
 
 _SAMPLER = "model.sampler.init_args"
-_EVALUATION = _short("loop_metrics", "loops", "guidance", "num_samples", "repeats")
-_TEST = _short("loop_metrics", *SETTINGS, "save_samples", "reconstruction", "nearest", "diversity")
+_TEST = _short("loop_metrics", "loops", *SETTINGS, "num_samples", "repeats", "save_samples")
+_TEST |= _short("loop_metrics", "reconstruction", "nearest", "diversity")
 _PREDICTION = _short("samples", "loops", "num_samples") | _short(_SAMPLER, *SETTINGS)
 _PREDICTION |= _short(f"{_SAMPLER}.guidance", **OF_GUIDANCE) | _short(f"{_SAMPLER}.loop_schedule", **OF_LOOPS)
 SHORT_FLAGS = {
     "fit": _short("ema", "weights"),
-    "validate": _EVALUATION | _short("ema", "weights"),
-    "test": _EVALUATION | _TEST | _short("ema", "weights"),
+    "validate": _short("loop_metrics", "loops", num_samples="num_validation_samples") | _short("ema", "weights"),
+    "test": _TEST | _short("ema", "weights"),
     "predict": _PREDICTION | _short("ema", "weights"),
 }
 """Short names for the settings that a command is mostly called with."""
@@ -79,10 +79,11 @@ def with_plan(name: str, arguments: list[str]) -> list[str]:
     """Put the best setting of a `--plan` of `elt calibrate` before the other flags, which win over it.
 
     Raises:
-        UserError: the command takes none, there is no file, or it is no plan.
+        UserError: the command takes none, there is no file, it is no plan, or one of another model.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plan", type=Path)
+    parser.add_argument("--ckpt_path")
     try:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -91,7 +92,11 @@ def with_plan(name: str, arguments: list[str]) -> list[str]:
         return arguments
     if name not in ("test", "predict"):
         raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
-    best = {flag: value for flag, value in read_plan(options.plan).items() if value is not None}
+    plan = read_plan(options.plan)
+    if options.ckpt_path not in (None, "null"):
+        plan.check(read_recipe(options.ckpt_path))
+        others += ["--ckpt_path", options.ckpt_path]
+    best = {flag: value for flag, value in plan.settings.items() if value is not None}
     return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
 
 
@@ -127,7 +132,7 @@ def bracketed(value: str) -> str:
 def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True) -> list[str]:
     """Make a checkpoint's own ``model`` and ``data`` sections the lowest layer: configs and flags override them.
 
-    Of what a training begins from that is its model alone.
+    Of what a training begins from that is its model alone, without its outer teacher.
 
     Args:
         arguments: of the command line.
@@ -147,14 +152,17 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     if checkpoint and begins_at:
         raise UserError("--init_from begins a training, --ckpt_path goes on with one: leave one of them out")
     if begins_at:
-        config, checkpoint = {"model": read_recipe(begins_at)["model"]}, "init_from"
+        config, checkpoint = {"model": dict(read_recipe(begins_at)["model"])}, "init_from"
+        config["model"].pop("outer_teacher", None)  # another training's, at a path of its own
     elif is_exported(checkpoint) and not goes_on:
         recipe = read_description(Path(checkpoint))
         config = {"model": recipe["model"], "data": {"class_path": recipe["data"]["class_path"]}}
         config["ema"] = {"weights": recipe["weights"]}  # it has no others
     else:
         recipe = read_checkpoint(checkpoint, prefixes=())["elt"]
-        config = {"model": recipe["model"], "data": found(recipe, "data")}
+        config = {"model": dict(recipe["model"]), "data": found(recipe, "data")}
+        if "outer_teacher" in config["model"]:  # the one setting of a model that is a path
+            config["model"]["outer_teacher"] = found(recipe | config["model"], "outer_teacher")
     for target in LINKED:  # which a config may not hold
         section, last = find_section(config, target)
         if section is not None:
@@ -221,15 +229,17 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
         raise UserError(f"{named} holds no settings: needed are lines such as `model:` with others below")
     if is_larger(config, MOST_SETTINGS):
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
-    if config.get("ckpt_path") is not None:
-        raise UserError(f"{named} names a checkpoint: give it on the command line, --ckpt_path {config['ckpt_path']}")
+    for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model that `elt fit` begins from")):
+        if config.get(flag) is not None:
+            raise UserError(f"{named} names {what}: give it on the command line, --{flag} {config[flag]}")
     for target in SEEDS:
         value: Any = config
         for key in target.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value not in (None, config.get("seed_everything", 0)):
             raise UserError(f"{target} is decided by seed_everything: leave it out")
-    written = with_home(config)
+    # A training's record says init_from null, a setting that other commands have not.
+    written = with_home({name: value for name, value in config.items() if name != "init_from"})
     if "base" not in config and written == config:
         return [path]
     base = written.pop("base", None)

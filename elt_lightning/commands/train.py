@@ -360,8 +360,11 @@ class ELTCommandLine(RunCommandLine):
             line = begin_from(self.model, config.init_from)
             if self.trainer.is_global_zero:
                 print(line, flush=True)
-        if self.model.outer_teacher is not None:
-            self.model.learn_from(from_pretrained(self.model.outer_teacher.path))
+        teacher = self.model.outer_teacher
+        if teacher is not None:
+            self.model.learn_from(from_pretrained(teacher.path))
+            if self.trainer.is_global_zero:
+                print(f"outer teacher: {teacher.path}, weight {teacher.weight:g}", flush=True)
         types = PRECISIONS.get(str(self.trainer.precision))
         if self.model.max_loops > MOST_REHEARSED and types is not None:
             kept, network = rehearse(self.model, types), self.model.network

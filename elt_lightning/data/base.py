@@ -10,7 +10,7 @@ from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError, check_most
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -48,8 +48,8 @@ class Requests(Dataset[Request]):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, indices: Tensor) -> Request:
-        return self.request(indices)._replace(loops=self.loops)
+    def __getitem__(self, numbers: list[int]) -> Request:
+        return self.request(torch.tensor(numbers))._replace(loops=self.loops)
 
 
 VAL_LOSS = "loss"
@@ -82,8 +82,11 @@ class TensorBatches(BatchDataset):
         return Batch(x if x.is_floating_point() else x.long(), self.labels[indices].long(), indices)
 
 
-class TrainingOrder(Sampler[Tensor]):
+class TrainingOrder(Sampler[list[int]]):
     """Which samples make up each micro-batch of this rank: a function of (seed, optimiser step, rank, world size).
+
+    They are plain numbers, in every order here: tensors would go to loader processes through shared memory; where that
+    is full, Python drops the request, and both sides wait for ever.
 
     Every epoch is one shuffle, cut into equal global batches; what does not fill a batch is left out of that epoch. A
     global batch is the same set of samples for every number of ranks and micro-batches. Each pass asks the trainer
@@ -116,16 +119,16 @@ class TrainingOrder(Sampler[Tensor]):
         """Count the micro-batches of a whole epoch."""
         return self.num_samples // self.batch_size * (self.batch_size // (self.micro_batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[list[int]]:
         epoch, first_step = divmod(self.current_step(), self.num_samples // self.batch_size)
         seeds = sample_seeds(self.seed, torch.arange(self.num_samples))
         order = random_bits(seeds, epoch, Stream.DATA_ORDER, 1)[:, 0].argsort(stable=True)
         share = self.micro_batch_size * self.world_size
         for batch in range(first_step * self.batch_size // share, len(self)):
-            yield order[batch * share : (batch + 1) * share][self.rank :: self.world_size]
+            yield order[batch * share : (batch + 1) * share][self.rank :: self.world_size].tolist()
 
 
-class HeldOutOrder(Sampler[Tensor]):
+class HeldOutOrder(Sampler[list[int]]):
     """A rank's share of samples 0 … n − 1 in order, every one once over all ranks; the last batch may be smaller."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -134,29 +137,14 @@ class HeldOutOrder(Sampler[Tensor]):
     def __len__(self) -> int:
         return math.ceil(len(self.mine) / self.batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.mine), self.batch_size):
-            numbers = self.mine[start : start + self.batch_size]
-            yield torch.arange(numbers.start, numbers.stop, numbers.step)
-
-
-class _Numbers(Sampler[list[int]]):
-    """Requests samples by plain numbers: tensors would go to loader processes through shared memory.
-
-    Where that is full, Python drops the request, and both sides wait for ever.
-    """
-
-    def __init__(self, order: TrainingOrder | HeldOutOrder) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
     def __iter__(self) -> Iterator[list[int]]:
-        return (places.tolist() for places in self.order)
+        for start in range(0, len(self.mine), self.batch_size):
+            yield list(self.mine[start : start + self.batch_size])
 
 
-class _AskedByNumbers(Dataset[Batch]):
+class AskedByNumbers(Dataset[Batch]):
+    """A data set that is asked for lists of places."""
+
     def __init__(self, dataset: BatchDataset) -> None:
         self.dataset = dataset
 
@@ -362,10 +350,9 @@ class IndexedDataModule(GenerativeDataModule):
 
     def _loader(self, dataset: BatchDataset, order: TrainingOrder | HeldOutOrder) -> DataLoader[Batch]:
         return Loader(
-            _AskedByNumbers(dataset),
-            _Numbers(order),
+            AskedByNumbers(dataset),
+            order,
             self.num_workers,
-            obey_parent_alone,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

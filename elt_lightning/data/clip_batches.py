@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from elt_lightning.data.base import HeldOutOrder, TrainingOrder
 from elt_lightning.data.clips import ClipShape, Video, fixed_start
 from elt_lightning.data.decoding import BrokenClipError
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
 
@@ -36,7 +36,7 @@ class ClipBatch(NamedTuple):
 class ClipRequest(NamedTuple):
     """Clips that are asked for."""
 
-    places: list[int]  # of clips in their data set; plain numbers, which reach loader processes without shared memory
+    places: list[int]  # of clips in their data set
     epoch: int = 0  # of training, which decides the moments that are cut out
 
 
@@ -53,7 +53,7 @@ class ClipOrder(Sampler[ClipRequest]):
         epoch, order = 0, self.order
         if isinstance(order, TrainingOrder):
             epoch = order.current_step() // (order.num_samples // order.batch_size)
-        return (ClipRequest(places.tolist(), epoch) for places in order)
+        return (ClipRequest(places, epoch) for places in order)
 
 
 class Clip(NamedTuple):
@@ -174,7 +174,6 @@ class ClipLoader(Loader[Any]):
             dataset,
             ClipOrder(order),
             num_workers,
-            obey_parent_alone,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

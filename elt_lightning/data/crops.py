@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.files import open_regular
 
 _ENDINGS = Image.registered_extensions()  # which loads Pillow's plugins
@@ -153,9 +153,7 @@ def crop_all(requests: Iterable[Request], size: int, num_workers: int, crop: str
 
     ``num_workers`` processes decode, 0 for this one; ``crop`` is :data:`CROP` or :data:`UPRIGHT_CROP`.
     """
-    yield from Loader(
-        _Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, obey_parent_alone, collate_fn=_unchanged
-    )
+    yield from Loader(_Cropper(size, crop == UPRIGHT_CROP), requests, num_workers, collate_fn=_unchanged)
 
 
 class _Cropper(Dataset[Crops]):

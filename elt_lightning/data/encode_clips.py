@@ -14,8 +14,8 @@ from elt_lightning.data.clip_batches import FixedClips
 from elt_lightning.data.clips import CROP, ClipShape, Video
 from elt_lightning.data.crops import Crops, Picture, Request
 from elt_lightning.data.encode import Encoding, Storing
-from elt_lightning.data.images import ImageSource
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.images import ListedSource
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError
 
 
@@ -27,7 +27,7 @@ class ClipTokenizer(Storing, Protocol):
         ...
 
 
-class ClipSource(ImageSource):
+class ClipSource(ListedSource):
     """Clips of videos, in random order of the videos; clip i is of video i // ``clips_per_video``.
 
     A part has ``samples_per_shard`` of them; see also :func:`~elt_lightning.data.clips.fixed_start`.
@@ -43,9 +43,9 @@ class ClipSource(ImageSource):
         samples_per_shard: int = 2000,
         seed: int = 0,
     ) -> None:
-        self.classes, self.clips_per_video, self.samples_per_shard = classes, clips_per_video, samples_per_shard
+        super().__init__(len(videos) * clips_per_video, samples_per_shard)
+        self.classes, self.clips_per_video = classes, clips_per_video
         self.videos = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(f"{seed}\0{video.name}")).digest())
-        self.num_parts = -(-len(videos) * clips_per_video // samples_per_shard)
         listing = "".join(sorted(f"{video.name}\0{video.label}\0{_size(video.path)}\n" for video in videos))
         self.description = {
             "videos": hashlib.sha256(os.fsencode(listing)).hexdigest(),
@@ -54,20 +54,12 @@ class ClipSource(ImageSource):
             "seed": seed,
         }
 
-    def part(self, number: int) -> list[Picture]:
-        """List the clips of a part; a clip's number is its place, which says which one of which video it is."""
-        first = number * self.samples_per_shard
-        clips = []
-        for place in range(first, first + self.count(number)):
-            video, clip = divmod(place, self.clips_per_video)
-            name, path, label = self.videos[video]
-            which = "" if self.clips_per_video == 1 else f", clip {clip + 1} of {self.clips_per_video}"
-            clips.append(Picture(name + which, path, label=label, number=place))
-        return clips
-
-    def count(self, number: int) -> int:  # noqa: D102
-        total = len(self.videos) * self.clips_per_video
-        return min(self.samples_per_shard, total - number * self.samples_per_shard)
+    def picture(self, place: int) -> Picture:
+        """Return a clip; its place says which one of which video it is."""
+        video, clip = divmod(place, self.clips_per_video)
+        name, path, label = self.videos[video]
+        which = "" if self.clips_per_video == 1 else f", clip {clip + 1} of {self.clips_per_video}"
+        return Picture(name + which, path, label=label, number=place)
 
 
 def _size(path: str) -> int:
@@ -135,4 +127,4 @@ class ClipEncoding(Encoding):
     def read(self, requests: Iterable[Request], num_workers: int) -> Iterator[Crops]:  # noqa: D102
         shape = ClipShape(self.num_frames, self.size, self.stride)
         clips = FixedClips(self.source.videos, shape, self.source.clips_per_video)
-        yield from Loader(_ClipReader(clips), requests, num_workers, obey_parent_alone)
+        yield from Loader(_ClipReader(clips), requests, num_workers)

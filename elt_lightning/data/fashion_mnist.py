@@ -182,8 +182,7 @@ class FashionMNISTDataModule(IndexedDataModule):
     def build_metrics(self) -> list[SampleMetric]:
         """Build ``recognised`` and ``fd_fashion``, and FID with the Inception score where Inception was given."""
         network = self.load_network()
-        distance = FrechetDistance(self.primary_metric, network.features, network.num_features, f"{self.name}_network")
-        distance.network = network  # a module inside a metric moves to the samples' device with it
+        distance = FrechetDistance(self.primary_metric, network, f"{self.name}_network")
         distance.set_reference(part / 255 for part in self._real())
         metrics: list[SampleMetric] = [RecognisedShare(network), distance]
         if self.inception_path is not None:

@@ -71,6 +71,25 @@ class ImageSource(ABC):
         """Count the pictures of a part, or None where that would mean reading it."""
 
 
+class ListedSource(ImageSource):
+    """Pictures that are listed beforehand, cut into parts of ``samples_per_shard``; a picture's number is its place."""
+
+    def __init__(self, num_pictures: int, samples_per_shard: int) -> None:
+        self.num_pictures, self.samples_per_shard = num_pictures, samples_per_shard
+        self.num_parts = -(-num_pictures // samples_per_shard)
+
+    @abstractmethod
+    def picture(self, place: int) -> Picture:
+        """Return the picture at a place of the list."""
+
+    def part(self, number: int) -> list[Picture]:  # noqa: D102
+        first = number * self.samples_per_shard
+        return [self.picture(place) for place in range(first, first + self.count(number))]
+
+    def count(self, number: int) -> int:  # noqa: D102
+        return min(self.samples_per_shard, self.num_pictures - number * self.samples_per_shard)
+
+
 def open_source(
     roots: Sequence[str],
     labels: str | None = None,
@@ -104,7 +123,7 @@ def open_source(
     return TarSource(tars, classes)
 
 
-class FolderSource(ImageSource):
+class FolderSource(ListedSource):
     """A folder of pictures, with a folder for each class or a file of labels.
 
     Files of one class lie side by side, so shards cut from the list as it is would hold few classes each, and training,
@@ -118,6 +137,7 @@ class FolderSource(ImageSource):
     ) -> None:
         listing, others = list_pictures(root)
         name_others(root, others)
+        super().__init__(len(listing), samples_per_shard)
         names = [name for name, _ in listing]
         if labels is None:
             class_names = _class_folders(root, names, None if classes is not None else others)
@@ -132,9 +152,8 @@ class FolderSource(ImageSource):
         places = sorted(
             range(len(names)), key=lambda place: hashlib.sha256(os.fsencode(f"{seed}\0{names[place]}")).digest()
         )
-        self.root, self.samples_per_shard = root, samples_per_shard
+        self.root = root
         self._pictures = [(names[place], numbers[class_names[place]]) for place in places]
-        self.num_parts = -(-len(names) // samples_per_shard)
         self.description = {
             "pictures": _hash(listing),
             "labels": None if labels is None else sha256(labels),
@@ -142,17 +161,9 @@ class FolderSource(ImageSource):
             "seed": seed,
         }
 
-    def part(self, number: int) -> list[Picture]:
-        """List the pictures of a part; a picture's number is its place in the shuffled list."""
-        first = number * self.samples_per_shard
-        stretch = self._pictures[first : first + self.samples_per_shard]
-        return [
-            Picture(name, os.path.join(self.root, name), label=label, number=place)
-            for place, (name, label) in enumerate(stretch, start=first)
-        ]
-
-    def count(self, number: int) -> int:  # noqa: D102
-        return min(self.samples_per_shard, len(self._pictures) - number * self.samples_per_shard)
+    def picture(self, place: int) -> Picture:  # noqa: D102
+        name, label = self._pictures[place]
+        return Picture(name, os.path.join(self.root, name), label=label, number=place)
 
 
 class TarSource(ImageSource):
@@ -214,7 +225,7 @@ class TarSource(ImageSource):
         return None
 
 
-class IdxSource(ImageSource):
+class IdxSource(ListedSource):
     """A file of pictures in the IDX format, in its own order: those of MNIST and its heirs are shuffled already.
 
     Args:
@@ -224,8 +235,9 @@ class IdxSource(ImageSource):
     """
 
     def __init__(self, path: str, classes: Sequence[str] | None, samples_per_shard: int) -> None:
-        self.path, self.samples_per_shard = path, samples_per_shard
         labels = IdxSet(path).labels()
+        super().__init__(len(labels), samples_per_shard)
+        self.path, self._name = path, Path(path).name
         self._labels: list[int] = labels.tolist()
         if (count := len(IdxSet(path).images())) != len(labels):
             raise UserError(f"{path} has {count} pictures and {len(labels)} labels")
@@ -233,24 +245,14 @@ class IdxSource(ImageSource):
         self.classes = tuple(map(str, range(highest + 1))) if classes is None else tuple(classes)
         if highest >= len(self.classes):
             raise UserError(f"{path} has pictures of class {highest}, which the list of --classes_from lacks")
-        self.num_parts = -(-len(labels) // samples_per_shard)
         self.description = {
             "pictures": sha256(path),
             "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
             "samples_per_shard": samples_per_shard,
         }
 
-    def part(self, number: int) -> list[Picture]:
-        """List the pictures of a part; a picture's number is its place in the file."""
-        first, name = number * self.samples_per_shard, Path(self.path).name
-        stretch = self._labels[first : first + self.samples_per_shard]
-        return [
-            IdxPicture(f"{name}/{place}", self.path, label=label, number=place)
-            for place, label in enumerate(stretch, start=first)
-        ]
-
-    def count(self, number: int) -> int:  # noqa: D102
-        return min(self.samples_per_shard, len(self._labels) - number * self.samples_per_shard)
+    def picture(self, place: int) -> Picture:  # noqa: D102
+        return IdxPicture(f"{self._name}/{place}", self.path, label=self._labels[place], number=place)
 
 
 def is_idx(roots: Sequence[str]) -> bool:

@@ -2,7 +2,7 @@
 
 A folder holds ``00000.tar``, ``00001.tar``, … and ``index.json``. A sample of a shard is two members,
 
-    <number>.codes.npy   (copies, …) what :meth:`ImageTokenizer.store` gave: the picture, then its mirror image if asked
+    <number>.codes.npy   (copies, …) what :meth:`Tokenizer.store` gave: the picture, then its mirror image if asked
     <number>.json        {"label": class number, "source": path of the picture below its root; of a clip, path:start}
 
 where the number, nine digits or ten, below 2³², is the sample's own in the whole data set: unique, and the same whoever

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from elt_lightning.data.base import Batch
 from elt_lightning.data.shards import Shard, ShardIndex, check_local, checksum, join
-from elt_lightning.data.workers import Loader, obey_parent_alone
+from elt_lightning.data.workers import Loader
 from elt_lightning.errors import UserError
 from elt_lightning.files import parse_json, whole_number
 from elt_lightning.processes.noise import Stream, random_bits, sample_seeds
@@ -181,7 +181,6 @@ class ShardLoader(Loader[Batch]):
             stream,
             None,
             stream.num_workers,
-            obey_parent_alone,
             prefetch_factor=8 if stream.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )

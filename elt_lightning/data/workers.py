@@ -5,7 +5,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.util import get_temp_dir
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from elt_lightning.errors import LOST_LOADER, UserError
+from elt_lightning.errors import LOST_LOADER, UserError, first_line
 
 Batch = TypeVar("Batch")
 
@@ -24,21 +24,12 @@ LONGEST_SOCKET_PATH = 103
 class Loader(DataLoader[Batch]):
     """Loads whole batches from a data set that returns them, by an order of requests; None for a stream.
 
-    ``num_workers`` processes load, 0 for this one; ``begin`` is what each does first. Settings are those of
-    :class:`DataLoader`.
+    ``num_workers`` processes load, 0 for this one. Settings are those of :class:`DataLoader`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        order: Iterable[Any] | None,
-        num_workers: int,
-        begin: Callable[[int], None],
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            dataset, batch_size=None, sampler=order, num_workers=num_workers, worker_init_fn=begin, **settings
-        )
+    def __init__(self, dataset: Dataset[Any], order: Iterable[Any] | None, num_workers: int, **settings: Any) -> None:
+        settings |= {"sampler": order, "num_workers": num_workers, "worker_init_fn": obey_parent_alone}
+        super().__init__(dataset, batch_size=None, **settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: where a pass begins is asked of the trainer, which is how Lightning knows it can resume."""
@@ -65,7 +56,7 @@ class Loader(DataLoader[Batch]):
         except (OSError, EOFError) as error:
             if not self.num_workers or "in DataLoader worker" in str(error):  # the data set's own
                 raise
-            raise UserError(LOST_LOADER.format(str(error).partition("\n")[0] or type(error).__name__)) from error
+            raise UserError(LOST_LOADER.format(first_line(error))) from error
 
 
 def check_temporary_folder() -> None:
@@ -86,7 +77,7 @@ def check_temporary_folder() -> None:
         )
 
 
-def end_where_batches_are_lost(worker: int) -> None:
+def end_where_batches_are_lost() -> None:
     """Let a loader process end when it cannot hand on a batch, for example because shared memory is full.
 
     Python would drop the batch and go on, and the main process wait for it for ever. Nor is it worth a traceback that
@@ -115,7 +106,7 @@ def obey_parent_alone(worker: int) -> None:
     process, and so does the main process's end, which PyTorch looks for. Where the system does not say who sent a
     signal (macOS), nothing is changed. A batch that is lost ends it too: :func:`end_where_batches_are_lost`.
     """
-    end_where_batches_are_lost(worker)
+    end_where_batches_are_lost()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.pictures import write_figure
 from elt_lightning.evaluation.report import in_words
-from elt_lightning.files import write_json, written_aside
+from elt_lightning.files import write_json
 from elt_lightning.samplers.base import Sampler
 
 FIRST_SAMPLE = 1_001_000
@@ -46,7 +48,7 @@ def search(
     sampler: Sampler,
     grid: Mapping[str, Sequence[Any]],
     measure: Callable[[int, Sampler], Tried],
-    most: Callable[[int, Sampler], bool],
+    possible: Callable[[int, Sampler], bool],
     higher_is_better: bool,
     auto_loops: int,
 ) -> list[Tried]:
@@ -59,7 +61,7 @@ def search(
         sampler: whose settings are changed; of a network that it suits.
         grid: {setting: values}, of "loops" and what :data:`SETTINGS` names.
         measure: of a loop count and a sampler.
-        most: whether a setting may be tried.
+        possible: whether a setting may be tried.
         higher_is_better: direction of the score.
         auto_loops: the most loops where a tolerance ends them.
     """
@@ -68,11 +70,7 @@ def search(
     def attempt(loops: int, **changes: Any) -> None:
         changed = sampler.with_settings(**changes)
         key = (loops, *changed.settings().values())
-        try:
-            changed.loops_per_step(loops)
-        except ValueError:  # the weak exit is not below the last at every step
-            return
-        if key not in tried and most(loops, changed):
+        if key not in tried and possible(loops, changed):
             tried[key] = measure(loops, changed)
 
     for steps in grid["steps"]:
@@ -80,17 +78,10 @@ def search(
             attempt(loops, steps=steps)
     for names in (("carry_state",), ("guidance",), WEAK_EXITS, ("loop_schedule",), ("tolerance",), WEAK_EXITS):
         for point in pareto_front(tried.values(), higher_is_better):
-            for values in _product([grid[name] for name in names]):
+            for values in product(*(grid[name] for name in names)):
                 loops = auto_loops if names == ("tolerance",) else point.loops
                 attempt(loops, **point.settings | dict(zip(names, values, strict=True)))
     return list(tried.values())
-
-
-def _product(lists: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    pools: list[tuple[Any, ...]] = [()]
-    for values in lists:
-        pools = [(*pool, value) for pool in pools for value in values]
-    return pools
 
 
 def write_plan(path: Path, description: dict[str, Any], tried: Sequence[Tried], full: Tried, budget: float) -> Tried:
@@ -122,8 +113,7 @@ def write_plan(path: Path, description: dict[str, Any], tried: Sequence[Tried], 
         "tried": [each.as_dict(macs) for each in tried],
     }
     write_json(path, plan)
-    with written_aside(path.with_name("pareto.png")) as aside:
-        pareto_figure(plan).savefig(aside, bbox_inches="tight")
+    write_figure(path.with_name("pareto.png"), pareto_figure(plan))
     return best
 
 

@@ -18,6 +18,7 @@ from elt_lightning.evaluation.memorisation import write_nearest
 from elt_lightning.evaluation.report import Report, in_words, labelled_pictures, picture_row, write_reconstruction
 from elt_lightning.evaluation.sweep import Row, Sweep, swept_settings
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.metrics.moments import with_float64
 from elt_lightning.model import AUTO_LOOPS
 from elt_lightning.samplers.base import Sampler
 from elt_lightning.samplers.loop_schedule import LoopShape
@@ -135,7 +136,8 @@ class LoopMetrics(Callback):
                 does not have.
             UserError: a loop is to end by itself, and nothing says when.
         """
-        self._settings(cast(ELTModule, pl_module), swept=stage == "test")
+        if stage != "predict":  # which measures nothing
+            self._settings(cast(ELTModule, pl_module), swept=stage == "test")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how long the model was trained."""
@@ -228,7 +230,7 @@ class LoopMetrics(Callback):
             print("\n".join(str(folder / name) for name in names if (folder / name).exists()))
             if self.nearest:
                 best = self.report.best(rows)
-                pictures = best.pictures.to(_with_float64(module.device))
+                pictures = best.pictures.to(with_float64(module.device))
                 write_nearest(folder, best.loops, pictures, data_of(trainer), self.batch_size)
 
     def _run_sweep(
@@ -328,7 +330,7 @@ class LoopMetrics(Callback):
                 if not further:
                     raise UserError("--diversity needs the features of real pictures, which these data do not give")
                 self._metrics += further
-        return [metric.to(_with_float64(device)) for metric in self._metrics]
+        return [metric.to(with_float64(device)) for metric in self._metrics]
 
     def _report(self, trainer: Trainer, module: ELTModule, rows: list[Row]) -> Report:
         data = data_of(trainer)
@@ -370,8 +372,3 @@ def loops_to_measure(loops: Sequence[int] | Literal["auto"] | None, max_loops: i
     if loops == "auto":
         return [AUTO_LOOPS * max_loops]
     return sorted(set(range(1, max_loops + 1) if loops is None else loops))
-
-
-def _with_float64(device: torch.device) -> torch.device:
-    """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
-    return torch.device("cpu") if device.type == "mps" else device

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.base import GenerativeDataModule
-from elt_lightning.evaluation.pictures import nearest_figure
-from elt_lightning.files import write_json, written_aside
+from elt_lightning.evaluation.pictures import nearest_figure, write_figure
+from elt_lightning.files import write_json
 from elt_lightning.metrics.nearest import Nearest, nearest_items
 from elt_lightning.training.meter import counted
 
@@ -30,13 +30,12 @@ def write_nearest(folder: Path, loops: int, samples: Tensor, data: GenerativeDat
         Nearest(*(part[: len(samples)] for part in both)),
         Nearest(*(part[len(samples) :] for part in both)),
     )
-    with written_aside(folder / "nearest.png") as aside:
-        nearest_figure(samples, found).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "nearest.png", nearest_figure(samples, found))
     content = {
         "loops": loops,
-        "distances": found.distances[:, 0].tolist(),
-        "training_samples": found.indices[:, 0].tolist(),
-        "distances_of_val_samples": of_val.distances[:, 0].tolist(),
+        "distances": found.distances.tolist(),
+        "training_samples": found.indices.tolist(),
+        "distances_of_val_samples": of_val.distances.tolist(),
     }
     write_json(folder / "nearest.json", content, indent=2)
     print(folder / "nearest.png")

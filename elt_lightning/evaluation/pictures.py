@@ -63,15 +63,14 @@ def loops_figure(rows: dict[str, Tensor], correct: Sequence[Tensor] = (), titles
     return figure
 
 
-def nearest_figure(samples: Tensor, nearest: Nearest, labels: Sequence[str] = ()) -> Figure:
+def nearest_figure(samples: Tensor, nearest: Nearest) -> Figure:
     """Draw each sample above its nearest training item, with their distance between them.
 
     Args:
         samples: (n, C, H, W) pictures, or (n, C, F, H, W) clips, drawn by first, middle and last frame; uint8.
         nearest: of :func:`~elt_lightning.metrics.nearest.nearest_items`.
-        labels: of the samples, to stand above them.
     """
-    rows = [values if values.ndim == 4 else clip_strip(values) for values in (samples, nearest.items[:, 0])]
+    rows = [pictures_of(values) for values in (samples, nearest.items)]
     height, width = rows[0].shape[2:]
     size = (0.8 + 1.4 * len(samples) * min(width / height, 3), 3.4)
     figure = Figure(figsize=size, dpi=100)
@@ -81,11 +80,15 @@ def nearest_figure(samples: Tensor, nearest: Nearest, labels: Sequence[str] = ()
         for picture, axes in zip(pictures.cpu(), row, strict=True):
             axes.set_axis_off()
             axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    for axes, label in zip(grid[0], labels, strict=False):
-        axes.set_title(label, fontsize=9)
-    for axes, index, distance in zip(grid[1], nearest.indices[:, 0], nearest.distances[:, 0], strict=True):
+    for axes, index, distance in zip(grid[1], nearest.indices, nearest.distances, strict=True):
         axes.set_title(f"no. {int(index)}, MSE {float(distance):.2g}", fontsize=7)
     return figure
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Write a figure without white borders, in the format of the path's ending; it appears whole or not at all."""
+    with written_aside(path) as aside:
+        figure.savefig(aside, bbox_inches="tight")
 
 
 def write_gif(path: str | Path, rows: dict[str, Tensor], fps: int = 8) -> None:

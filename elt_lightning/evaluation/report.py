@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from elt_lightning.evaluation.pictures import loops_figure, pictures_of, write_gif
+from elt_lightning.evaluation.pictures import GAP, loops_figure, pictures_of, write_figure, write_gif
 from elt_lightning.evaluation.spent import QUANTILES, in_brief
 from elt_lightning.evaluation.sweep import Row
 from elt_lightning.files import write_json, written_aside
@@ -142,11 +142,9 @@ class Report:
         pictures = labelled_pictures(best)
         if best[0].pictures.ndim == 5:
             write_gif(folder / "loops.gif", pictures)
-        with written_aside(folder / "loops.png") as aside:
-            correct = [torch.empty(0)] * (len(pictures) - len(best)) + [row.correct for row in best]
-            loops_figure(pictures, correct, self.titles(best[0].labels)).savefig(aside, bbox_inches="tight")
-        with written_aside(folder / "pareto.png") as aside:
-            self.pareto_figure(best).savefig(aside, bbox_inches="tight")
+        correct = [torch.empty(0)] * (len(pictures) - len(best)) + [row.correct for row in best]
+        write_figure(folder / "loops.png", loops_figure(pictures, correct, self.titles(best[0].labels)))
+        write_figure(folder / "pareto.png", self.pareto_figure(best))
         tolerances = sorted({row.settings["tolerance"] for row in self.rows} - {None})
         if tolerances:
             settled = [self.best([r for r in self.rows if r.settings["tolerance"] == value]) for value in tolerances]
@@ -266,9 +264,9 @@ MOST_MAPPED = 64
 """Samples whose loops are drawn one by one."""
 
 
-def picture_row(samples: Tensor, gap: int = 2) -> Tensor:
-    """Lay pictures, or frames of clips, side by side, white between: (H + gap, n·(W + gap)), or (…, …, 3) in colour."""
-    padded = torch.nn.functional.pad(pictures_of(samples), (0, gap, 0, gap), value=255)
+def picture_row(samples: Tensor) -> Tensor:
+    """Lay pictures, or frames of clips, side by side, white between: (H + 2, n·(W + 2)), or (…, …, 3) in colour."""
+    padded = torch.nn.functional.pad(pictures_of(samples), (0, GAP, 0, GAP), value=255)
     row = padded.permute(2, 0, 3, 1).flatten(1, 2)  # H (n W) C
     return row.squeeze(-1)
 

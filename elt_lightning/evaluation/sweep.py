@@ -101,7 +101,7 @@ class Sweep:
             for metric in metrics:
                 metric.reset()
             share = HeldOutOrder(self.num_samples, self.batch_size, self.rank, self.world_size)
-            for index in (numbers.to(module.device) + self.first for numbers in share):
+            for index in (torch.tensor(numbers, device=module.device) + self.first for numbers in share):
                 labels, _, known, _ = request(index)
                 seeds, spent = sample_seeds(self.seed + repeat, index), list[Tensor]()
                 began = now(module.device)

@@ -15,6 +15,7 @@ from elt_lightning.data.base import VAL_LOSS, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.sweep import Row, Sweep
 from elt_lightning.metrics.base import SampleMetric, scored_as
+from elt_lightning.metrics.moments import with_float64
 from elt_lightning.samplers.base import Sampler
 
 
@@ -32,13 +33,14 @@ class Trained:
 
     def __init__(self, path: str | Path, device: torch.device, weights: Weights | None = None) -> None:
         checkpoint = read_pretrained(path)
+        self.recipe: dict[str, Any] = checkpoint["elt"]
         self.train_steps = checkpoint.get("global_step")  # which exported models do not say
         self.weights = meant(checkpoint, weights)
         self.module = build_module(checkpoint, self.weights).to(device)
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(GenerativeDataModule, "data")
         try:
-            described = parser.parse_object({"data": found(checkpoint["elt"], "data")})
+            described = parser.parse_object({"data": found(self.recipe, "data")})
             self.data: GenerativeDataModule = parser.instantiate(described).data
         except UserError:
             raise
@@ -53,7 +55,7 @@ class Trained:
     @cached_property
     def metrics(self) -> Sequence[SampleMetric]:
         """The data's metrics; their references are measured once."""
-        return [metric.to(self.module.device) for metric in self.data.build_metrics()]
+        return [metric.to(with_float64(self.module.device)) for metric in self.data.build_metrics()]
 
     def measure(self, loops: int, sampler: Sampler, sweep: Sweep, **settings: Any) -> Row:
         """Measure one setting, see :meth:`Sweep.run`."""

@@ -3,23 +3,21 @@
 It plays the part that Inception plays for FID. A distance over its features is called ``fd_digits``, never FID.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
+from elt_lightning.metrics.handwriting import SIDE, load_handwriting
+from elt_lightning.metrics.small_networks import FeatureNetwork, fit, load_or_train
+
+MADE = "the digit network, which reads {:.1%} of the held-out digits"
 
 
-class DigitNetwork(nn.Module):
+class DigitNetwork(FeatureNetwork):
     """Read a digit: (n, 1, 8, 8) float in [0, 1] to logits (n, 10); 64 features stand before the last layer."""
-
-    num_features = 64
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,65 +38,23 @@ class DigitNetwork(nn.Module):
         """Return the features before the last layer: (n, 1, 8, 8) to (n, 64)."""
         return self.convolutions(images)
 
-    def forward(self, images: Tensor) -> Tensor:  # noqa: D102
-        return self.classifier(self.features(images))
-
 
 def load_digit_network(root: Path) -> DigitNetwork:
     """Load the network from its cache in a folder, or train it once, seeded, in a few seconds, and write the cache."""
-    network, path = DigitNetwork(), root / "digit_network.safetensors"
-    if not is_file(path):
-        train_digit_network(network, load_handwriting(val=False))
-        val = load_handwriting(val=True)
-        keep(network, path, val.images, val.labels, "the digit network, which reads {:.1%} of the held-out digits")
-    network.load_state_dict(load_file(path))
-    return network.eval().requires_grad_(False)
+    path = root / "digit_network.safetensors"
+    return load_or_train(DigitNetwork(), path, train_digit_network, load_handwriting, MADE)
 
 
-@torch.no_grad()
-def keep(network: nn.Module, path: Path, val: Tensor, labels: Tensor, made: str) -> None:
-    """Write a trained network to its cache, and print with ``made`` how much of what is held out it reads."""
-    accuracy = float((network(val).argmax(1) == labels).float().mean())
-    with written_aside(path) as aside:
-        save_file(network.state_dict(), aside)
-    print(f"made {path}: {made.format(accuracy)}", flush=True)
-
-
-def train_digit_network(network: DigitNetwork, training: Handwriting, steps: int = 800, seed: int = 0) -> None:
-    """Fit the network to digits shifted by up to one pixel, with every random number from ``seed``."""
-    padded = F.pad(training.images, (1, 1, 1, 1))
+def train_digit_network(network: DigitNetwork, images: Tensor, labels: Tensor) -> None:
+    """Fit the network to digits shifted by up to one pixel."""
+    padded = F.pad(images, (1, 1, 1, 1))
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(padded), (128,), generator=generator)
         top, left = torch.randint(3, (2,), generator=generator).tolist()
-        return padded[chosen, :, top : top + SIDE, left : left + SIDE], training.labels[chosen]
+        return padded[chosen, :, top : top + SIDE, left : left + SIDE], labels[chosen]
 
-    fit(network, draw, steps, learning_rate=2e-3, seed=seed)
-
-
-def fit(
-    network: nn.Module,
-    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
-    steps: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
-    """Train a network from new on batches of what it reads and their labels, which ``draw`` returns."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
-        torch.manual_seed(seed)
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Linear):
-                module.reset_parameters()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps)
-        for _ in range(steps):
-            images, labels = draw(generator)
-            loss = F.cross_entropy(network(images), labels, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    fit(network, draw, steps=800, learning_rate=2e-3)
 
 
 class RecognisedShare(SampleMetric):

@@ -9,7 +9,7 @@ samples (Kynkäänniemi et al. 2019, arXiv 1904.06991); coverage is the share of
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elt_lightning.metrics.base import SampleMetric
 
@@ -21,6 +21,7 @@ class Diversity(SampleMetric):
     """``precision``, ``recall`` and ``coverage`` of samples against the features of real pictures.
 
     Args:
+        network: whose features are compared; it moves to the samples' device with the metric.
         features: maps pixels (B, …) in [0, 1] to (B, D).
         real: (n, D) features of the real pictures, n > 5.
         feature_network: the network's name, for reports.
@@ -28,9 +29,11 @@ class Diversity(SampleMetric):
 
     seen: list[Tensor] | Tensor
 
-    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, feature_network: str | None) -> None:
+    def __init__(
+        self, network: nn.Module, features: Callable[[Tensor], Tensor], real: Tensor, feature_network: str | None
+    ) -> None:
         super().__init__()
-        self.features, self.real, self.feature_network = features, real, feature_network
+        self.network, self.features, self.real, self.feature_network = network, features, real, feature_network
         self.add_state("seen", [], dist_reduce_fx="cat")
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102

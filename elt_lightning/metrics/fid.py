@@ -5,7 +5,6 @@ written to bytes first.
 """
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from elt_lightning.metrics.frechet import SummingMetric, frechet_distance
@@ -13,6 +12,7 @@ from elt_lightning.metrics.inception import FIDInception
 from elt_lightning.metrics.inception_score import ScoreSums
 from elt_lightning.metrics.moments import MomentSums
 from elt_lightning.metrics.reference import InceptionMoments
+from elt_lightning.training.meter import rank_and_world_size
 
 FULL_COUNT = 50_000
 """Samples behind a score called plainly FID."""
@@ -86,10 +86,3 @@ def next_numbers(counts: Tensor, count: int) -> Tensor:
     """Number the next ``count`` samples of this rank, which has taken in ``counts``, over all R: r + k·R."""
     rank, world_size = rank_and_world_size()
     return rank + (counts.sum() + torch.arange(count, device=counts.device)) * world_size
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Return which process this is, and of how many."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -15,6 +15,7 @@ from torch import Tensor
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.diversity import Diversity
 from elt_lightning.metrics.moments import Moments, MomentSums
+from elt_lightning.metrics.small_networks import FeatureNetwork
 
 
 def frechet_distance(first: Moments, second: Moments) -> Tensor:
@@ -56,20 +57,22 @@ class FrechetDistance(SummingMetric):
 
     Args:
         name: of the score, for example ``fd_digits``.
-        features: maps pixels (B, C, H, W) in [0, 1] to (B, D).
-        num_features: D.
-        feature_network: the network's name, for reports.
+        network: whose features are compared; as a part of the metric it moves to the samples' device with it.
+        title: the network's name, for reports.
+        features: maps pixels (B, …) in [0, 1] to (B, D), D the network's ``num_features``, where that is not the
+            network itself.
     """
 
     def __init__(
-        self, name: str, features: Callable[[Tensor], Tensor], num_features: int, feature_network: str
+        self, name: str, network: FeatureNetwork, title: str, features: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.name, self.features, self.feature_network = name, features, feature_network
+        self.name, self.network, self.feature_network = name, network, title
+        self.features = features or network.features
         self.reference: Moments | None = None
-        self.real = torch.empty(0, num_features)
-        self.num_features = num_features
-        self.add_sums("features", MomentSums.zeros(num_features))
+        self.num_features = network.num_features
+        self.real = torch.empty(0, self.num_features)
+        self.add_sums("features", MomentSums.zeros(self.num_features))
 
     def set_reference(self, batches: Iterable[Tensor]) -> None:
         """Take the reference moments from real pixels, batch by batch; their features are kept."""
@@ -81,12 +84,8 @@ class FrechetDistance(SummingMetric):
 
     def diversity(self) -> list[SampleMetric]:
         """Judge the variety of samples by the same features, where real pictures were the reference."""
-        if not len(self.real):
-            return []
-        diversity = Diversity(self.features, self.real, self.feature_network)
-        if isinstance(network := getattr(self, "network", None), torch.nn.Module):
-            diversity.network = network  # moves to the samples' device with the metric
-        return [diversity]
+        known = len(self.real) > 0
+        return [Diversity(self.network, self.features, self.real, self.feature_network)] if known else []
 
     def update(self, pixels: Tensor, labels: Tensor) -> None:  # noqa: D102
         features = self.features(pixels)

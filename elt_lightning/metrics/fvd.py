@@ -16,7 +16,7 @@ from elt_lightning.metrics.fid import name_with_count, next_numbers
 from elt_lightning.metrics.frechet import SummingMetric, frechet_distance
 from elt_lightning.metrics.i3d import I3D
 from elt_lightning.metrics.inception_score import ScoreSums
-from elt_lightning.metrics.moments import Moments, MomentSums
+from elt_lightning.metrics.moments import Moments, MomentSums, with_float64
 from elt_lightning.metrics.reference import (
     InceptionMoments,
     ReferenceImages,
@@ -130,8 +130,7 @@ def load_or_compute_real(
     identity = [clips.fingerprint, clips.settings, i3d.sha256, asdict(protocol)]
     path = cached_file(cache_folder, "i3d_moments", identity)
     if not is_file(path):
-        sums_device = torch.device("cpu") if i3d.device.type == "mps" else i3d.device  # Apple's GPUs lack float64
-        sums = MomentSums.zeros(I3D.num_outputs, sums_device)
+        sums = MomentSums.zeros(I3D.num_outputs, with_float64(i3d.device))
         for batch in counted(clips.batches(), "real clip", clips.num_images):
             sums.add(i3d.features(batch.to(i3d.device), protocol.tensorflow_resize))
         count = int(sums.count)

@@ -3,7 +3,7 @@
 Source: "Optical recognition of handwritten digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ LEVELS = 17
 SIDE = 8
 
 
-@dataclass(frozen=True)
-class Handwriting:
+class Handwriting(NamedTuple):
     """Digits: images (n, 1, 8, 8) float in [0, 1], multiples of 1/16, and labels (n,) int64 in [0, 10)."""
 
     images: Tensor

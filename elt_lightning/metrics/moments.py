@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU in place of Apple's GPUs, which lack float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean (D,) and unbiased covariance (D, D) of features, float64."""

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elt_lightning.files import is_file
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.digits import RecognisedShare, fit, keep
+from elt_lightning.metrics.digits import RecognisedShare
 from elt_lightning.metrics.frechet import FrechetDistance
+from elt_lightning.metrics.small_networks import FeatureNetwork, fit, load_or_train
 
 SIDE = 32
 """Height and width that the network reads; larger clips are averaged down to it, pixels of smaller ones repeated."""
@@ -29,13 +28,12 @@ BLURS = ((1, 1), (1, 3), (1, 5), (3, 5))
 """How clips are blurred in training: averages over a number of frames, and of pixels along height and width."""
 
 
-class MotionNetwork(nn.Module):
+class MotionNetwork(FeatureNetwork):
     """Name a motion: clips (n, 1 or 3, F, H, W) to logits (n, 10); 64 features stand before the last layer.
 
     Clips are float in [0, 1] or bytes, of 8 … 16 frames of 16 … 64 pixels a side; colours are averaged to grey.
     """
 
-    num_features = 64
     num_classes = 10
 
     def __init__(self) -> None:
@@ -61,9 +59,6 @@ class MotionNetwork(nn.Module):
         parts = [self.convolutions(_grey(part)) for part in clips.split(AT_ONCE)]
         return torch.cat(parts)
 
-    def forward(self, clips: Tensor) -> Tensor:  # noqa: D102
-        return self.classifier(self.features(clips))
-
 
 def _grey(clips: Tensor) -> Tensor:
     """Turn clips into what the network reads: (n, 1, F, 32, 32) float, of mean 0 and deviation 1 in each clip.
@@ -84,12 +79,9 @@ def load_or_train_motion_network(
     Clips are (n, 1 or 3, F, H, W) uint8 or float in [0, 1], labels (n,) int64 in [0, 10) their motions; held-out ones
     test how well the network reads. Other clips take another ``path``.
     """
-    network = MotionNetwork()
-    if not is_file(path):
-        train_motion_network(network, clips, labels)
-        keep(network, path, val_clips, val_labels, "the motion network, which reads {:.1%} of the held-out clips")
-    network.load_state_dict(load_file(path))
-    return network.eval().requires_grad_(False)
+    halves = (clips, labels), (val_clips, val_labels)
+    made = "the motion network, which reads {:.1%} of the held-out clips"
+    return load_or_train(MotionNetwork(), path, train_motion_network, halves.__getitem__, made)
 
 
 def train_motion_network(
@@ -120,7 +112,6 @@ def blurred(clips: Tensor, strength: Tensor) -> Tensor:
 
 def motion_metrics(network: MotionNetwork, real: Iterable[Tensor]) -> list[SampleMetric]:
     """Build ``recognised``, and ``fd_motion`` against real clips: batches of (B, 1 or 3, F, H, W)."""
-    distance = FrechetDistance("fd_motion", network.features, network.num_features, "motion_network")
-    distance.network = network  # a module inside a metric moves to the samples' device with it
+    distance = FrechetDistance("fd_motion", network, "motion_network")
     distance.set_reference(real)
     return [RecognisedShare(network), distance]

@@ -16,7 +16,7 @@ from torch import Tensor
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file, written_aside
 from elt_lightning.metrics.inception import FIDInception
-from elt_lightning.metrics.moments import Moments, MomentSums
+from elt_lightning.metrics.moments import Moments, MomentSums, with_float64
 from elt_lightning.training.meter import counted
 
 logger = logging.getLogger(__name__)
@@ -80,19 +80,15 @@ class ReferenceImages:
     num_images: int | None = None
 
 
-def load_or_compute(
-    source: str | Path | ReferenceImages, network: FIDInception, cache_folder: str | Path
-) -> InceptionMoments:
-    """Read reference moments from a file, see :func:`read_moments`, or compute them from images once and keep them.
+def load_or_compute(source: ReferenceImages, network: FIDInception, cache_folder: str | Path) -> InceptionMoments:
+    """Compute reference moments from images once and keep them.
 
     With several processes, let one of them call this before the others, as ``prepare_data`` of a data module does. The
     network reads on its own device; files are named by the images, its weights and how pictures are prepared.
 
     Raises:
-        UserError: the file is wrong, or there are fewer than two images.
+        UserError: there are fewer than two images, or the kept file is damaged.
     """
-    if not isinstance(source, ReferenceImages):
-        return read_moments(source)
     identity = [source.fingerprint, source.settings, network.sha256, PREPARATION]
     path = cached_file(cache_folder, "inception_moments", identity)
     if not is_file(path):
@@ -119,8 +115,7 @@ def compute_moments(
         UserError: there are fewer than two.
     """
     device = next(network.parameters()).device
-    sums_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs lack float64
-    pool, spatial = (MomentSums.zeros(size, sums_device) for size in (network.num_pool, network.num_spatial))
+    pool, spatial = (MomentSums.zeros(size, with_float64(device)) for size in (network.num_pool, network.num_spatial))
     for images in counted(batches, "real image", num_images):
         features = network.features(images.to(device))
         pool.add(features.pool)

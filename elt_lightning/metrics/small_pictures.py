@@ -7,11 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elt_lightning.files import is_file
-from elt_lightning.metrics.digits import fit, keep
+from elt_lightning.metrics.small_networks import FeatureNetwork, fit, load_or_train
 
 SIDE = 28
 """Height and width that the network reads; other pictures are averaged, or their pixels repeated, to it."""
@@ -20,7 +18,7 @@ AT_ONCE = 500
 """Pictures in one forward pass, which bounds memory; it does not change results."""
 
 
-class PictureNetwork(nn.Module):
+class PictureNetwork(FeatureNetwork):
     """Name a class: pictures (n, 1 or 3, H, W) float in [0, 1] to logits; 64 features stand before the last layer.
 
     Colours are averaged to grey.
@@ -28,8 +26,6 @@ class PictureNetwork(nn.Module):
     Args:
         num_classes: how many there are.
     """
-
-    num_features = 64
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -53,9 +49,6 @@ class PictureNetwork(nn.Module):
         grey = F.adaptive_avg_pool2d(pictures.float().mean(1, keepdim=True), SIDE)
         return torch.cat([self.convolutions(part) for part in grey.split(AT_ONCE)])
 
-    def forward(self, pictures: Tensor) -> Tensor:  # noqa: D102
-        return self.classifier(self.features(pictures))
-
 
 def load_or_train_picture_network(
     path: Path, training: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], num_classes: int
@@ -68,17 +61,12 @@ def load_or_train_picture_network(
         val: held-out ones, which test how well the network reads.
         num_classes: how many there are.
     """
-    network = PictureNetwork(num_classes)
-    if not is_file(path):
-        train_picture_network(network, *training)
-        images, labels = val
-        made = "the picture network, which reads {:.1%} of the held-out pictures"
-        keep(network, path, images[:, None] / 255, labels, made)
-    network.load_state_dict(load_file(path))
-    return network.eval().requires_grad_(False)
+    halves = training, (val[0][:, None] / 255, val[1])
+    made = "the picture network, which reads {:.1%} of the held-out pictures"
+    return load_or_train(PictureNetwork(num_classes), path, train_picture_network, halves.__getitem__, made)
 
 
-def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tensor, seed: int = 0) -> None:
+def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tensor) -> None:
     """Fit the network to pictures (n, H, W) uint8, shifted by up to one pixel, in six passes over 60,000 of them."""
     height, width = images.shape[1:]
 
@@ -88,4 +76,4 @@ def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tenso
         padded = F.pad(images[chosen, None] / 255, (1, 1, 1, 1))
         return padded[..., top : top + height, left : left + width], labels[chosen]
 
-    fit(network, draw, min(max(len(images) // 20, 200), 3000), learning_rate=2e-3, seed=seed)
+    fit(network, draw, min(max(len(images) // 20, 200), 3000), learning_rate=2e-3)

@@ -35,11 +35,15 @@ from elt_lightning.cli import status_of
 from elt_lightning.commands.settings import config_and_bases
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.comparison import Curve, draw, table
-from elt_lightning.files import write_json, write_text, written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import write_json, write_text
 from elt_lightning.reproduce.curves import read_curves
 
 BEYOND_TRAINING = 2
 """Loop counts are measured up to this many above L_max."""
+
+TRAINED = "trained.json"
+"""What a run has once it is trained, with the seconds that took."""
 
 DIVERSITY = "diversity"
 """In a record, and in the folder of a run with recall: how varied samples at L_max are, from zero and carried."""
@@ -145,9 +149,16 @@ def arms_of(config: dict[str, Any]) -> list[Arm]:
     """Return the arms of an experiment (UserError: one has a setting that arms do not have, or lacks one)."""
     try:
         shared = {"test_loops": config.get("test_loops")}
-        return [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
+        arms = [Arm(name, **(shared | settings)) for name, settings in config["arms"].items()]
     except (TypeError, AttributeError) as error:
         raise UserError(f"an arm of the experiment is not as it should be: {error}") from error
+    for arm in arms:
+        if arm.begins_at not in (None, *config["arms"]):
+            raise UserError(f"the arm {arm.name} begins at {arm.begins_at}, which is no arm of the experiment")
+        idle = {"init", "taught"} & config["arms"][arm.name].keys()
+        if idle and arm.begins_at is None:
+            raise UserError(f"the arm {arm.name} has {', '.join(sorted(idle))}, but no begins_at")
+    return arms
 
 
 def prepare(program: str) -> None:
@@ -194,12 +205,13 @@ def run_arm(
         if not arm.recall or DIVERSITY in done or not checkpoint.is_file():
             return f"{record}: done before"
     began = time.perf_counter()
-    if not (folder / "trained.json").is_file():
+    if not is_trained(folder):
         unfinished = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         beginning = begin(arm, runs, seed, folder, after) if begins and not unfinished else []
+        began = time.perf_counter()  # without waiting for the run that it begins from
         elt("fit", *flags, "--run_dir", str(folder), *unfinished, *beginning)
         seconds = None if unfinished else time.perf_counter() - began  # of the whole training, or unknown
-        write_text(folder / "trained.json", json.dumps({"seconds": seconds}))
+        write_text(folder / TRAINED, json.dumps({"seconds": seconds}))
     if not (folder / "test" / "loops.json").is_file():
         elt("test", *command, "--run_dir", str(folder / "test"), "--ckpt_path", str(checkpoint))
     if arm.recall and not (folder / DIVERSITY / "loops.json").is_file():
@@ -207,6 +219,11 @@ def run_arm(
         elt("test", *flags, *both, "--run_dir", str(folder / DIVERSITY), "--ckpt_path", str(checkpoint))
     write_record(record, [*command, *begins], base, folder)
     return f"{record}: {time.perf_counter() - began:.0f} s"
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a run's training came to its end; one that was stopped has a checkpoint too."""
+    return (folder / TRAINED).is_file()
 
 
 def begin(arm: Arm, runs: Path, seed: int, folder: Path, after: Future[str] | None) -> list[str]:
@@ -255,7 +272,7 @@ def write_record(path: Path, command: list[str], base: str, folder: Path) -> Non
         "base_sha256": base,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads_per_run": 1},
         "versions": {"elt_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "training_seconds": json.loads((folder / "trained.json").read_text())["seconds"],
+        "training_seconds": json.loads((folder / TRAINED).read_text())["seconds"],
         **{name: report[name] for name in kept},
         "rows": rows_of(report),
         **({DIVERSITY: rows_of(json.loads(diversity.read_text()))} if diversity.is_file() else {}),
@@ -328,8 +345,7 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     summary = {"command": f"make {title.replace('_', '-')}"} | gathered
     write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
-    with written_aside(folder / "ablation.png") as aside:
-        figure(summary, arms, metrics).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "ablation.png", figure(summary, arms, metrics))
     tables = [table(curves(summary, arms, name), name, in_percent=not name.startswith("fd_")) for name in metrics]
     write_text(folder / "ablation.md", "\n".join(tables))
 

@@ -389,14 +389,15 @@ def more_loops_never_hurt(experiment: Experiment) -> Finding:
 @claim("Beyond the paper, R2", "recall from zero is at least as good as the paper's recipe at L_max", RECALL)
 def recall_costs_nothing(experiment: Experiment) -> Finding:
     """Recall costs nothing at the loop count of training."""
-    return compared(experiment.arms["recall_ilsd"], experiment.arms["ilsd"], lambda full: (full, full))
+    ours, paper = experiment.arms["recall_ilsd"], experiment.arms["ilsd"]
+    return compared(ours, paper.max_loops, paper)
 
 
 @claim("Beyond the paper, R3", "recall at L_max/2, carried, is at least as good as the paper's recipe at L_max", RECALL)
 def half_the_loops_do(experiment: Experiment) -> Finding:
     """With the state carried, half the loops suffice."""
-    ours = experiment.arms["recall_ilsd"].with_carried_state()
-    return compared(ours, experiment.arms["ilsd"], lambda full: (full // 2, full))
+    ours, paper = experiment.arms["recall_ilsd"].with_carried_state(), experiment.arms["ilsd"]
+    return compared(ours, paper.max_loops // 2, paper)
 
 
 @claim("Beyond the paper, R4", "one carried loop has twice the recipe's score at L = 1, or 80 % of it at L_max", RECALL)
@@ -444,9 +445,9 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
 
-def compared(ours: Arm, paper: Arm, loops: Callable[[int], tuple[int, int]]) -> Finding:
-    """Compare two arms, at loop counts that are a function of L_max: for each seed whether ours is at least as good."""
-    here, there = loops(paper.max_loops)
+def compared(ours: Arm, here: int, paper: Arm) -> Finding:
+    """Compare an arm at a loop count with the paper's at its L_max: for each seed whether ours is at least as good."""
+    there = paper.max_loops
     gaps = ahead(ours, here, paper, there)
     text = f"{ours.label} {ours.show(here)} at L = {here}; {paper.label} {paper.show(there)} at L = {there}"
     return Finding(text, gaps >= 0, gaps)
@@ -511,7 +512,8 @@ def page(results: Path, benchmarks: Path) -> str:
         table = markdown_table(("experiment", "measured", "verdict"), rows)
         anchor = f'<a id="claim-{number}"></a>'
         sections += ["", anchor, "", f"## {number}. {claim.title}", "", criterion, "", table]
-    sections += [*cost_section(benchmarks), *norms_section(results), *experiments_section(experiments)]
+    sections += [*any_time_section(results), *cost_section(benchmarks), *norms_section(results)]
+    sections += experiments_section(experiments)
     table = markdown_table(("claim", "verdicts, in how many seeds"), overview)
     return "\n".join([INTRODUCTION.strip(), "", table, *sections]) + "\n"
 
@@ -533,6 +535,34 @@ def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tup
         rows.append(row)
         short.append(f"{what.partition(',')[0]}: {verdict}")
     return rows, short
+
+
+def any_time_section(results: Path) -> list[str]:
+    """Return how much of the recipe's compute ours needs for its quality at L_max, with settings of other seeds."""
+    lines = [
+        "",
+        "## Quality for less compute",
+        "",
+        "Beyond the paper: with recall, carried states, exits per sample and exit guidance, half of the",
+        "multiply–accumulates do for the score that the paper's recipe has at L_max. A seed counts where the best",
+        "setting for at most half of them, chosen on the other seeds' models, is as good on this one.",
+    ]
+    path = results / "any_time" / "any_time.json"
+    if not path.is_file():
+        return [*lines, "", "Not measured yet."]
+    cells = []
+    for name, testbed in json.loads(path.read_text())["testbeds"].items():
+        ratio, found = testbed["compute_ratio_at_equal_quality"], testbed.get("held_out")
+        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "not measured yet"
+        if found is not None:
+            gaps = pd.Series(found["difference"])
+            pairs = zip(found["compute_ratio"], gaps, strict=True)
+            chosen = "; ".join(f"{share:.2f}, {gap:+.3g}" for share, gap in pairs)
+            verdict = Finding("", gaps >= 0, gaps).verdict()
+        cells.append((f"{name}, {testbed['metric']}", cheapest, chosen, f"**{verdict}**"))
+    headings = ("testbed", "compute of the cheapest as good", "within half: compute, difference", "verdict")
+    lines += ["", *markdown_table(headings, cells).splitlines()]
+    return [*lines, "", "`make any-time`: [figure](any_time/any_time.png), [all settings](any_time/any_time.md)."]
 
 
 def cost_section(benchmarks: Path) -> list[str]:

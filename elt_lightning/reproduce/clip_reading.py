@@ -1,18 +1,18 @@
 """How much of moving digits a tokenizer of clips keeps: PSNR, and whether the digits can still be read."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from elt_lightning.data.clips import ClipShape, fixed_start, resize_and_crop
 from elt_lightning.data.toy.moving_digits import MARGIN, MOTIONS, VIDEOS, MovingDigits
-from elt_lightning.files import is_file
-from elt_lightning.metrics.digits import DigitNetwork, keep, train_digit_network
+from elt_lightning.metrics.digits import MADE, DigitNetwork, train_digit_network
 from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
+from elt_lightning.metrics.small_networks import load_or_train
 from elt_lightning.tokenizers.video_vq import VideoVQ
 
 FINER = 4
@@ -68,13 +68,8 @@ def measure(digits: MovingDigits, root: Path, tokenizer: VideoVQ, stride: int) -
 
 def load_reader(digits: MovingDigits, root: Path, side: int) -> DigitNetwork:
     """Load the network that reads digits in frames from its cache, or train it once, seeded, and write the cache."""
-    network, path = DigitNetwork(), root / f"sharp_digit_network_{side}.safetensors"
-    if not is_file(path):
-        train_digit_network(network, as_shown(digits, side, val=False))
-        val = as_shown(digits, side, val=True)
-        keep(network, path, val.images, val.labels, "the digit network, which reads {:.1%} of the held-out digits")
-    network.load_state_dict(load_file(path))
-    return network.eval().requires_grad_(False)
+    path = root / f"sharp_digit_network_{side}.safetensors"
+    return load_or_train(DigitNetwork(), path, train_digit_network, partial(as_shown, digits, side), MADE)
 
 
 def as_shown(digits: MovingDigits, side: int, val: bool) -> Handwriting:

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from elt_lightning.cli import status_of
 from elt_lightning.errors import UserError
-from elt_lightning.files import write_json, written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import write_json
 
 Curves = dict[str, list[tuple[int, float]]]
 """{logged name: (optimiser step, value) in order of steps}."""
@@ -26,8 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     curves = read_curves(options.run)
     write_json(options.output.with_suffix(".json"), curves, indent=None)
-    with written_aside(options.output.with_suffix(".png")) as aside:
-        draw(curves, options.output.name).savefig(aside, bbox_inches="tight")
+    write_figure(options.output.with_suffix(".png"), draw(curves, options.output.name))
     print(options.output.with_suffix(".png"))
 
 

@@ -11,7 +11,6 @@ Three measurements, averaged over tokens and samples, the first two over samplin
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,8 @@ from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
-from elt_lightning.files import written_aside
+from elt_lightning.evaluation.pictures import write_figure
+from elt_lightning.files import write_json
 from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.training.loop_monitor import followed_loops, relative_distance
@@ -60,10 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--ckpt_path takes NAME=PATH, not {text!r}")
         module = build_module(read_checkpoint(Path(path))).to(device_of(options.device))
         found[name] = measure(module, options.num, options.seed)
-    with written_aside(options.output / "dynamics.json") as aside:
-        aside.write_text(json.dumps({"num_samples": options.num, "seed": options.seed, "models": found}) + "\n")
-    with written_aside(options.output / "dynamics.png") as aside:
-        figure(found).savefig(aside, bbox_inches="tight")
+    content = {"num_samples": options.num, "seed": options.seed, "models": found}
+    write_json(options.output / "dynamics.json", content, indent=None)
+    write_figure(options.output / "dynamics.png", figure(found))
     print("\n".join(str(options.output / f"dynamics.{ending}") for ending in ("png", "json")))
 
 

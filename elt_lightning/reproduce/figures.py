@@ -26,12 +26,12 @@ from elt_lightning.checkpoints.pretrained import build_module
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.arguments import device_of
-from elt_lightning.evaluation.pictures import loops_figure
+from elt_lightning.evaluation.pictures import loops_figure, write_figure
 from elt_lightning.files import written_aside
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce.curves import read_curves
 from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABLE_1, TABLE_2
-from elt_lightning.reproduce.sweeps import difference, read_sweep, rows_of
+from elt_lightning.reproduce.sweeps import difference, drawn_alike, read_sweep, rows_of
 from elt_lightning.reproduce.update_norms import figure as norms_figure
 from elt_lightning.tokenizers.loading import load_tokenizer
 
@@ -155,7 +155,7 @@ def read_runs(folder: Path, mode: str = "ilsd") -> pd.DataFrame:
             "train_loops": report["train_loops"],
             "is_compared": model in COMPARED,
         }
-        for row in report["rows"]:
+        for row in drawn_alike(report, papers):
             score = row["metrics"][metric]
             lines.append(of_run | cost_of(row) | {"value": score["mean"], "spread": score["std"]})
     return best_first(points_of(lines)).drop_duplicates(["series", "loops"]).sort_index()
@@ -400,8 +400,7 @@ def write(number: int, sources: Sources, folder: Path) -> None:
     """Write ``fig<number>.png`` and ``fig<number>.csv``."""
     drawing, lines = render(number, sources)
     stem = folder / f"fig{number}"
-    with written_aside(stem.with_suffix(".png")) as aside:
-        drawing.savefig(aside, bbox_inches="tight")
+    write_figure(stem.with_suffix(".png"), drawing)
     with written_aside(stem.with_suffix(".csv")) as aside:
         lines.convert_dtypes().to_csv(aside, index=False)
     print(stem.with_suffix(".png"))

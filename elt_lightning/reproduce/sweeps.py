@@ -14,6 +14,10 @@ PAPERS_PROTOCOL = f"protocol {video_protocol('magvit-10kx4').name}"
 """What the feature network of an FVD must name to stand beside those of Table 4."""
 
 
+OFF = {"carry_state": False, "exit_scale": 0, "loop_schedule": "constant", "tolerance": None}
+"""Settings of samplers that the paper does not have, and what turns them off."""
+
+
 def read_sweep(path: Path) -> dict[str, Any]:
     """Read a ``loops.json`` (UserError: it is damaged, or was written by something else or by an earlier version)."""
     try:
@@ -33,6 +37,21 @@ def rows_of(name: str) -> list[Row]:
     return [row for row in (*TABLE_1, *TABLE_2, *TABLE_4) if row.name == name]
 
 
+def steps_of(report: dict[str, Any], row: dict[str, Any]) -> int:
+    """Return the sampling steps of a row; before they could be swept, a sweep had one number for all."""
+    return int(row.get("steps", report["sampling_steps"]))
+
+
+def drawn_alike(report: dict[str, Any], rows: Collection[Row]) -> list[dict[str, Any]]:
+    """Return a sweep's rows whose samples were drawn as the paper's: in as many steps, and with nothing that is new."""
+    steps = {row.steps for row in rows}
+    return [
+        row
+        for row in report["rows"]
+        if steps_of(report, row) in steps and all(row.get(name, off) == off for name, off in OFF.items())
+    ]
+
+
 def difference(report: dict[str, Any], rows: Collection[Row], mode: str = "ilsd") -> str | None:
     """Return what sets a sweep apart from what the paper measured; None where nothing does.
 
@@ -50,8 +69,11 @@ def difference(report: dict[str, Any], rows: Collection[Row], mode: str = "ilsd"
         return f"it was trained by {report['train_mode']}, not by {mode}"
     if report["weights"] != "ema":
         return f"it is of the {report['weights']} weights, not of their average"
-    if report["sampling_steps"] not in steps:
-        return f"sampling took {report['sampling_steps']} steps, not {' or '.join(map(str, steps))}"
+    taken = sorted({steps_of(report, row) for row in report["rows"]})
+    if not set(taken) & set(steps):
+        return f"sampling took {' or '.join(map(str, taken))} steps, not {' or '.join(map(str, steps))}"
+    if not drawn_alike(report, rows):
+        return f"none of its samples were drawn without {', '.join(OFF)}"
     if any(row.fvd for row in rows) and PAPERS_PROTOCOL not in str(report["feature_network"]):
         return f"its protocol is not the paper's, {PAPERS_PROTOCOL}, but {report['feature_network']}"
     return None

@@ -48,7 +48,7 @@ from elt_lightning.reproduce.published import (
     Printed,
     Row,
 )
-from elt_lightning.reproduce.sweeps import difference, read_sweep
+from elt_lightning.reproduce.sweeps import difference, drawn_alike, read_sweep, steps_of
 
 SMALL_SCALE = (
     "small-scale twin: small networks, data that the project makes; its numbers do not compare with the paper's"
@@ -231,8 +231,8 @@ class Result:
         report = self.report
         return (
             f"{self.path}, {report['train_steps']:,} training steps, {self.row['loops']} loops, "
-            f"{report['sampling_steps']} sampling steps, guidance {self.row['guidance']:g}, {report['num_samples']:,} "
-            f"samples, features of {report['feature_network']}."
+            f"{steps_of(report, self.row)} sampling steps, guidance {self.row['guidance']:g}, "
+            f"{report['num_samples']:,} samples, features of {report['feature_network']}."
         )
 
 
@@ -262,6 +262,11 @@ def find_result(row: Row, kind: str, runs: Path, table: Table) -> Result | None:
             if reason is not None:
                 table.notes.append(f"{row.model}: {path} is left out: {reason}.")
                 continue
+            alike = [measured for measured in drawn_alike(report, [row]) if measured["loops"] == loops]
+            if len(alike) < len(found):
+                unlike = len(found) - len(alike)
+                table.notes.append(f"{row.model}: {path}: {unlike} of its rows are left out, drawn unlike the paper's.")
+            found = alike
         for measured in found:
             names = [name for name, score in measured["metrics"].items() if not math.isnan(score["mean"])]
             names = sorted((name for name in names if count_in(name, kind)), key=lambda name: count_in(name, kind))

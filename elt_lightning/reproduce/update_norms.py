@@ -19,6 +19,7 @@ from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import status_of
 from elt_lightning.commands.arguments import device_of
 from elt_lightning.errors import UserError
+from elt_lightning.evaluation.pictures import write_figure
 from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
@@ -83,8 +84,7 @@ def write_results(norms: Tensor, train_loops: int, folder: Path) -> None:
     lines = [(step, loop, norm) for step, row in enumerate(norms.tolist(), 1) for loop, norm in enumerate(row, 1)]
     with written_aside(folder / "update_norms.csv") as aside:
         pd.DataFrame(lines, columns=["step", "loop", "update_norm"]).to_csv(aside, index=False)
-    with written_aside(folder / "update_norms.png") as aside:
-        figure(norms, train_loops).savefig(aside, bbox_inches="tight")
+    write_figure(folder / "update_norms.png", figure(norms, train_loops))
     print("\n".join(str(folder / f"update_norms.{ending}") for ending in ("png", "csv")))
 
 

@@ -35,6 +35,11 @@ class Tokenizer(nn.Module, ABC):
         """Turn pixels (B, C, H, W) into bytes for people to look at: the pixels themselves, or with help to the eye."""
         return to_bytes(pixels)
 
+    def store(self, pixels: Tensor) -> Tensor:
+        """Turn pixels (B, …) float in [0, 1] into what `elt encode` keeps: int16 tokens (B, T), or float16 latents."""
+        codes = self.encode(pixels)
+        return codes.to(torch.float16 if codes.is_floating_point() else torch.int16)
+
     def init_args(self) -> dict[str, Any]:
         """Return the arguments to build this again, as plain data."""
         return {} if self.path is None else {"path": str(self.path)}
@@ -55,8 +60,9 @@ class ImageTokenizer(Tokenizer):
         downsampling: pixels along a side of what one code stands for; H and W must be multiples of it.
         codebook_size: V, None for continuous latents.
         latent_channels: C, None for tokens.
-        latent_scale: None where :meth:`store` returns the codes themselves. Otherwise it returns mean and standard
-            deviation of the encoder's Gaussian, and latents are ``latent_scale`` · (mean + std·ε).
+        latent_scale: None where :meth:`store` returns the codes themselves. Otherwise it returns means and then
+            standard deviations of the encoder's Gaussian, (B, 2·C, rows, columns), and latents are ``latent_scale`` ·
+            (mean + std·ε).
     """
 
     downsampling: int
@@ -68,14 +74,6 @@ class ImageTokenizer(Tokenizer):
         """Return the token grid (rows, columns), or the latents' (C, rows, columns), of a picture of that size."""
         grid = (height // self.downsampling, width // self.downsampling)
         return grid if self.latent_channels is None else (self.latent_channels, *grid)
-
-    def store(self, pixels: Tensor) -> Tensor:
-        """Turn pixels (B, 3, H, W) float in [0, 1] into what is kept: int16 tokens (B, T), or float16 latents.
-
-        Where ``latent_scale`` is set, (B, 2·C, rows, columns): the means, then the standard deviations.
-        """
-        codes = self.encode(pixels)
-        return codes.to(torch.float16 if codes.is_floating_point() else torch.int16)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, first_line
 from elt_lightning.tokenizers.base import ImageTokenizer
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -144,8 +144,3 @@ def only_errors_of(library: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's message, as much of it as fits on one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

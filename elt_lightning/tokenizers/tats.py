@@ -109,10 +109,6 @@ class TATSVQGAN(Tokenizer):
             raise ValueError(f"{frames}×{height}×{width} is not a multiple of the tokenizer's 4×8×8")
         return tuple(side // step for side, step in zip(shape, self.downsampling, strict=True))
 
-    def store(self, pixels: Tensor) -> Tensor:
-        """Encode (B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
-        return self.encode(pixels).to(torch.int16)
-
 
 class Encoder(nn.Module):
     """Pixels (B, 3, F, H, W) in [−0.5, 0.5] to (B, 256, F/4, H/8, W/8)."""

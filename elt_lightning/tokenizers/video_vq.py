@@ -33,6 +33,7 @@ class TrainedVQ(Tokenizer):
     """
 
     dimensions: ClassVar[int]
+    codebook_size: int | None
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class TrainedVQ(Tokenizer):
         if self.settings.dimensions != self.dimensions:
             kind = {2: "of pictures: ImageVQ", 3: "of clips: VideoVQ"}[self.settings.dimensions]
             raise UserError(f"{path} is a tokenizer {kind} reads it, not {type(self).__name__}")
-        self.grid = self.settings.grid(self.sample_shape)
+        self.codebook_size, self.grid = self.settings.codebook_size, self.settings.grid(self.sample_shape)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode (B, 3, F, H, W), or (B, 3, H, W), in [0, 1] to the nearest codes, (B, T) int64 in [0, V), row-major.
@@ -90,7 +91,6 @@ class VideoVQ(TrainedVQ):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.codebook_size = self.settings.codebook_size
         self.downsampling = self.settings.downsampling
 
     def code_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -101,10 +101,6 @@ class VideoVQ(TrainedVQ):
         """
         return self.settings.grid((frames, height, width))
 
-    def store(self, pixels: Tensor) -> Tensor:
-        """Encode (B, 3, F, H, W) float in [0, 1] to what is kept on disk: int16 tokens (B, T)."""
-        return self.encode(pixels).to(torch.int16)
-
 
 class ImageVQ(TrainedVQ, ImageTokenizer):
     """A tokenizer of pictures: the same network in 2-D."""
@@ -113,7 +109,6 @@ class ImageVQ(TrainedVQ, ImageTokenizer):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.codebook_size = self.settings.codebook_size
         self.downsampling = self.settings.downsampling[0]
 
 

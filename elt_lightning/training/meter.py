@@ -20,7 +20,14 @@ EVERY_SECONDS_ON_TERMINALS = 0.25
 
 def is_first_process() -> bool:
     """Return whether this is the first of the processes that work together, or the only one."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return rank_and_world_size()[0] == 0
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return which of the processes that work together this is, and how many they are."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 class Meter:

@@ -36,14 +36,12 @@ class Preemption(Callback):
         self.asked = signal.SIGTERM if trainer.received_sigterm else None
         handle_signals(self._take_note)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._end_at_once_unless_training(trainer)
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside of training, let a signal end the program at once."""
+        if trainer.state.fn != "fit":
+            handle_signals(end)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._end_at_once_unless_training(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._end_at_once_unless_training(trainer)
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,10 +60,6 @@ class Preemption(Callback):
         end_at_once_next_time()
         if self.asked == signal.SIGINT:
             say("elt: Ctrl-C: the step is finished and saved first; once more ends at once, without saving")
-
-    def _end_at_once_unless_training(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit":
-            handle_signals(end)
 
 
 def end_if_asked(trainer: Trainer, pl_module: LightningModule) -> None:

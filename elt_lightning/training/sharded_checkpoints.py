@@ -8,7 +8,7 @@ Reading runs no code from the files.
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,14 @@ from elt_lightning.training.weights import META
 def write_folder(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint, all devices together; sharded tensors are written in parts, others once."""
     tensors: dict[str, Tensor] = {}
-    rest = _without_tensors(checkpoint, "", tensors)
+
+    def take(place: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        tensors[place] = value
+        return None  # stands where it was
+
+    rest = _mapped(checkpoint, take)
     aside = folder.with_name(f".{folder.name}")
     is_first = dist.get_rank() == 0
     if is_first:
@@ -70,35 +77,17 @@ def read_folder(
                 distributed_checkpoint.load(tensors, storage_reader=reader, no_dist=sharded is None)
     except Exception as error:  # the readers raise anything on damaged bytes
         raise UserError(f"{folder} is not a readable checkpoint: it is damaged or of another kind") from error
-    checkpoint: dict[str, Any] = _with_tensors(rest, "", tensors)
+    checkpoint: dict[str, Any] = _mapped(rest, lambda place, value: tensors.get(place) if value is None else value)
     return checkpoint
 
 
-def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Move the tensors of nested data to ``tensors``, under their places; None stands where they were."""
-    if isinstance(value, Tensor):
-        tensors[place] = value
-        return None
+def _mapped(value: Any, change: Callable[[str, Any], Any], place: str = "") -> Any:
+    """Change the leaves of nested data, each by its place, such as "optimizer_states/0/state/3/exp_avg"."""
     if isinstance(value, Mapping):
-        return {name: _without_tensors(inner, _join(place, name), tensors) for name, inner in value.items()}
+        return {name: _mapped(inner, change, f"{place}/{name}") for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_without_tensors(inner, _join(place, number), tensors) for number, inner in enumerate(value))
-    return value
-
-
-def _with_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Put the tensors back."""
-    if value is None:
-        return tensors.get(place)
-    if isinstance(value, Mapping):
-        return {name: _with_tensors(inner, _join(place, name), tensors) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_tensors(inner, _join(place, number), tensors) for number, inner in enumerate(value))
-    return value
-
-
-def _join(place: str, name: Any) -> str:
-    return f"{place}/{name}" if place else str(name)
+        return type(value)(_mapped(inner, change, f"{place}/{number}") for number, inner in enumerate(value))
+    return change(place.removeprefix("/"), value)
 
 
 def _empty(about: TensorStorageMetadata, sharded: Mapping[str, Tensor], place: str) -> Tensor:

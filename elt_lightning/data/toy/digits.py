@@ -61,8 +61,7 @@ class DigitsDataModule(IndexedDataModule):
     def build_metrics(self) -> list[SampleMetric]:
         """Build ``recognised``, the share read as the asked digit, and ``fd_digits`` to held-out handwriting."""
         network = load_digit_network(self.root)
-        distance = FrechetDistance("fd_digits", network.features, network.num_features, "digit_network")
-        distance.network = network  # a module inside a metric moves to the samples' device with it
+        distance = FrechetDistance("fd_digits", network, "digit_network")
         distance.set_reference([load_handwriting(val=True).images])
         return [RecognisedShare(network), distance]
 

@@ -168,11 +168,9 @@ class LatinSquaresDataModule(IndexedDataModule):
             cells = cut_patches(pixels, SIDE)
             return network.features(cells.flatten(0, 1).unsqueeze(1)).view(*cells.shape[:2], -1).mean(1)
 
-        distance = FrechetDistance("fd_digits", picture_features, network.num_features, "digit_network")
+        distance = FrechetDistance("fd_digits", network, "digit_network", picture_features)
         pictures, _ = self.draw_pictures(self.num_val, load_handwriting(val=True), seed=1)
         distance.set_reference(pictures.split(500))
-        # Reading cells needs the network on the samples' device: a module inside a metric moves with it.
-        distance.network = network
         return [LatinSquareScores(network, self.order, self.boxes), distance]
 
 
