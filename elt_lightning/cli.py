@@ -55,14 +55,6 @@ A first run:  elt fit --config configs/quickstart.yaml
 """
 
 
-SPIN_COUNT = "5000"
-"""How often a thread of torch looks whether its neighbours are done before it lets others have its core.
-
-OpenMP's own is 300,000: beside two other busy programs on two cores a picture then took 10 s in place of 0.2, since
-every thread waited for one that had no core. On an idle machine 5,000 are as fast. Read where torch is loaded, later.
-"""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command: the exit status is 0, or 2 after one clear line on stderr about what the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -86,8 +78,6 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
         debug: let errors through, with their tracebacks.
     """
     os.environ["MPLBACKEND"] = "agg"  # what is drawn here goes to files; another backend may not even exist
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show × shows the rest

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import train_small_squares
+from torch import Tensor
 
 from elt_lightning.data.toy.latin_squares import LatinSquaresDataModule
 from elt_lightning.metrics import digits
-from elt_lightning.metrics.handwriting import Handwriting
 
 CPU_BEFORE = pytest.StashKey[float]()
 
@@ -45,11 +45,11 @@ def one_digit_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digit_network.safetensors"
     train = digits.train_digit_network
 
-    def train_once(network: digits.DigitNetwork, training: Handwriting) -> None:
+    def train_once(network: digits.DigitNetwork, *training: Tensor) -> None:
         with path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                train(network, training)
+                train(network, *training)
                 save_file(network.state_dict(), path)
         network.load_state_dict(load_file(path))
 

@@ -12,6 +12,7 @@ import yaml
 from processes import start
 from small_runs import SMALL
 
+from elt_lightning.cli import main
 from elt_lightning.data.toy.digits import DigitsDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.reproduce import ablation
@@ -87,6 +88,9 @@ def test_an_ablation_goes_on_in_another_clone_and_sums_up_whole_seeds(
     loop = json.loads(Path("runs/ablation_small/ilsd_seed1/test/loops.json").read_text())
     assert records[1]["rows"][0]["metrics"]["fd_digits"] == loop["rows"][0]["metrics"]["fd_digits"]["mean"]
     assert Path("results/ablation.png").stat().st_size > 10_000
+    seeds = ["elsewhere/ablation_small/ilsd_seed0", "runs/ablation_small/ilsd_seed1"]
+    assert main(["compare", *seeds, "--output=sheet"]) == 0
+    assert "| ilsd_seed0 and 1 more | " in Path("sheet/compare.md").read_text()
     found = read_experiment(Path("results"))
     assert found is not None
     assert list(found.arms["ilsd"].scores[2]) == arm["rows"][1]["metrics"]["recognised"]

@@ -13,18 +13,26 @@ from elt_lightning.commands.compare import curves_of
 def write_run(folder: Path, seed: int, scores: dict[int, float], recall: bool = False, **row: Any) -> Path:
     """A run's folder as `elt fit` and `elt test` leave it, with a sweep of these scores."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel:\n  recall: {json.dumps(recall)}\n")
+    config = {
+        "seed_everything": seed,
+        "trainer": {"default_root_dir": str(folder)},
+        "model": {"recall": recall, "seed": seed},
+        "data": {"init_args": {"seed": seed}},
+        "run_dir": str(folder),
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
     write_sweep(folder / "test", [{"loops": loops, "score": score, **row} for loops, score in scores.items()])
     return folder
 
 
-def write_sweep(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_sweep(folder: Path, rows: list[dict[str, Any]], **measured: Any) -> None:
     folder.mkdir(parents=True)
     laid_out = []
     for row in rows:
         metrics = {"valid": {"mean": row.pop("score")}}
         laid_out.append({"params_backbone": 10, "macs_per_sample": 10**9 * row["loops"], "metrics": metrics} | row)
     sweep = {"primary_metric": "valid", "higher_is_better": True, "train_loops": 4, "rows": laid_out}
+    sweep |= measured
     (folder / "loops.json").write_text(json.dumps(sweep))
 
 
@@ -43,6 +51,21 @@ def test_runs_that_differ_in_their_seed_are_one_curve(tmp_path: Path, capsys: py
     ]
     assert (tmp_path / "out" / "compare.png").stat().st_size > 1000
     assert "60.0 ± 14.1" in capsys.readouterr().out
+
+
+def test_what_was_measured_otherwise_is_named_and_two_sweeps_of_a_run_are_no_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("a"), 0, {1: 0.25})
+    write_sweep(Path("a/test_2"), [{"loops": 1, "score": 0.5}], num_samples=500)
+    assert main(["compare", "a/test", "a/test_2", "a/test", "--output=out"]) == 0
+    expected = ["| a, num_samples None | 10 | 25.0 |", "| a, num_samples 500 | 10 | 50.0 |"]
+    assert Path("out/compare.md").read_text().splitlines()[2:] == expected
+    assert main(["compare", "a/test", "--output=out"]) == 2
+    assert "out has a comparison: choose another --output, or add --overwrite" in capsys.readouterr().err
+    assert main(["compare", "a/test", "--output=out", "--overwrite"]) == 0
+    assert "num_samples" not in Path("out/compare.md").read_text()
 
 
 def test_where_a_tolerance_ends_loops_a_curves_compute_is_the_mean_of_its_seeds() -> None:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from elt_lightning.cli import main
-from elt_lightning.commands.demo import HOST, build_parser, server
+from elt_lightning.commands.demo import HOST, Handler, build_parser, server
 from elt_lightning.commands.demo_answers import Answers, clashes, data_url, puzzle
 from elt_lightning.metrics.latin_squares import valid_lines
 
@@ -145,6 +145,31 @@ def test_the_server_answers_on_this_machine_alone_and_a_busy_port_is_refused(
     assert f"--port {port}: Address already in use: choose another" in capsys.readouterr().err
 
 
+def test_a_picture_that_nobody_waits_for_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its page is closed or wants another one, and when the server ends: Ctrl-C waited for hours of drawing."""
+    begun, check = Event(), Handler.check_awaited
+
+    def checking(handler: Handler) -> None:
+        begun.set()
+        check(handler)
+
+    monkeypatch.setattr(Handler, "check_awaited", checking)
+
+    def asked(query: str) -> http.client.HTTPConnection:
+        begun.clear()
+        connection = http.client.HTTPConnection(HOST, port, timeout=60)
+        connection.request("GET", f"/draw?{query}")
+        assert begun.wait(60)
+        return connection
+
+    endless = "loops=32&steps=20000"
+    with served("--model=squares") as port:
+        asked(endless).close()
+        assert b'"picture"' in asked("loops=1").getresponse().read()
+        asked(endless)
+    Handler.alone.submit(int).result(timeout=60)  # what the program waits for at its end
+
+
 @pytest.fixture
 def browser() -> Iterator[Any]:
     """A headless Chromium, or a skipped test that tells how to get one."""
@@ -158,7 +183,7 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-SETTLED = "model && !busy && shown === query(loops.value)"
+SETTLED = "model && !running && shown === query(loops.value)"
 
 
 def opened(browser: Any, address: str) -> tuple[Any, list[str]]:
@@ -203,6 +228,15 @@ def test_the_picture_follows_the_slider_in_a_real_browser(port: int, browser: An
     page.click("#palette >> text=5")
     settled()
     assert "given={(1, 2): 5}" in page.inner_text("#python")
+    assert page.evaluate("document.activeElement.ariaLabel") == "row 2, column 3: 5, given"
+    page.keyboard.press("Enter")  # the same by keys alone
+    page.keyboard.press("6")
+    settled()
+    assert "given={(1, 2): 6}" in page.inner_text("#python")
+    page.fill("#steps", "3000")  # a minute of drawing, which nobody waits for
+    page.wait_for_function("running && running.asked.includes('steps=3000')")
+    page.fill("#steps", "8")
+    assert settled() != at_eight
     page.fill("#tolerance", "0.05")
     settled()
     assert "at most" in page.inner_text("#macs")
@@ -210,6 +244,10 @@ def test_the_picture_follows_the_slider_in_a_real_browser(port: int, browser: An
     page.locator("#loops").fill("1")
     settled()
     assert "must come before the last" in page.inner_text("#error")
+    assert page.inner_text("#macs") == "…"  # not those of the picture before
+    page.set_viewport_size({"width": 340, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 340
+    page.set_viewport_size({"width": 1160, "height": 900})
     page.select_option("#model", "diffusion")
     page.wait_for_function("model.name === 'diffusion'")
     assert settled() != at_eight

@@ -27,7 +27,7 @@ def test_a_loaded_model_draws_what_its_module_samples(
     assert len(model.draw()) == model.num_classes == 5
 
     assert main(["export", "--ckpt_path", str(small_squares), f"--output={tmp_path / 'model'}"]) == 0
-    exported = elt_lightning.load(tmp_path / "model").to("cpu").draw(classes=[3, 0, 3], loops=2, seed=5, steps=3)
+    exported = elt_lightning.load(tmp_path / "model").to(device="cpu").draw(classes=[3, 0, 3], loops=2, seed=5, steps=3)
     assert [np.asarray(a).tolist() for a in exported] == [np.asarray(b).tolist() for b in pictures]
 
 
@@ -53,6 +53,17 @@ def test_what_is_given_stays_and_without_a_class_any_fits() -> None:
     [
         ({"classes": [5]}, "the model's classes are 0 to 4, not 5"),
         ({"classes": [-1]}, "the model's classes are 0 to 4, not -1"),
+        ({"classes": []}, "there is none to draw"),
+        ({"seed": 2**31}, "a seed is a whole number from 0 to 2147483647, not 2147483648"),
+        ({"seed": 0.5}, "a seed is a whole number"),
+        ({"steps": 2.5}, "steps must be a whole number from 1 up, not 2.5"),
+        ({"carry_state": "false"}, "carry_state is true, false or null, not 'false'"),
+        ({"weak_loops": 2}, "weak_loops alone changes nothing"),
+        ({"given": torch.zeros(2, 25, dtype=torch.int64)}, "has the shape .2, 25., the samples .5, 25."),
+        ({"given": torch.zeros(25, dtype=torch.int64)}, "has the shape .25,., the samples"),
+        ({"given": torch.full((1, 25), 21)}, "codes from 0 to 19, and 20 where nothing is"),
+        ({"given": torch.zeros(1, 25)}, "codes from 0 to 19"),
+        ({"given": {(0, 0): 1.5}}, "no digit from 1 to 5"),
         ({"loops": "auto"}, "a tolerance must say when"),
         ({"loops": 0}, "loop"),
         ({"stepps": 3}, "no such setting"),

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -22,6 +23,7 @@ from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.pretrained import OF_TRAINING, build_module
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
+from elt_lightning.commands.push import measurements
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
 from elt_lightning.model import ELTModel
@@ -275,6 +277,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             assert exist_ok
             (tmp_path / "hub" / repo_id).mkdir(parents=True)
 
+        def repo_info(self, repo_id: str) -> SimpleNamespace:
+            return SimpleNamespace(private=False)
+
         def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
             shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
 
@@ -286,13 +291,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_push_uploads_a_model_that_draws_and_a_card_with_its_sweep(
     checkpoint: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    squares = shipped.folder_of("squares")
-    assert main(["push", "someone/squares", f"--ckpt_path={squares}"]) == 0
+    assert main(["push", "someone/squares", "--ckpt_path=squares", "--license=apache-2.0"]) == 0
     there = hub / "someone" / "squares"
     assert "https://huggingface.co/someone/squares: README.md, config.json, loops.json" in capsys.readouterr().out
     card = (there / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: elt-lightning\n")
-    assert 'elt_lightning.load("someone/squares")' in card
+    assert "\nlicense: apache-2.0\n---\n" in card
+    lines = card.partition("```python\n")[2].partition("```")[0]
     row = shipped.recorded(shipped.read_json("squares", "loops.json"))
     assert f"| 4 | {row['macs_per_sample'] / 1e9:.3g} | {row['metrics']['valid_squares']['mean']:.4g} |" in card
     raw = ["export", f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'raw'}", "--weights=raw"]
@@ -301,9 +306,30 @@ def test_push_uploads_a_model_that_draws_and_a_card_with_its_sweep(
     assert json.loads((hub / "someone" / "small" / "config.json").read_text())["weights"] == "raw"
     assert main(["push", "someone/average", f"--ckpt_path={tmp_path / 'raw'}", "--weights=ema"]) == 2
     monkeypatch.chdir(hub)  # where no data lie: the tokenizer is the one that was uploaded
-    pictures = [elt_lightning.load(source).draw([3], seed=1)[0].tobytes() for source in (squares, "someone/squares")]
-    assert pictures[0] == pictures[1]
+    drawn: dict[str, Any] = {}
+    exec(lines, drawn)  # as the card says
+    expected = elt_lightning.load("squares").draw([0, 1, 2, 3])
+    assert [picture.tobytes() for picture in drawn["pictures"]] == [picture.tobytes() for picture in expected]
     assert len(elt_lightning.load("someone/small").draw()) == 5
+
+
+def test_the_card_says_at_which_settings_each_loop_count_was_measured(tmp_path: Path) -> None:
+    scores = {1.0: {"mean": 0.5, "std": 0.125}, 2.0: {"mean": 0.75, "std": None}}
+    rows = [{"loops": 4, "guidance": g, "macs_per_sample": 2e9, "metrics": {"valid": s}} for g, s in scores.items()]
+    rows.append(rows[0] | {"loops": 2, "macs_per_sample": 1e9})
+    sweep = {"num_samples": 1000, "primary_metric": "valid", "higher_is_better": True, "train_loops": 4, "rows": rows}
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "loops.json").write_text(json.dumps(sweep | {"weights": "ema", "train_steps": 10}))
+    lines = measurements(tmp_path / "sweep", tmp_path, "ema", 10).splitlines()
+    assert lines[3] == "1,000 samples for each row; valid: higher is better."
+    assert lines[5].startswith("| loops | guidance | ")
+    assert lines[7:] == ["| 2 | 1.0 | 1 | 0.5 ± 0.12 |", "| 4 | 2.0 | 2 | 0.75 |"]
+    for of_model, telling in (
+        (("raw", 10), "weights are ema"),
+        (("ema", 20), "train_steps are 10, those of this one 20"),
+    ):
+        with pytest.raises(UserError, match=f"is of another model: its {telling}"):
+            measurements(tmp_path / "sweep", tmp_path, *of_model)
 
 
 def test_what_keeps_push_from_uploading_is_one_line(
@@ -316,6 +342,8 @@ def test_what_keeps_push_from_uploading_is_one_line(
         assert main(push) == 2
         complaints.append(capsys.readouterr().err)
 
+    push.append("--private")
+    refuse()
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
     refuse()
     push += [f"--sweep={tmp_path}"]
@@ -324,7 +352,14 @@ def test_what_keeps_push_from_uploading_is_one_line(
     refuse()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refuse()
-    tellings = ("did not take someone/squares: no connection", "has no loops.json", "HF_TOKEN", "elt-lightning[hub]")
+    public = "--private: someone/squares is there already, and everyone may see it"
+    tellings = (
+        public,
+        "did not take someone/squares: no connection",
+        "has no loops.json",
+        "HF_TOKEN",
+        "elt-lightning[hub]",
+    )
     for complaint, telling in zip(complaints, tellings, strict=True):
         assert len(complaint.splitlines()) == 1
         assert telling in complaint

@@ -133,6 +133,10 @@ def test_the_command_fills_a_hole(
     for wrong, telling in (
         ([*given], "--given goes with"),
         (["--hole=1,1,4,4"], "--given goes with"),
+        (["--given_stride=2"], "--given_stride goes with --given"),
+        ([*given, "--hole=1,1,4,4", "--given_stride=2"], "draws pictures, which have no frames"),
+        (["--classes=0,1,2,3"], "--classes names 4, and --num 3 draws no more"),
+        (["--weak_loops=1"], "weak_loops alone changes nothing"),
         ([*given, "--hole=1,1"], "top, left, bottom and right"),
         ([*given, "--given_frames=1"], "cannot be given"),
         (["--given=none.png", "--hole=1,1,4,4"], "none.png cannot be read"),

@@ -182,7 +182,7 @@ def test_carried_sampling_equals_a_loop_written_by_hand() -> None:
         for now, after in zip_longest(levels, levels[1:]):
             told = Condition(labels, torch.full((4,), now.time))
             (of_class, state), (of_null, null_state) = (
-                network(z, told.with_labels(which), 2, (), begin)
+                network(z, told.with_labels(which), 2, (), None if begin is None else now.alpha * begin)
                 for which, begin in ((labels, state), (null, null_state))
             )
             clean = [LATENTS.denoised(part[2], z, told) for part in (of_null, of_class)]

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,22 @@ from elt_lightning.files import next_numbered, parse_json, write_text
 SETTINGS = ("steps", "guidance", "weak_loops", "exit_scale", "carry_state", "loop_schedule", "tolerance")
 """Columns of ``loops.json`` that were swept where they differ between its rows."""
 
-SEED = "seed_everything"
+MEASURED = ("num_samples", "parts_given", "feature_network", "weights")
+"""What ``loops.json`` says of a whole sweep: scores that differ in it are of other things, or of other accuracy."""
+
+OF_ONE_RUN = ("seed_everything", "model.seed", "data.init_args.seed", "run_dir", "trainer.default_root_dir")
+"""Where a run's seed and its folder stand in the ``config.yaml`` of `elt fit`."""
 
 
 def run(name: str, arguments: list[str]) -> None:
     """Read the runs, print their table, and write table and picture.
 
     Raises:
-        UserError: a run has no sweep, or the runs do not share a metric.
+        UserError: a run has no sweep, or the runs do not share a metric; or there is a comparison already.
     """
     options = build_parser().parse_args(arguments)
+    if options.output is not None and not options.overwrite and any(options.output.glob("compare.*")):
+        raise UserError(f"{options.output} has a comparison: choose another --output, or add --overwrite")
     sweeps = []
     for text in options.runs:
         label, _, place = ("", "", text) if Path(text).exists() else text.rpartition("=")
@@ -36,11 +43,12 @@ def run(name: str, arguments: list[str]) -> None:
     metric = options.metric or sweeps[0][2]["primary_metric"]
     groups: dict[tuple[str, str], list[tuple[str, Path, dict[str, Any]]]] = defaultdict(list)
     for label, path, sweep in sweeps:
-        if metric not in sweep["rows"][0]["metrics"]:
+        if any(metric not in row["metrics"] for row in sweep["rows"]):
             known = ", ".join(sweep["rows"][0]["metrics"])
             raise UserError(f"{path} has no {metric}, but {known}: choose a --metric that all runs have")
         groups[label, recipe_of(path)].append((label, path, sweep))
-    curves = [curve for group in groups.values() for curve in curves_of(group, metric)]
+    differing = [key for key in MEASURED if len({str(sweep.get(key)) for _, _, sweep in sweeps}) > 1]
+    curves = [curve for group in groups.values() for curve in curves_of(group, metric, differing)]
     if len({curve.label for curve in curves}) < len(curves):
         raise UserError("runs of different configs have the same name: name them, as in ours=runs/a theirs=runs/b")
     first = sweeps[0][2]
@@ -60,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", metavar="RUN", help="folder of elt fit or elt test, or a loops.json; NAME=RUN names it")
     add("--metric", help="which score is compared; by default the primary metric of the first run")
     add("--output", type=Path, metavar="DIR", help="folder of compare.png and compare.md (default: a new one in runs)")
+    add("--overwrite", action="store_true", help="replace a comparison that is there")
     return parser
 
 
@@ -96,33 +105,62 @@ def read_sweep(path: Path) -> dict[str, Any]:
         needed = ("loops", "macs_per_sample", "params_backbone", "metrics")
         if not sweep["rows"] or any(name not in row for row in sweep["rows"] for name in needed):
             raise ValueError("its rows lack something")
+        for row in sweep["rows"]:
+            for score in row["metrics"].values():
+                float(score["mean"])
         return {"primary_metric": sweep["primary_metric"], "higher_is_better": sweep["higher_is_better"]} | sweep
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no loops.json of elt test: {error}") from error
 
 
 def recipe_of(sweep: Path) -> str:
-    """Return the config that a sweep's model was trained by, its seed aside, as text; the sweep's path without one."""
-    for folder in sweep.resolve().parent, sweep.resolve().parent.parent:
-        if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-            return json.dumps({name: value for name, value in config.items() if name != SEED}, sort_keys=True)
-    return str(sweep.resolve())
+    """Return the config that a sweep's model was trained by, :data:`OF_ONE_RUN` aside, as text.
+
+    Without a config it is the sweep's path.
+    """
+    config = run_of(sweep) / "config.yaml"
+    if not config.is_file():
+        return str(sweep.resolve())
+    settings = yaml.safe_load(config.read_text())
+    for place in OF_ONE_RUN:
+        *sections, name = place.split(".")
+        section = settings
+        for each in sections:
+            section = section.get(each) or {}
+        section.pop(name, None)
+    return json.dumps(settings, sort_keys=True)
 
 
-def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str) -> list[Curve]:
-    """Join the sweeps of one recipe: a curve for each setting of the sampler that was swept."""
+def run_of(sweep: Path) -> Path:
+    """Return the folder of the run whose model was swept; the sweep's own where it lies in none."""
+    folders = sweep.resolve().parent, sweep.resolve().parent.parent
+    runs = (folder for folder in folders if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file())
+    return next(runs, folders[0])
+
+
+def curves_of(group: list[tuple[str, Path, dict[str, Any]]], metric: str, differing: Sequence[str] = ()) -> list[Curve]:
+    """Join the sweeps of one recipe: a curve for each setting of the sampler that was swept.
+
+    Sweeps of one run are no seeds: where they measured the same setting, their mean counts.
+
+    Args:
+        group: label, path and content of each sweep.
+        metric: what is compared.
+        differing: those of :data:`MEASURED` that are not the same in all that is compared: they are named.
+    """
     label, path, first = group[0]
+    runs = list(dict.fromkeys(run_of(path) for _, path, _ in group))
     run = path.parent.parent if path.parent.name.startswith("test") else path.parent
-    name = label or (run.name if len(group) == 1 else f"{run.name} and {len(group) - 1} more")
+    name = label or (run.name if len(runs) == 1 else f"{run.name} and {len(runs) - 1} more")
     rows = pd.DataFrame(
-        {"seed": seed, "score": row["metrics"][metric]["mean"]}
+        {"seed": runs.index(run_of(path)), "score": row["metrics"][metric]["mean"]}
         | {key: row[key] for key in ("loops", "macs_per_sample", "params_backbone")}
         | {key: str(row.get(key)) for key in SETTINGS}
-        for seed, (_, _, sweep) in enumerate(group)
+        | {key: str(sweep.get(key)) for key in differing}
+        for _, path, sweep in group
         for row in sweep["rows"]
     )
-    swept = [setting for setting in SETTINGS if rows[setting].nunique() > 1]
+    swept = [*(setting for setting in SETTINGS if rows[setting].nunique() > 1), *differing]
     curves = []
     for values, part in rows.groupby(swept, sort=False) if swept else [((), rows)]:
         words = ", ".join(f"{setting} {value}" for setting, value in zip(swept, values, strict=True))

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import select
+import socket
 import sys
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
@@ -68,11 +70,17 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    server: ThreadingHTTPServer
     alone = ThreadPoolExecutor(1)  # one after the other, or they would slow each other and the milliseconds be wrong
 
     def __init__(self, answers: Answers, *connection: Any) -> None:
         self.answers = answers
         super().__init__(*connection)
+
+    def handle(self) -> None:
+        """Answer requests until the browser has gone, which misses nothing."""
+        with suppress(ConnectionError):
+            super().handle()
 
     def do_GET(self) -> None:
         """Answer one request."""
@@ -80,19 +88,26 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/":
             self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
         elif path[1:] in Answers.KINDS:
-            found = self.alone.submit(self.answers.answer, path[1:], query).result()
+            found = self.alone.submit(self.answers.answer, path[1:], query, self.check_awaited).result()
             self.answer(200, "application/json", json.dumps(found).encode())
         else:
             self.answer(404, "text/plain; charset=utf-8", b"there is no such page\n")
 
+    def check_awaited(self) -> None:
+        """End a picture that nobody waits for (ConnectionError): its browser has left or wants another, or we end."""
+        if self.server.fileno() < 0:
+            raise ConnectionAbortedError("the server has been closed")
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError("the browser has closed the connection")
+
     def answer(self, status: int, kind: str, content: bytes) -> None:
-        """Send an answer; a browser that has gone misses nothing."""
-        with suppress(ConnectionError):
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        """Send an answer."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
         """Print nothing: the terminal keeps the line that names the page."""

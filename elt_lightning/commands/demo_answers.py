@@ -6,13 +6,13 @@ import io
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elt_lightning.checkpoints import shipped
 from elt_lightning.commands.arguments import Parser, device_of, whole, wholes
@@ -57,10 +57,14 @@ class Answers:
         self.flags = {self.first: {name: value for name, value in flags.items() if value is not None}}
         self.names = list(dict.fromkeys([*self.own, *shipped.names()]))
 
-    def answer(self, kind: str, query: str) -> dict[str, Any]:
-        """Answer one of :attr:`KINDS`, queries such as ``model=squares&loops=4``, wrong ones by ``{"error": line}``."""
+    def answer(self, kind: str, query: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Answer one of :attr:`KINDS`, queries such as ``model=squares&loops=4``, wrong ones by ``{"error": line}``.
+
+        ``check`` is called before every pass through a network; what it raises ends the drawing, and is passed on.
+        """
         try:
             options = self.parsed(query)
+            options.check = check
             answer: dict[str, Any] = getattr(self, kind)(options)
         except UserError as error:
             return {"error": str(error)}
@@ -127,17 +131,19 @@ class Answers:
         known = model.clues(options.given) if options.given else None
         spent: list[Tensor] = []
         began = time.perf_counter()
-        with threads_for(model.module):
+        with threads_for(model.module), called_before(model.module.network, options.check):
             codes = model.codes(labels, loops, sampler, options.seed, known, spent)
         pixels = model.shown(codes)[0]
         seconds = time.perf_counter() - began
         board = board_of(model, self.made(options.model))
+        digits = model.digits(codes)[0].tolist() if board else []
         return {
             "picture": data_url(pixels),
             "milliseconds": 1000 * seconds,
             "macs": model.module.macs_per_sample(loops, sampler),
             "loops_run": float(torch.stack(spent).mean()),
-            "clashes": board and clashes(model.digits(codes)[0].tolist(), board[1]),
+            "digits": digits,
+            "clashes": board and clashes(digits, board[1]),
             "python": python_of(options, self.flags.get(options.model, {}), changed),
         }
 
@@ -201,6 +207,16 @@ def threads_for(module: ELTModel) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(usual)
+
+
+@contextmanager
+def called_before(network: nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """Call a function before every pass through a network in the block."""
+    hook = network.register_forward_pre_hook(lambda *_: check())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def data_url(pixels: Tensor) -> str:

@@ -22,7 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     """Describe which model draws, and where."""
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=required)
-    source.add_argument("--ckpt_path", metavar="PATH", help="checkpoint, or exported model")
+    source.add_argument("--ckpt_path", metavar="PATH", help="checkpoint, exported model, or a name on Hugging Face")
     source.add_argument("--model", metavar="NAME", help="model that comes along: elt models lists them")
     add_weights_argument(parser)
     add("--tokenizer_path", metavar="PATH", help="where the tokenizer's file lies, if it has moved")

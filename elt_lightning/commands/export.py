@@ -45,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = Parser(prog="elt export", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, exported model, or name of elt models")
+    add(
+        "--ckpt_path",
+        required=True,
+        metavar="PATH",
+        help="checkpoint, exported model, name of elt models or on Hugging Face",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write; it is made")
     add(
         "--format",

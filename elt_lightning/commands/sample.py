@@ -19,8 +19,9 @@ from elt_lightning.evaluation.pictures import loops_figure, write_figure, write_
 from elt_lightning.evaluation.plans import read_plan
 from elt_lightning.training.announce import announce
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", ".gif", ".mp4")
-"""What an output may end in; the last two are for clips."""
+FILMS = (".gif", ".mp4")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg", *FILMS)
+"""What an output may end in; films are of clips."""
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -39,6 +40,10 @@ def run(name: str, arguments: list[str]) -> None:
         options = parser.parse_args(arguments)
     if (options.given is None) != (options.given_frames is None and options.hole is None):
         raise UserError("--given goes with --given_frames, --hole or both, which say what of it is given")
+    if options.given is None and options.given_stride != 1:
+        raise UserError("--given_stride goes with --given, whose frames it counts")
+    if len(options.classes or ()) > options.num:
+        raise UserError(f"--classes names {len(options.classes)}, and --num {options.num} draws no more: raise --num")
     if options.output.is_dir() or (options.output.exists() and not options.overwrite):
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     if options.output.suffix not in SUFFIXES:
@@ -47,6 +52,10 @@ def run(name: str, arguments: list[str]) -> None:
     module, tokenizer = model.module, model.tokenizer
     if plan is not None:
         plan.check(model.recipe)
+    if options.output.suffix in FILMS and len(module.grid) != 3:
+        raise UserError(
+            f"{options.output}: the model's samples are pictures, not clips: choose a name that ends in .png"
+        )
     labels, asked = model.labels(options.classes, options.num), sampler_settings(options)
     counts = options.loops if isinstance(options.loops, list) else [options.loops]
     settled = [model.sampler(loops, **asked) for loops in counts]
@@ -71,16 +80,10 @@ def run(name: str, arguments: list[str]) -> None:
 
 
 def write_samples(output: Path, rows: dict[str, Tensor]) -> None:
-    """Write samples as a picture with a row for each loop count; clips as a GIF or MP4 where the name ends so.
-
-    Raises:
-        UserError: a film is asked for, but the samples are pictures.
-    """
-    if output.suffix not in (".gif", ".mp4"):
+    """Write samples as a picture with a row for each loop count; clips as a GIF or MP4 where the name ends so."""
+    if output.suffix not in FILMS:
         write_figure(output, loops_figure(rows))
         return
-    if next(iter(rows.values())).ndim != 5:
-        raise UserError(f"{output}: the model's samples are pictures, not clips: choose a name that ends in .png")
     if output.suffix == ".gif":
         write_gif(output, rows)
     else:

@@ -1,6 +1,7 @@
 """A model with its tokenizer: from classes to pictures, for people."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -45,9 +46,9 @@ class Drawing:
         """The classes are 0 to this less one."""
         return self.module.num_classes
 
-    def to(self, *place: Any) -> Self:
+    def to(self, *place: Any, **named: Any) -> Self:
         """Move model and tokenizer to a device, or the model to a dtype, as `torch.nn.Module.to` does."""
-        self.module.to(*place)
+        self.module.to(*place, **named)
         self.tokenizer.to(self.module.device)
         return self
 
@@ -69,14 +70,16 @@ class Drawing:
         """Take classes in turn, all of them by default, for ``num`` samples: (num,) int64; None is for no class.
 
         Raises:
-            UserError: the model has no such class.
+            UserError: the model has no such class, or none is given.
         """
         known = range(self.num_classes)
         chosen = list(known if classes is None else classes)
+        if not chosen:
+            raise UserError("classes: there is none to draw; [None] is one picture of no class")
         if wrong := [number for number in chosen if number is not None and number not in known]:
             raise UserError(f"the model's classes are 0 to {self.num_classes - 1}, not {wrong[0]}")
         numbers = [self.num_classes if number is None else number for number in chosen]
-        return torch.tensor(numbers, device=self.module.device)[torch.arange(num) % len(chosen)]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.module.device)[torch.arange(num) % len(chosen)]
 
     def codes(
         self,
@@ -87,8 +90,14 @@ class Drawing:
         known: Tensor | None = None,
         spent: list[Tensor] | None = None,
     ) -> Tensor:
-        """Draw a sample for each label (B,), as codes (B, …); see :meth:`~elt_lightning.model.ELTModel.sample`."""
-        seeds = sample_seeds(seed, torch.arange(len(labels), device=labels.device))
+        """Draw a sample for each label (B,), as codes (B, …); see :meth:`~elt_lightning.model.ELTModel.sample`.
+
+        Raises:
+            UserError: the seed is no whole number in [0, 2³¹).
+        """
+        if not (isinstance(seed, Integral) and 0 <= seed < 2**31):
+            raise UserError(f"a seed is a whole number from 0 to {2**31 - 1}, not {seed!r}")
+        seeds = sample_seeds(int(seed), torch.arange(len(labels), device=labels.device))
         return self.module.sample(labels, loops, seeds, known, sampler, spent)
 
     def shown(self, codes: Tensor) -> Tensor:
@@ -132,7 +141,7 @@ class Drawing:
         rows, columns, ways = self.board()
         known = torch.full((1, rows * columns), rows * ways, device=self.module.device)
         for (row, column), digit in digits.items():
-            if not (0 <= row < rows and 0 <= column < columns and 1 <= digit <= rows):
+            if row not in range(rows) or column not in range(columns) or digit not in range(1, rows + 1):
                 raise UserError(f"no cell of {rows}×{columns}, or no digit from 1 to {rows}: {(row, column)}: {digit}")
             known[0, row * columns + column] = (digit - 1) * ways
         return known
@@ -145,6 +154,20 @@ class Drawing:
         """
         rows, columns, ways = self.board()
         return codes.unflatten(1, (rows, columns)) // ways + 1
+
+    def known(self, given: Tensor | Mapping[tuple[int, int], int], num: int) -> Tensor:
+        """Return what is given, for each of ``num`` samples: (num, …); see :meth:`draw`.
+
+        Raises:
+            UserError: it is no part of what the model samples.
+        """
+        known = given if isinstance(given, Tensor) else self.clues(given)
+        shape, codes = self.module.network.sample_shape, self.module.codebook_size
+        if known.shape[1:] != shape or len(known) not in (1, num):
+            raise UserError(f"what is given has the shape {tuple(known.shape)}, the samples {(num, *shape)}")
+        if codes is not None and (known.is_floating_point() or not ((known >= 0) & (known <= codes)).all()):
+            raise UserError(f"what is given are codes from 0 to {codes - 1}, and {codes} where nothing is")
+        return known.to(self.module.device).expand(num, *shape)
 
     def draw(
         self,
@@ -168,12 +191,11 @@ class Drawing:
                 ``loop_schedule``, ``tolerance``.
 
         Raises:
-            UserError: the model has no such class or setting, or what is given does not fit.
+            UserError: the model has no such class or setting, there is no such seed, or what is given does not fit.
         """
         labels = self.labels(classes, self.num_classes if classes is None else len(classes))
         sampler, count = self.sampler(loops, **settings)
-        known = given if given is None or isinstance(given, Tensor) else self.clues(given)
-        known = None if known is None else known.to(labels.device).expand(len(labels), *known.shape[1:])
+        known = None if given is None else self.known(given, len(labels))
         samples = self.shown(self.codes(labels, count, sampler, seed, known))
         if samples.ndim == 4:
             return [picture_of(pixels) for pixels in samples]

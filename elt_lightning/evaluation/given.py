@@ -43,6 +43,8 @@ def read_given(
         UserError: the file cannot be read, or the given part does not lie in the grid.
     """
     grid, codebook_size = module.grid, module.codebook_size
+    if stride != 1 and len(grid) != 3:
+        raise UserError(f"--given_stride: the model draws pictures, which have no frames to take every {stride}th of")
     unknown = torch.zeros(grid, dtype=torch.bool, device=module.device)
     if frames is not None:
         if len(grid) != 3 or not 0 < frames < grid[0]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elt_lightning.metrics.base import SampleMetric
-from elt_lightning.metrics.handwriting import SIDE, Handwriting, load_handwriting
+from elt_lightning.metrics.handwriting import SIDE, load_handwriting
 from elt_lightning.metrics.small_networks import FeatureNetwork, fit, load_or_train
 
 MADE = "the digit network, which reads {:.1%} of the held-out digits"
@@ -41,25 +41,20 @@ class DigitNetwork(FeatureNetwork):
 
 def load_digit_network(root: Path) -> DigitNetwork:
     """Load the network from its cache in a folder, or train it once, seeded, in a few seconds, and write the cache."""
-    return load_or_train(
-        DigitNetwork(),
-        root / "digit_network.safetensors",
-        lambda network: train_digit_network(network, load_handwriting(val=False)),
-        lambda: load_handwriting(val=True),
-        MADE,
-    )
+    path = root / "digit_network.safetensors"
+    return load_or_train(DigitNetwork(), path, train_digit_network, load_handwriting, MADE)
 
 
-def train_digit_network(network: DigitNetwork, training: Handwriting, steps: int = 800, seed: int = 0) -> None:
-    """Fit the network to digits shifted by up to one pixel, with every random number from ``seed``."""
-    padded = F.pad(training.images, (1, 1, 1, 1))
+def train_digit_network(network: DigitNetwork, images: Tensor, labels: Tensor) -> None:
+    """Fit the network to digits shifted by up to one pixel."""
+    padded = F.pad(images, (1, 1, 1, 1))
 
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(padded), (128,), generator=generator)
         top, left = torch.randint(3, (2,), generator=generator).tolist()
-        return padded[chosen, :, top : top + SIDE, left : left + SIDE], training.labels[chosen]
+        return padded[chosen, :, top : top + SIDE, left : left + SIDE], labels[chosen]
 
-    fit(network, draw, steps, learning_rate=2e-3, seed=seed)
+    fit(network, draw, steps=800, learning_rate=2e-3)
 
 
 class RecognisedShare(SampleMetric):

@@ -58,20 +58,16 @@ class FrechetDistance(SummingMetric):
     Args:
         name: of the score, for example ``fd_digits``.
         network: whose features are compared; as a part of the metric it moves to the samples' device with it.
-        feature_network: the network's name, for reports.
+        title: the network's name, for reports.
         features: maps pixels (B, …) in [0, 1] to (B, D), D the network's ``num_features``, where that is not the
             network itself.
     """
 
     def __init__(
-        self,
-        name: str,
-        network: FeatureNetwork,
-        feature_network: str,
-        features: Callable[[Tensor], Tensor] | None = None,
+        self, name: str, network: FeatureNetwork, title: str, features: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.name, self.network, self.feature_network = name, network, feature_network
+        self.name, self.network, self.feature_network = name, network, title
         self.features = features or network.features
         self.reference: Moments | None = None
         self.num_features = network.num_features

@@ -79,13 +79,9 @@ def load_or_train_motion_network(
     Clips are (n, 1 or 3, F, H, W) uint8 or float in [0, 1], labels (n,) int64 in [0, 10) their motions; held-out ones
     test how well the network reads. Other clips take another ``path``.
     """
-    return load_or_train(
-        MotionNetwork(),
-        path,
-        lambda network: train_motion_network(network, clips, labels),
-        lambda: (val_clips, val_labels),
-        "the motion network, which reads {:.1%} of the held-out clips",
-    )
+    halves = (clips, labels), (val_clips, val_labels)
+    made = "the motion network, which reads {:.1%} of the held-out clips"
+    return load_or_train(MotionNetwork(), path, train_motion_network, halves.__getitem__, made)
 
 
 def train_motion_network(

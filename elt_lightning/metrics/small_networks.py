@@ -32,8 +32,8 @@ class FeatureNetwork(nn.Module):
 def load_or_train(
     network: Network,
     path: Path,
-    train: Callable[[Network], None],
-    val: Callable[[], tuple[Tensor, Tensor]],
+    train: Callable[[Network, Tensor, Tensor], None],
+    data: Callable[[bool], tuple[Tensor, Tensor]],
     made: str,
 ) -> Network:
     """Load a network from its cache, or train it once and write the cache; return it frozen, in eval mode.
@@ -41,13 +41,13 @@ def load_or_train(
     Args:
         network: of any weights.
         path: the cached file; what is trained on other data takes another one.
-        train: trains it in place.
-        val: returns what is held out: what the network reads, and the labels.
+        train: trains it in place on what it reads and the labels.
+        data: returns these for training, or of what is held out.
         made: printed once it is trained, with the share of what is held out that it reads in place of ``{}``.
     """
     if not is_file(path):
-        train(network)
-        held_out, labels = val()
+        train(network, *data(False))
+        held_out, labels = data(True)
         with torch.no_grad():
             accuracy = float((network(held_out).argmax(1) == labels).float().mean())
         with written_aside(path) as aside:
@@ -62,7 +62,7 @@ def fit(
     draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
     steps: int,
     learning_rate: float,
-    seed: int,
+    seed: int = 0,
 ) -> None:
     """Train a network from new on batches of what it reads and their labels, which ``draw`` returns."""
     generator = torch.Generator().manual_seed(seed)

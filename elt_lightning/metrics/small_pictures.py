@@ -61,16 +61,12 @@ def load_or_train_picture_network(
         val: held-out ones, which test how well the network reads.
         num_classes: how many there are.
     """
-    return load_or_train(
-        PictureNetwork(num_classes),
-        path,
-        lambda network: train_picture_network(network, *training),
-        lambda: (val[0][:, None] / 255, val[1]),
-        "the picture network, which reads {:.1%} of the held-out pictures",
-    )
+    halves = training, (val[0][:, None] / 255, val[1])
+    made = "the picture network, which reads {:.1%} of the held-out pictures"
+    return load_or_train(PictureNetwork(num_classes), path, train_picture_network, halves.__getitem__, made)
 
 
-def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tensor, seed: int = 0) -> None:
+def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tensor) -> None:
     """Fit the network to pictures (n, H, W) uint8, shifted by up to one pixel, in six passes over 60,000 of them."""
     height, width = images.shape[1:]
 
@@ -80,4 +76,4 @@ def train_picture_network(network: PictureNetwork, images: Tensor, labels: Tenso
         padded = F.pad(images[chosen, None] / 255, (1, 1, 1, 1))
         return padded[..., top : top + height, left : left + width], labels[chosen]
 
-    fit(network, draw, min(max(len(images) // 20, 200), 3000), learning_rate=2e-3, seed=seed)
+    fit(network, draw, min(max(len(images) // 20, 200), 3000), learning_rate=2e-3)

@@ -1,6 +1,7 @@
 """How much of moving digits a tokenizer of clips keeps: PSNR, and whether the digits can still be read."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,13 +68,8 @@ def measure(digits: MovingDigits, root: Path, tokenizer: VideoVQ, stride: int) -
 
 def load_reader(digits: MovingDigits, root: Path, side: int) -> DigitNetwork:
     """Load the network that reads digits in frames from its cache, or train it once, seeded, and write the cache."""
-    return load_or_train(
-        DigitNetwork(),
-        root / f"sharp_digit_network_{side}.safetensors",
-        lambda network: train_digit_network(network, as_shown(digits, side, val=False)),
-        lambda: as_shown(digits, side, val=True),
-        MADE,
-    )
+    path = root / f"sharp_digit_network_{side}.safetensors"
+    return load_or_train(DigitNetwork(), path, train_digit_network, partial(as_shown, digits, side), MADE)
 
 
 def as_shown(digits: MovingDigits, side: int, val: bool) -> Handwriting:

@@ -4,6 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -46,8 +47,9 @@ class Sampler(ABC):
         num_classes: the null class.
         steps: K, sampling steps.
         guidance: by the class and by an exit.
-        carry_state: begin the loop of every step but the first from the state that the step before ended with, in both
-            branches of guidance; this needs a network with recall. None: where the network has recall.
+        carry_state: begin the loop of every step but the first from the state that the step before ended with, times
+            :meth:`carried_shares`, in both branches of guidance; this needs a network with recall. None: where the
+            network has recall.
         loop_schedule: how loops are spread over the steps, and when a sample's loop may stop.
 
     Raises:
@@ -100,6 +102,10 @@ class Sampler(ABC):
     def change(self, now: Tensor, before: Tensor, x: Tensor) -> Tensor:
         """Measure how much a prediction for x (b, …) differs from the loop before's: (b,), at least 0."""
 
+    def carried_shares(self) -> list[float]:
+        """List how much of the carried state each of the K steps begins from, in [0, 1]: all of it."""
+        return [1.0] * self.steps
+
     def settings(self) -> dict[str, Any]:
         """Return what may be swept; ``weak_loops`` is None where there is no exit guidance."""
         settings = {"steps": self.steps, "carry_state": bool(self.carry_state)}
@@ -123,9 +129,13 @@ class Sampler(ABC):
             changed = {field: changes.pop(name) for name, field in fields.items() if name in changes}
             setattr(other, part, replace(getattr(self, part), **changed))
         other.steps, other.carry_state = changes.pop("steps", self.steps), changes.pop("carry_state", self.carry_state)
-        if changes or other.steps < 1:
-            raise ValueError(f"a sampler has no such setting: {changes or f'steps {other.steps}'}")
+        if changes:
+            raise ValueError(f"a sampler has no such setting: {', '.join(changes)}; there are {', '.join(SETTINGS)}")
+        if not isinstance(other.steps, Integral) or other.steps < 1:
+            raise ValueError(f"steps must be a whole number from 1 up, not {other.steps!r}")
         check_most(steps=other.steps)
+        if other.carry_state not in (None, False, True):
+            raise ValueError(f"carry_state is true, false or null, not {other.carry_state!r}")
         return other
 
     def suited_to(self, has_recall: bool) -> Self:

@@ -102,6 +102,15 @@ class DiffusionSampler(Sampler):
         columns = torch.stack([time, *self.schedule.amounts(logsnr), logsnr / 2], dim=1)
         return [Level(*row) for row in columns.tolist()]
 
+    def carried_shares(self) -> list[float]:
+        """List α of each step: of the carried state it begins from as much as there is data in its input.
+
+        A loop settles at one of several points, and where it began decides which. What the first steps made of mere
+        noise, carried whole, keeps later steps at worse ones, the more so the more loops they run: of Latin squares,
+        at the loop count of training, it cost one of two models 19 points of valid lines.
+        """
+        return [level.alpha for level in self.levels()]
+
     def sample(
         self,
         predict: Predict,

@@ -39,6 +39,7 @@ class GuidedSteps:
         self.sampler, self.predict, self.loops = sampler, predict, sampler.loops_per_step(loops)
         self.channels = channels
         self.spent = spent
+        self.shares = sampler.carried_shares() if sampler.carry_state else []
         self.state: Tensor | None = None
         self.last: Tensor | None = None
 
@@ -51,6 +52,8 @@ class GuidedSteps:
             condition = condition.joined(null) if branches == 2 else null
             x = x.repeat(branches, *[1] * (x.ndim - 1))
         state, exits = _for_rows(self.state, batch, len(x)), guidance.exits(step, sampler.steps)
+        if state is not None and self.shares[step] != 1:
+            state = state * self.shares[step]
         if sampler.loop_schedule.tolerance is None:
             predictions, state = self.predict(x, condition, loops, exits, state=state)
             taken = torch.full((len(x),), loops, device=x.device)
