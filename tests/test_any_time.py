@@ -104,13 +104,19 @@ def test_a_weak_exit_at_or_beyond_the_last_loop_is_refused() -> None:
         Guidance(exit_interval=(0.5, 0.5))
 
 
-def test_a_prediction_may_have_loops_that_a_sweep_up_to_l_max_has_not() -> None:
-    """`elt predict --loops 8 --exit_scale 0.5 --weak_loops 4` of a model trained at four."""
+def test_a_prediction_may_have_loops_that_a_sweep_up_to_l_max_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """`elt predict --loops 8 --exit_scale 0.5 --weak_loops 4`, trained at four; validation names what it leaves out."""
     sampler = MaskGITSampler(TOKENS, CLASSES, 2, guidance=Guidance(exit_scale=0.5, weak_loops=4))
     module, metrics, trainer = module_of(masked(), sampler), LoopMetrics(), Trainer(logger=False, devices=1)
     metrics.setup(trainer, module, "predict")
     with pytest.raises(ValueError, match="no setting is left to measure"):
         metrics.setup(trainer, module, "test")
+    module.sampler = sampler.with_settings(weak_loops=2)
+    capsys.readouterr()
+    metrics.setup(trainer, module, "validate")
+    assert [line.partition(" is left out")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"loops {loops} with weak_loops 2" for loops in (1, 2)
+    ]
 
 
 def test_schedules_of_loops_have_the_same_sum_and_fall_or_rise() -> None:

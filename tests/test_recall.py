@@ -148,8 +148,18 @@ def test_recall_is_off_by_default_decays_by_no_optimiser_and_is_recomputed_alike
         torch.testing.assert_close(kept, again, rtol=1e-4, atol=1e-5)
 
 
-def test_the_null_branch_begins_where_the_other_one_is_and_both_are_carried() -> None:
-    sampler = MaskGITSampler(TOKENS, CLASSES, 4, guidance=Guidance(2.0, interval=(0.25, 0.75)), carry_state=True)
+@pytest.mark.parametrize(
+    ("guidance", "expected"),
+    [
+        (Guidance(2.0, interval=(0.25, 0.75)), [[10, 11, 10, 11], [20, 21, 22, 23], [30, 31]]),
+        # s_k = 0.75, 0.5, 0.25, 0: the last step runs the null branch alone
+        (Guidance(0.0, "linear"), [[10, 11, 12, 13], [20, 21, 22, 23], [32, 33]]),
+    ],
+)
+def test_the_null_branch_begins_where_the_other_one_is_and_both_are_carried(
+    guidance: Guidance, expected: list[list[int]]
+) -> None:
+    sampler = MaskGITSampler(TOKENS, CLASSES, 4, guidance=guidance, carry_state=True)
     seen: list[Tensor | None] = []
 
     def predict(
@@ -163,11 +173,7 @@ def test_the_null_branch_begins_where_the_other_one_is_and_both_are_carried() ->
     for step in range(4):
         steps(step, torch.zeros(2, 1), Condition(torch.zeros(2, dtype=torch.int64)))
     assert seen[0] is None
-    assert [state.flatten().tolist() for state in seen[1:] if state is not None] == [
-        [10, 11, 10, 11],
-        [20, 21, 22, 23],
-        [30, 31],
-    ]
+    assert [state.flatten().tolist() for state in seen[1:] if state is not None] == expected
 
 
 def test_carried_sampling_equals_a_loop_written_by_hand() -> None:

@@ -129,15 +129,17 @@ class LoopMetrics(Callback):
         self.report: Report | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the settings of the sampler before anything is loaded.
+        """Check the settings of the sampler before anything is loaded; name the loop counts that validation leaves out.
 
         Raises:
             ValueError: a setting has a wrong value, or, in test, a state is to be carried that the network
                 does not have.
             UserError: a loop is to end by itself, and nothing says when.
         """
-        if stage != "predict":  # which measures nothing
-            self._settings(cast(ELTModule, pl_module), swept=stage == "test")
+        if stage == "predict":  # which measures nothing
+            return
+        draws = stage != "test" and self.num_validation_samples > 1
+        self._settings(cast(ELTModule, pl_module), swept=stage == "test", said=draws and trainer.is_global_zero)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how long the model was trained."""

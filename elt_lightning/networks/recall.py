@@ -69,7 +69,7 @@ class ResidualRecall(Recall):
     The state that is carried is r: in another pass the new input takes the place of the old one entirely.
 
     a = sigmoid(logit) in (0, 1) is learned, one for each channel. Beginning at 0.7 or 0.9, a diffusion model is as good
-    from zero, but worse with the state carried at the loop count of training.
+    from zero, but worse with the state carried (whole) at the loop count of training.
 
     Args:
         width: D.

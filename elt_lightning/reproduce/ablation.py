@@ -306,12 +306,12 @@ def gather(arms: list[Arm], config: dict[str, Any], output: Path) -> dict[str, A
     summary: dict[str, Any] = {"config": config | {"seeds": seeds}, "arms": {}}
     for arm in arms:
         records = [read_record(record_path(output, arm, seed)) for seed in seeds]
-        varied = all(DIVERSITY in record for record in records)
+        varied = [record[DIVERSITY] for record in records if DIVERSITY in record]
         summary["arms"][arm.name] = {
             "label": arm.label,
             "training_seconds": [record["training_seconds"] for record in records],
             "rows": side_by_side([record["rows"] for record in records]),
-            **({DIVERSITY: side_by_side([record[DIVERSITY] for record in records])} if varied else {}),
+            **({DIVERSITY: side_by_side(varied)} if varied else {}),  # of the seeds that have it
             "val": val_losses([record["val"] for record in records]),
         }
     shared = ("machine", "versions", "primary_metric", "higher_is_better", "num_samples", "sampling_steps")

@@ -47,18 +47,19 @@ class GuidedSteps:
         """Return the prediction for x (B, …) at a step (0-based): logits (B, T, V) or x̂."""
         sampler, guidance, loops, batch = self.sampler, self.sampler.guidance, self.loops[step], len(x)
         branches = guidance.branches(step, sampler.steps)
+        null_alone = branches == 1 and guidance.acts(step, sampler.steps)
         if guidance.acts(step, sampler.steps):
             null = condition.with_labels(torch.full_like(condition.labels, sampler.num_classes))
             condition = condition.joined(null) if branches == 2 else null
             x = x.repeat(branches, *[1] * (x.ndim - 1))
-        state, exits = _for_rows(self.state, batch, len(x)), guidance.exits(step, sampler.steps)
+        exits, state = guidance.exits(step, sampler.steps), _for_rows(self.state, batch, len(x), null_alone)
         if state is not None and self.shares[step] != 1:
             state = state * self.shares[step]
         if sampler.loop_schedule.tolerance is None:
             predictions, state = self.predict(x, condition, loops, exits, state=state)
             taken = torch.full((len(x),), loops, device=x.device)
         else:
-            self.last = _for_rows(self.last, batch, len(x))
+            self.last = _for_rows(self.last, batch, len(x), null_alone)
             predictions, state, taken = self._settle(x, condition, loops, exits, state)
             self.last = predictions[loops]
         if self.spent is not None:
@@ -114,8 +115,9 @@ class GuidedSteps:
         return kept | {most: before}, state, taken
 
 
-def _for_rows(values: Tensor | None, batch: int, rows: int) -> Tensor | None:
+def _for_rows(values: Tensor | None, batch: int, rows: int, null_alone: bool) -> Tensor | None:
     """Fit what is carried to the rows of this step: guidance may begin or cease to act, the class comes first."""
     if values is None or len(values) == rows:
         return values
-    return values[:batch].repeat(rows // batch, *[1] * (values.ndim - 1))
+    kept = values[-batch:] if null_alone else values[:batch]
+    return kept.repeat(rows // batch, *[1] * (values.ndim - 1))
