@@ -258,7 +258,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
         "fifo: it is a FIFO",
     ),
     "sample without a checkpoint": (["sample"], "--ckpt_path"),
-    "sample of a class there is not": ([*SAMPLE, "--classes=0,3"], "0 to 2"),
+    "sample of a class there is not": ([*SAMPLE, "--classes=3"], "0 to 2"),
     "sample of a class below 0": ([*SAMPLE, "--classes=-1"], "--classes"),
     "sample of no pictures": ([*SAMPLE, "--num=0"], "--num"),
     "sample at a gap": ([*SAMPLE, "--loops=1,,2"], "--loops"),
