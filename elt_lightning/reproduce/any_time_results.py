@@ -329,7 +329,7 @@ def page(name: str, testbed: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def held_out_in_words(found: dict[str, Any] | None) -> str:
-    """Say what the best settings for half the compute, chosen on the other seeds, came to."""
+    """Write what the best settings for half the compute, chosen on the other seeds, came to."""
     if found is None:
         return "That luck is not measured: it takes two seeds, and a setting within half of the compute."
     ratios, differences = (", ".join(f"{value:.3g}" for value in found[name]) for name in found)
