@@ -175,7 +175,8 @@ def figures(folder: Path) -> str:
     for name, lay_out in MEASURED.items():
         for run in read_runs(folder / name):
             lines = lay_out(run["rows"])
-            lines.title = f"{lines.title}: {run['device']}, {run['threads']} thread{'s' * (run['threads'] != 1)}, torch {run['torch']}"
+            threads = f"{run['threads']} thread{'s' * (run['threads'] != 1)}"
+            lines.title += f": {run['device']}, {threads}, torch {run['torch']}"
             parts += [lines.markdown(), f"`{run['command']}`", ""]
     return "\n".join(parts).rstrip() + "\n"
 

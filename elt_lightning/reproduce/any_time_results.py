@@ -8,10 +8,12 @@ seeds' models.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elt_lightning.errors import UserError
@@ -269,31 +271,43 @@ def label_of(recipe: str, config: dict[str, Any]) -> str:
 def figure(summary: dict[str, Any], config: dict[str, Any]) -> Figure:
     """Draw each testbed: all settings as dots, the front of each recipe as a line, its spread over seeds as bars."""
     testbeds = summary["testbeds"]
-    drawing = Figure(figsize=(6 * len(testbeds), 5), dpi=150, layout="constrained")
+    columns = min(2, len(testbeds))
+    drawing = Figure(figsize=(7 * columns, 4.8 * ceil(len(testbeds) / columns)), dpi=110, layout="constrained")
     names = list(dict.fromkeys(recipe for each in testbeds.values() for recipe in recipes_in(each["rows"])))
-    for axes, (name, testbed) in zip(
-        drawing.subplots(1, len(testbeds), squeeze=False)[0], testbeds.items(), strict=True
-    ):
+    for at, (name, testbed) in enumerate(testbeds.items(), start=1):
+        axes = drawing.add_subplot(ceil(len(testbeds) / columns), columns, at)
         for recipe in recipes_in(testbed["rows"]):
             rows = [row for row in testbed["rows"] if row["recipe"] == recipe]
             colour, front = f"C{names.index(recipe)}", front_of(rows, testbed["higher_is_better"])
-            xs, ys = [row["macs_per_sample"] / 1e9 for row in rows], [row["mean"] for row in rows]
-            axes.scatter(xs, ys, s=8, color=colour, alpha=0.35)
+            axes.scatter(*places_of(rows), s=8, color=colour, alpha=0.35)
+            spread = [row["std"] or 0.0 for row in front]
             axes.errorbar(
-                [row["macs_per_sample"] / 1e9 for row in front],
-                [row["mean"] for row in front],
-                yerr=[row["std"] or 0.0 for row in front],
-                color=colour, marker="o", markersize=4, capsize=2, linewidth=1.3, label=label_of(recipe, config),
+                *places_of(front), yerr=spread, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.3,
+                label=label_of(recipe, config),
             )  # fmt: skip
         if "paper_at_l_max" in testbed:
-            mark = testbed["paper_at_l_max"]
-            axes.scatter([mark["macs_per_sample"] / 1e9], [mark["mean"]], marker="*", s=180, color="black", zorder=4)
+            draw_mark(axes, testbed["paper_at_l_max"], testbed["compute_ratio_at_equal_quality"])
         axes.set(title=name, xscale="log", xlabel="10⁹ multiply–accumulates per sample")
         direction = "higher" if testbed["higher_is_better"] else "lower"
-        axes.set_ylabel(f"{testbed['metric']} ({direction} is better); star: the paper's recipe at L_max")
+        axes.set_ylabel(f"{testbed['metric']} ({direction} is better)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return drawing
+
+
+def places_of(rows: Rows) -> tuple[list[float], list[float]]:
+    """Return where rows stand in the figure."""
+    return [row["macs_per_sample"] / 1e9 for row in rows], [row["mean"] for row in rows]
+
+
+def draw_mark(axes: Axes, mark: dict[str, Any], ratio: float | None) -> None:
+    """Draw the paper's recipe at L_max as a star, and an arrow to where ours is as good, if it is anywhere."""
+    (x,), (y,) = places_of([mark])
+    axes.scatter([x], [y], marker="*", s=180, color="black", zorder=4, label="the paper's recipe at L_max")
+    if ratio is not None:
+        arrow = {"arrowstyle": "->", "linewidth": 1.5}
+        axes.annotate("", xy=(ratio * x, y), xytext=(x, y), arrowprops=arrow, zorder=4)
+        axes.annotate(f"× {ratio:.2f}", (ratio**0.5 * x, y), textcoords="offset points", xytext=(0, 4), ha="center")
 
 
 def page(name: str, testbed: dict[str, Any], config: dict[str, Any]) -> str:
