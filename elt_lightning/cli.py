@@ -100,9 +100,10 @@ def status_of(work: Callable[[], object], program: str = "elt", debug: bool = Fa
         print(f"{program}: error: {one_line(what_failed(error))}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        end = end_of_loader(error)
-        if not debug and (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
-            print(f"{program}: error: the machine's memory is too small ({one_line(error)})", file=sys.stderr)
+        end, of_device = end_of_loader(error), "out of memory" in str(error)  # torch's, which is not imported here
+        if not debug and (of_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            where = "device" if of_device else "machine"
+            print(f"{program}: error: the {where}'s memory is too small ({one_line(error)})", file=sys.stderr)
             return 2
         if debug or end is None:
             raise

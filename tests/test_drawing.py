@@ -9,6 +9,7 @@ import torch
 import elt_lightning
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
+from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.tokenizers.base import to_bytes
 from elt_lightning.tokenizers.patch_vq import cut_patches
@@ -48,6 +49,19 @@ def test_what_is_given_stays_and_without_a_class_any_fits() -> None:
         model.draw(given={(0, 0): 6})
     numpys = model.draw([0], np.int64(2), steps=2, given=model.clues(clues).to(torch.uint8))
     assert numpys[0].tobytes() == model.draw([0], 2, steps=2, given=clues)[0].tobytes()
+
+
+def test_too_many_samples_for_a_device_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ELTModel, "sample", run_out)
+    assert main(["sample", "--model=squares", f"--output={tmp_path / 'grid.png'}"]) == 2
+    assert capsys.readouterr().err == (
+        "elt: error: the device's memory is too small (CUDA out of memory. Tried to allocate 2.00 GiB.)\n"
+    )
 
 
 @pytest.mark.parametrize(
