@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elt_lightning.data.base import Request
+from elt_lightning.errors import UserError
 from elt_lightning.evaluation.pictures import loops_figure
 from elt_lightning.evaluation.report import Report, picture_row
 from elt_lightning.evaluation.sweep import Row, Sweep
@@ -313,6 +314,25 @@ def test_repeats_use_the_next_seeds_and_show_the_first_pictures(module: ELTModul
     assert row.metrics["brightness"] == pytest.approx([single.metrics["brightness"][0] for single in singles])
     assert len(set(row.metrics["brightness"])) == 3
     assert torch.equal(row.pictures, singles[0].pictures)
+
+
+def test_of_several_metrics_one_says_what_is_right_and_none_takes_anothers_name(module: ELTModule) -> None:
+    class Likes(Recorder):
+        def __init__(self, label: int) -> None:
+            super().__init__()
+            self.label = label
+
+        def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:
+            return labels == self.label
+
+        def compute(self) -> dict[str, Tensor]:
+            return {f"likes {self.label}": torch.zeros(())}
+
+    tokenizer, metrics = PixelTokenizer(9, (2, 3)), [Recorder(), Likes(1), Likes(0)]
+    row = Sweep(6, 2, seed=1).run(module, module.sampler, tokenizer, metrics, 2, classes_in_turn)
+    assert row.correct.tolist() == [False, True, False, False, False, True]
+    with pytest.raises(UserError, match="two metrics call their score brightness"):
+        Sweep(2, 2, seed=1).run(module, module.sampler, tokenizer, [Recorder(), Recorder()], 2, classes_in_turn)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.data.base import HeldOutOrder, Request
+from elt_lightning.errors import UserError
 from elt_lightning.evaluation.archives import SampleArchive, picture_array
 from elt_lightning.evaluation.known import known_pixels
 from elt_lightning.evaluation.spent import SpentLoops, Spread
@@ -92,6 +93,9 @@ class Sweep:
             progress: called with the number of samples drawn since the last call, over all ranks; equally often on
                 every rank, so that it may communicate.
             archive: takes the pictures of the first repeat.
+
+        Raises:
+            UserError: two metrics have a score of the same name.
         """
         per_step, seconds = sampler.loops_per_step(loops), 0.0
         row = Row(loops, sampler.settings(), macs_per_sample=module.macs_per_sample(loops, sampler))
@@ -127,7 +131,10 @@ class Sweep:
                 progress(0)
             for metric in metrics:
                 for name, value in metric.compute().items():
-                    row.metrics.setdefault(name, []).append(float(value))
+                    values = row.metrics.setdefault(name, [])
+                    if len(values) > repeat:
+                        raise UserError(f"two metrics call their score {name}: give one of them another name")
+                    values.append(float(value))
         row.mean_loops = mean(per_step)
         if sampler.loop_schedule.tolerance is not None:
             row.loops_per_step, row.loops_spread = counted.compute()
@@ -181,13 +188,12 @@ def swept_settings(
 def keep_pictures(
     row: Row, pixels: Tensor, labels: Tensor, tokenizer: Tokenizer, metrics: Sequence[SampleMetric]
 ) -> None:
-    """Add pixels (n, C, H, W) to the pictures of a row, and whether a metric finds each right."""
+    """Add pixels (n, C, H, W) to the pictures of a row, and whether the first metric that can tell finds each right."""
     row.pictures = joined(row.pictures, tokenizer.present(pixels).cpu())
     row.labels = joined(row.labels, labels.cpu())
-    for metric in metrics:
-        correct = metric.correct(pixels.to(metric.device), labels.to(metric.device))
-        if correct is not None:
-            row.correct = joined(row.correct, correct.cpu())
+    told = (metric.correct(pixels.to(metric.device), labels.to(metric.device)) for metric in metrics)
+    if (correct := next((each for each in told if each is not None), None)) is not None:
+        row.correct = joined(row.correct, correct.cpu())
 
 
 def joined(so_far: Tensor, more: Tensor) -> Tensor:
