@@ -51,9 +51,9 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; it appears whole or not at all."""
+    """Write a text file, in UTF-8 whatever the locale; it appears whole or not at all."""
     with written_aside(path) as aside:
-        aside.write_text(text)
+        aside.write_text(text, "utf-8")
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:

@@ -207,6 +207,24 @@ def test_a_plan_is_of_one_model_and_of_values_that_settings_may_have(tmp_path: P
             read_plan(path)
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("new.json", "pareto.png exists: choose another --output, or add --overwrite"),
+        ("pareto.png", "this is where the picture goes"),
+        (".", ". is a folder"),
+    ],
+)
+def test_a_plan_takes_no_files_place(
+    output: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before anything is measured: the picture beside it may be of a sweep."""
+    monkeypatch.chdir(tmp_path)
+    Path("pareto.png").write_text("of a sweep")
+    assert main(["calibrate", "--ckpt_path=none", "--budget=1", f"--output={output}"]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("higher_is_better", [True, False])
 def test_the_front_is_what_nothing_beats(higher_is_better: bool) -> None:
     generator = torch.Generator().manual_seed(0)

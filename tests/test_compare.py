@@ -81,6 +81,7 @@ def test_where_a_tolerance_ends_loops_a_curves_compute_is_the_mean_of_its_seeds(
         (["a_0", "--metric", "fid"], "has no fid, but valid: choose a --metric that all runs have"),
         (["twice"], "twice has several sweeps, name one: twice/test, twice/test_2"),
         (["a_0/config.yaml"], "a_0/config.yaml is no loops.json of elt test"),
+        (["broken"], "broken/config.yaml is no config of elt fit: "),
         (["a_0", "other/a_0"], "runs of different configs have the same name"),
     ],
 )
@@ -90,6 +91,7 @@ def test_what_cannot_be_compared_is_one_line(
     monkeypatch.chdir(tmp_path)
     write_run(Path("a_0"), 0, {1: 0.25})
     write_run(Path("other/a_0"), 0, {1: 0.25}, recall=True)
+    (write_run(Path("broken"), 0, {1: 0.25}) / "config.yaml").write_text("model: [")
     write_run(Path("twice"), 0, {1: 0.25})
     write_sweep(Path("twice/test_2"), [{"loops": 1, "score": 0.5}])
     assert main(["compare", *runs]) == 2

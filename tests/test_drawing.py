@@ -46,6 +46,8 @@ def test_what_is_given_stays_and_without_a_class_any_fits() -> None:
             assert torch.equal(picture[place, 1:, 1:], expected)
     with pytest.raises(UserError, match="no digit from 1 to 5"):
         model.draw(given={(0, 0): 6})
+    numpys = model.draw([0], np.int64(2), steps=2, given=model.clues(clues).to(torch.uint8))
+    assert numpys[0].tobytes() == model.draw([0], 2, steps=2, given=clues)[0].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,9 @@ def test_what_is_given_stays_and_without_a_class_any_fits() -> None:
         ({"given": {(0, 0): 1.5}}, "no digit from 1 to 5"),
         ({"loops": "auto"}, "a tolerance must say when"),
         ({"loops": 0}, "loop"),
+        ({"loops": 2.0}, "loops must be a whole number from 1 up, or 3 of them, one per sampling step, not 2.0"),
+        ({"loops": "2"}, "loops must be a whole number from 1 up"),
+        ({"exit_scale": 1, "weak_loops": 1.5}, "a whole number weak_loops >= 1"),
         ({"stepps": 3}, "no such setting"),
         ({"carry_state": True}, "carry_state needs a network with recall"),
     ],

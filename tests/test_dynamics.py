@@ -1,6 +1,7 @@
 """What loops do to the state, against exits and loops by hand."""
 
 import json
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce import dynamics
 from elt_lightning.samplers.diffusion import DDIMSampler
+from elt_lightning.samplers.loop_schedule import LoopSchedule
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training import loop_monitor
 from elt_lightning.training.loop_monitor import token_cosine
@@ -75,6 +77,18 @@ def test_carried_distances_are_to_what_the_loop_settles_at(make: type[LoopedNetw
         _, settled = module.network.backbone(embedded, condition, dynamics.SETTLED)
         expected = ((state - settled).norm(dim=-1) / settled.norm(dim=-1)).mean()
         assert distance == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_every_loop_is_followed_whatever_the_samplers_own_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamics, "SETTLED", 3)
+    found = []
+    for schedule in (LoopSchedule(), LoopSchedule("falling", tolerance=0.1)):
+        torch.manual_seed(0)
+        sampler = partial(MaskGITSampler, steps=3, loop_schedule=schedule)
+        module = ELTModule(masked(), MaskingProcess(7), MaskedObjective, ILSD(2), sampler, 3).eval()
+        found.append(dynamics.measure(module, 4, 0))
+    assert found[0] == found[1]
+    assert [len(distances) for distances in found[0]["carried"].values()] == [2, 2, 2]
 
 
 def test_the_program_compares_checkpoints(small_squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

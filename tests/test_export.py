@@ -23,6 +23,7 @@ from elt_lightning.checkpoints import shipped
 from elt_lightning.checkpoints.pretrained import OF_TRAINING, build_module
 from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.cli import main
+from elt_lightning.commands.export import describe
 from elt_lightning.commands.push import measurements
 from elt_lightning.errors import UserError
 from elt_lightning.files import sha256
@@ -139,8 +140,14 @@ def test_test_and_predict_measure_an_exported_model_as_its_checkpoint(
 def test_nothing_is_overwritten_unless_asked(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = export(checkpoint, tmp_path / "model")
-    (folder / "README.md").write_text("What it is.\n")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.safetensors", "README.md"):
+        (folder / name).write_text("What it is.\n")
+    assert main(["export", "--ckpt_path", str(checkpoint), "--output", str(folder), "--with_tokenizer"]) == 2
+    assert "has a tokenizer.safetensors: choose another --output" in capsys.readouterr().err
+    (folder / "tokenizer.safetensors").unlink()
+    export(checkpoint, folder)
     before = sha256(folder / "model.safetensors")
     arguments = ["export", "--ckpt_path", str(checkpoint), "--output", str(folder), "--weights=raw"]
     assert main(arguments) == 2
@@ -150,6 +157,15 @@ def test_nothing_is_overwritten_unless_asked(
     assert sha256(folder / "model.safetensors") != before
     assert json.loads((folder / "config.json").read_text())["weights"] == "raw"
     assert (folder / "README.md").read_text() == "What it is.\n"
+
+
+def test_a_tokenizer_by_a_relative_path_is_found_from_elsewhere(checkpoint: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(checkpoint)
+    (tmp_path / "codes.pt").touch()
+    tokenizer = {"class_path": "Codes", "init_args": {"path": "codes.pt"}}
+    recipe = content["elt"] | {"folder": str(tmp_path), "tokenizer": tokenizer}
+    described = describe(content | {"elt": recipe}, "ema")["tokenizer"]
+    assert described == {"class_path": "Codes", "init_args": {"path": str(tmp_path / "codes.pt")}}
 
 
 def test_a_full_disk_leaves_the_older_export(

@@ -1,5 +1,7 @@
 import hashlib
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +52,13 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "x.txt").read_text() == "first"
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    program = f"from elt_lightning.files import write_text; write_text({str(tmp_path / 'x')!a}, '10\\u2079 \\xb1')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program], env=os.environ | ascii_only, check=True)
+    assert (tmp_path / "x").read_bytes() == "10⁹ ±".encode()
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", os.urandom(3_000_000)])

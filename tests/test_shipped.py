@@ -28,6 +28,12 @@ SQUARES = (LatinSquaresDataModule, LatinSquareImagesDataModule, SudokuDataModule
 KINDS = {f"{kind.__module__}.{kind.__name__}": kind for kind in SQUARES}
 
 
+def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
+    rows = [{"loops": 4, "metrics": {"fid": {"mean": score}}} for score in (math.nan, 3.0, 2.0, math.nan)]
+    sweep = {"rows": rows, "primary_metric": "fid", "higher_is_better": False, "train_loops": 4}
+    assert shipped.recorded(sweep) is rows[2]
+
+
 @pytest.mark.parametrize("name", shipped.names())
 def test_a_model_that_comes_along_draws_what_it_drew(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from elt_lightning.processes.masking import MaskingProcess
 from elt_lightning.reproduce.update_norms import update_norms
 from elt_lightning.samplers.diffusion import DDIMSampler
 from elt_lightning.samplers.guidance import Guidance
+from elt_lightning.samplers.loop_schedule import LoopSchedule
 from elt_lightning.samplers.masked import MaskGITSampler
 from elt_lightning.training.module import ELTModule
 
@@ -24,7 +25,7 @@ def masked(num_layers: int) -> ELTModule:
     network = LoopedMaskedTransformer(
         codebook_size=7, input_shape=(3, 3), num_classes=3, num_layers=num_layers, width=16, num_heads=2
     )
-    sampler = partial(MaskGITSampler, steps=STEPS)
+    sampler = partial(MaskGITSampler, steps=STEPS, loop_schedule=LoopSchedule("falling"))  # which is not followed
     return ELTModule(network, MaskingProcess(7), MaskedObjective, ILSD(2), sampler, 3).eval()
 
 

@@ -6,6 +6,7 @@ its classes, and the means of a few samples. :mod:`elt_lightning.reproduce.ship`
 precision.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def read_json(name: str, file: str) -> dict[str, Any]:
 
 def recorded(sweep: dict[str, Any], loops: int | None = None) -> dict[str, Any]:
     """Return the best row of a sweep at a loop count, by default that of training."""
-    sign = 1 if sweep["higher_is_better"] else -1
     rows = [row for row in sweep["rows"] if row["loops"] == (loops or sweep["train_loops"])]
-    return max(rows, key=lambda row: sign * row["metrics"][sweep["primary_metric"]]["mean"])
+    metric, higher_is_better = sweep["primary_metric"], sweep["higher_is_better"]
+    return max(rows, key=lambda row: goodness(row["metrics"][metric]["mean"], higher_is_better))
+
+
+def goodness(score: float, higher_is_better: bool) -> float:
+    """Return what is largest for the best score; one that is not a number is worse than any."""
+    return -math.inf if math.isnan(score) else score if higher_is_better else -score

@@ -16,12 +16,13 @@ from elt_lightning.commands.arguments import (
     add_weights_argument,
     choices_from,
     device_of,
+    file_path,
     whole,
     wholes,
 )
 from elt_lightning.commands.train import quieten_libraries
 from elt_lightning.errors import MOST, UserError
-from elt_lightning.evaluation.calibration import FIRST_SAMPLE, Tried, search, write_plan
+from elt_lightning.evaluation.calibration import FIRST_SAMPLE, Tried, picture_beside, search, write_plan
 from elt_lightning.evaluation.plans import of_model
 from elt_lightning.evaluation.report import in_words
 from elt_lightning.evaluation.sweep import Sweep
@@ -40,8 +41,11 @@ def run(name: str, arguments: list[str]) -> None:
         UserError: the command line or the checkpoint is wrong, or nothing fits into the budget.
     """
     options = build_parser().parse_args(arguments)
-    if options.output.exists() and not options.overwrite:
-        raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
+    picture = picture_beside(options.output)
+    if options.output == picture:
+        raise UserError(f"--output {options.output}: this is where the picture goes: choose another name for the plan")
+    if not options.overwrite and (taken := [path for path in (options.output, picture) if path.exists()]):
+        raise UserError(f"{taken[0]} exists: choose another --output, or add --overwrite")
     quieten_libraries()
     trained = Trained(options.ckpt_path, device_of(options.device), options.weights)
     module, data = trained.module, trained.data
@@ -99,7 +103,7 @@ def run(name: str, arguments: list[str]) -> None:
         gmacs = f"{each.macs_per_sample / 1e9:.3g}"
         table.add_row(what, setting, f"{each.mean_loops:.3g}", gmacs, f"{share:.3g}", f"{each.score:.4g}")
     Console(width=None if Console().is_terminal else 140).print(table)
-    print(options.output.with_name("pareto.png"), options.output, sep="\n")
+    print(picture, options.output, sep="\n")
 
 
 def defaults(steps: int, max_loops: int, has_recall: bool) -> dict[str, list[Any]]:
@@ -153,6 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole(0, SEEDS), default=0, help="decides every sample (default 0)")
     add_weights_argument(parser)
     add_device_argument(parser)
-    add("--output", type=Path, default=Path("plan.json"), help="(default plan.json); pareto.png goes beside it")
-    add("--overwrite", action="store_true", help="replace the plan if it exists")
+    add("--output", type=file_path, default=Path("plan.json"), help="(default plan.json); pareto.png goes beside it")
+    add("--overwrite", action="store_true", help="replace plan and picture if they exist")
     return parser

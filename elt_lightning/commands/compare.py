@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from elt_lightning.commands.arguments import Parser
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, first_line
 from elt_lightning.evaluation.comparison import Curve, sheet, table
 from elt_lightning.evaluation.pictures import write_figure
 from elt_lightning.files import next_numbered, parse_json, write_text
@@ -117,17 +117,23 @@ def recipe_of(sweep: Path) -> str:
     """Return the config that a sweep's model was trained by, :data:`OF_ONE_RUN` aside, as text.
 
     Without a config it is the sweep's path.
+
+    Raises:
+        UserError: the file is something else than a config.
     """
     config = run_of(sweep) / "config.yaml"
     if not config.is_file():
         return str(sweep.resolve())
-    settings = yaml.safe_load(config.read_text())
-    for place in OF_ONE_RUN:
-        *sections, name = place.split(".")
-        section = settings
-        for each in sections:
-            section = section.get(each) or {}
-        section.pop(name, None)
+    try:
+        settings = yaml.safe_load(config.read_text("utf-8"))
+        for place in OF_ONE_RUN:
+            *sections, name = place.split(".")
+            section = settings
+            for each in sections:
+                section = section.get(each) or {}
+            section.pop(name, None)
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise UserError(f"{config} is no config of elt fit: {first_line(error)}") from error
     return json.dumps(settings, sort_keys=True)
 
 

@@ -82,7 +82,7 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
             "input_shape": network.get("input_shape"),
             "codebook_size": network.get("codebook_size"),
         },
-        "tokenizer": recipe["tokenizer"],
+        "tokenizer": found(recipe, "tokenizer"),
         "model": recipe["model"],
     }
 
@@ -125,12 +125,13 @@ def tokenizer_beside(checkpoint: dict[str, Any]) -> Path | None:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Check that a model may be written into a folder.
+    """Check that a model, and a tokenizer's file beside it, may be written into a folder.
 
     Raises:
         UserError: there is one.
     """
-    taken = [file for file in (WEIGHTS, CONFIG, *ONNX_FILES, PROGRAM) if (folder / file).exists()]
+    names = (WEIGHTS, CONFIG, *ONNX_FILES, PROGRAM, f"{TOKENIZER}.*")
+    taken = [path.name for name in names for path in folder.glob(name)]
     if taken and not overwrite:
         raise UserError(f"{folder} has a {taken[0]}: choose another --output, or add --overwrite")
 

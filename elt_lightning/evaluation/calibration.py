@@ -113,8 +113,13 @@ def write_plan(path: Path, description: dict[str, Any], tried: Sequence[Tried], 
         "tried": [each.as_dict(macs) for each in tried],
     }
     write_json(path, plan)
-    write_figure(path.with_name("pareto.png"), pareto_figure(plan))
+    write_figure(picture_beside(path), pareto_figure(plan))
     return best
+
+
+def picture_beside(path: Path) -> Path:
+    """Return where the picture of a plan goes."""
+    return path.with_name("pareto.png")
 
 
 def pareto_figure(plan: Mapping[str, Any]) -> Figure:

@@ -163,6 +163,8 @@ class Drawing:
         """
         known = given if isinstance(given, Tensor) else self.clues(given)
         shape, codes = self.module.network.sample_shape, self.module.codebook_size
+        if not (codes is None or known.is_floating_point()):
+            known = known.long()  # as embeddings take them
         if known.shape[1:] != shape or len(known) not in (1, num):
             raise UserError(f"what is given has the shape {tuple(known.shape)}, the samples {(num, *shape)}")
         if codes is not None and (known.is_floating_point() or not ((known >= 0) & (known <= codes)).all()):

@@ -1,7 +1,6 @@
 """What a sweep leaves behind: a table, ``loops.json``, ``loops.csv``, ``loops.png`` and ``pareto.png``."""
 
 import csv
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from elt_lightning.checkpoints.shipped import goodness
 from elt_lightning.evaluation.pictures import GAP, loops_figure, pictures_of, write_figure, write_gif
 from elt_lightning.evaluation.spent import QUANTILES, in_brief
 from elt_lightning.evaluation.sweep import Row
@@ -55,12 +55,7 @@ class Report:
 
     def best(self, rows: Sequence[Row]) -> Row:
         """Pick the row that is best in the primary metric."""
-
-        def goodness(row: Row) -> float:
-            value = row.mean(self.primary_metric)
-            return -math.inf if math.isnan(value) else value if self.higher_is_better else -value
-
-        return max(rows, key=goodness)
+        return max(rows, key=lambda row: goodness(row.mean(self.primary_metric), self.higher_is_better))
 
     def best_per_loop(self) -> list[Row]:
         """Pick the best setting of the sampler for each loop count, in order of loops."""

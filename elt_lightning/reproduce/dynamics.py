@@ -29,6 +29,7 @@ from elt_lightning.evaluation.pictures import write_figure
 from elt_lightning.files import write_json
 from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
+from elt_lightning.reproduce.update_norms import EVERY_LOOP
 from elt_lightning.training.loop_monitor import followed_loops, relative_distance
 
 SETTLED = 32
@@ -84,7 +85,7 @@ def measure(module: ELTModel, num_samples: int, seed: int) -> dict[str, Any]:
 
 def followed(module: ELTModel, labels: Tensor, seeds: Tensor) -> tuple[list[float], list[float]]:
     """Draw samples from zero with many loops: relative update and cosine between tokens after each."""
-    sampler = module.sampler.with_settings(carry_state=False)
+    sampler = module.sampler.with_settings(carry_state=False, **EVERY_LOOP)
     with followed_loops(module.network.backbone.layers) as (updates, cosines):
         module.sample(labels, SETTLED, seeds, sampler=sampler)
     means = [torch.stack(values).view(-1, SETTLED).mean(0).tolist() for values in (updates, cosines)]
@@ -103,7 +104,7 @@ def carried_distances(module: ELTModel, labels: Tensor, seeds: Tensor, loops: in
 
     hook = backbone.register_forward_pre_hook(before_pass, with_kwargs=True)
     try:
-        module.sample(labels, loops, seeds, sampler=module.sampler.with_settings(carry_state=True))
+        module.sample(labels, loops, seeds, sampler=module.sampler.with_settings(carry_state=True, **EVERY_LOOP))
     finally:
         hook.remove()
     return distances

@@ -22,18 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from elt_lightning.checkpoints.pretrained import build_module
-from elt_lightning.checkpoints.recipe import found
-from elt_lightning.checkpoints.store import read_checkpoint
 from elt_lightning.commands.arguments import device_of
+from elt_lightning.evaluation.drawing import load
 from elt_lightning.evaluation.pictures import loops_figure, write_figure
 from elt_lightning.files import written_aside
-from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.reproduce.curves import read_curves
 from elt_lightning.reproduce.published import FIGURE_4, FIGURE_6, FIGURE_7, TABLE_1, TABLE_2
 from elt_lightning.reproduce.sweeps import difference, drawn_alike, read_sweep, rows_of
 from elt_lightning.reproduce.update_norms import figure as norms_figure
-from elt_lightning.tokenizers.loading import load_tokenizer
 
 SMALL_SCALE = "small-scale twin, on data that the project makes"
 
@@ -360,14 +356,11 @@ def draw_samples(sources: Sources) -> tuple[Figure, pd.DataFrame]:
     rows: dict[str, Tensor] = {}
     lines = []
     for label, path in (("ILSD", sources.ilsd), ("vanilla", sources.vanilla)):
-        checkpoint = read_checkpoint(path)
-        module = build_module(checkpoint).to(device_of(None))
-        tokenizer = load_tokenizer(found(checkpoint["elt"], "tokenizer"), sources.tokenizer_path).to(module.device)
-        index = torch.arange(sources.num, device=module.device)
-        for loops in sorted({max(1, module.max_loops * quarter // 4) for quarter in range(1, 6)}):
-            codes = module.sample(index % module.num_classes, loops, sample_seeds(0, index))
-            rows[f"{label}, L = {loops}"] = tokenizer.present(tokenizer.decode(codes)).cpu()
-            lines.append({"row": label, "loops": loops, "train_loops": module.max_loops, "seed": 0, "checkpoint": path})
+        model = load(path, tokenizer_path=sources.tokenizer_path).to(device_of(None))
+        labels, most = model.labels(None, sources.num), model.module.max_loops
+        for loops in sorted({max(1, most * quarter // 4) for quarter in range(1, 6)}):
+            rows[f"{label}, L = {loops}"] = model.shown(model.codes(labels, loops, model.module.sampler))
+            lines.append({"row": label, "loops": loops, "train_loops": most, "seed": 0, "checkpoint": path})
     return loops_figure(rows), pd.DataFrame(lines)
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,6 +24,9 @@ from elt_lightning.evaluation.pictures import write_figure
 from elt_lightning.files import next_numbered, written_aside
 from elt_lightning.model import ELTModel
 from elt_lightning.processes.noise import sample_seeds
+
+EVERY_LOOP: dict[str, Any] = {"loop_schedule": "constant", "tolerance": None}
+"""Settings of a sampler by which every sampling step runs the loops that are asked for, whatever the model's are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,12 +68,12 @@ def update_norms(module: ELTModel, num_samples: int, loops: int, seed: int, batc
     def leave(layer: nn.Module, arguments: tuple[Tensor, ...], after: Tensor) -> None:
         norms.append((after - before.pop()).float().norm(dim=-1).mean())
 
-    layers = module.network.backbone.layers
+    layers, sampler = module.network.backbone.layers, module.sampler.with_settings(**EVERY_LOOP)
     hooks = [layers.register_forward_pre_hook(enter), layers.register_forward_hook(leave)]
     total = torch.zeros(())
     try:
         for index in torch.arange(num_samples, device=module.device).split(batch_size):
-            module.sample(index % module.num_classes, loops, sample_seeds(seed, index))
+            module.sample(index % module.num_classes, loops, sample_seeds(seed, index), sampler=sampler)
             # A sampler calls the network once a step.
             total = total + len(index) * torch.stack(norms).view(-1, loops).cpu()
             norms.clear()

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, Protocol, Self
@@ -156,13 +156,13 @@ class Sampler(ABC):
         """Write out the loop count of each step; with a tolerance, the most that it may run.
 
         Raises:
-            ValueError: a loop count below 1, a list whose length is not the number of steps, or exit guidance at a step
-                that has no loop beyond the weak exit.
+            ValueError: a loop count that is no whole number from 1 up, a list whose length is not the number of steps,
+                or exit guidance at a step that has no loop beyond the weak exit.
         """
-        per_step = self.loop_schedule.per_step(loops, self.steps) if isinstance(loops, int) else list(loops)
-        if len(per_step) != self.steps or min(per_step) < 1:
+        per_step = list(loops) if isinstance(loops, Iterable) else self.loop_schedule.per_step(loops, self.steps)
+        if len(per_step) != self.steps or not all(isinstance(count, Integral) and count >= 1 for count in per_step):
             raise ValueError(
-                f"loops must be a number from 1 up, or {self.steps} of them, one per sampling step: {loops}"
+                f"loops must be a whole number from 1 up, or {self.steps} of them, one per sampling step, not {loops!r}"
             )
         for step, count in enumerate(per_step):
             if any(weak >= count for weak in self.guidance.exits(step, self.steps)):
@@ -170,7 +170,7 @@ class Sampler(ABC):
                     f"exit guidance pushes away from exit {self.guidance.weak_loops}, which must come before the last: "
                     f"sampling step {step + 1} runs {count}; lower weak_loops, raise loops, or set an exit_interval"
                 )
-        return per_step
+        return list(map(int, per_step))
 
     def network_calls(self, loops: Loops) -> list[tuple[int, tuple[int, ...]]]:
         """List loop count and further exits of every forward pass that one sample costs, guidance branches included.

@@ -46,9 +46,10 @@ class Guidance:
     def __post_init__(self) -> None:
         if not (0 <= self.scale < math.inf and 0 < self.power < math.inf):
             raise ValueError(f"guidance needs scale >= 0 and power > 0, not scale {self.scale}, power {self.power}")
-        if not 0 <= self.exit_scale < math.inf or self.weak_loops < 1:
+        if not 0 <= self.exit_scale < math.inf or self.weak_loops < 1 or self.weak_loops % 1:
             raise ValueError(
-                f"exit guidance needs exit_scale >= 0 and weak_loops >= 1, not {self.exit_scale}, {self.weak_loops}"
+                "exit guidance needs exit_scale >= 0 and a whole number weak_loops >= 1, not "
+                f"{self.exit_scale}, {self.weak_loops}"
             )
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"guidance needs channels >= 1, not {self.channels}")
