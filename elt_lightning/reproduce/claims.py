@@ -45,14 +45,18 @@ ONE_LAYER = ("ablation", "ablation_terms")
 """Experiments with an arm of a single layer."""
 
 FOLLOWED = ("ablation_sudoku", "ablation_terms")
-"""Experiments that follow losses over training and measure loop counts far above L_max."""
+"""Experiments that follow losses over training."""
+
+FAR = (*FOLLOWED, *RECALL)
+"""Experiments that measure loop counts far above L_max."""
 
 INTRODUCTION = """
 <!-- Written by `make claims`: change elt_lightning/reproduce/claims.py or the results, not this file. -->
 # The paper's claims at a scale that runs here
 
-Each claim of the paper beside the small experiments that test it. The models are small, and the tasks were made to
-tell depths apart: a verdict here says nothing about the paper's own scale. Every number and verdict is computed from
+Each claim of the paper, and each of [what goes beyond it](../any_time.md) ("Beyond the paper", R1 to R6), beside the small
+experiments that test it. The models are small, and the tasks were made to tell depths apart: a verdict here says nothing
+about the paper's own scale. Every number and verdict is computed from
 the JSON files beside this page. A seed counts where the criterion holds in it, by any margin. Numbers are means ±
 standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where an arm
 hardly learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such seeds
@@ -280,7 +284,7 @@ def quality_is_kept_above(experiment: Experiment) -> Finding:
     return Finding(f"ILSD {ilsd.show(ilsd.max_loops, *counts)}", every(map(ilsd.keeps, counts)))
 
 
-@claim("In words", "the largest L measured, at least twice L_max, is worse than L_max", FOLLOWED)
+@claim("In words", "the largest L measured, at least twice L_max, is worse than L_max", FAR)
 def quality_decays_far_above(experiment: Experiment) -> Finding:
     """L far above L_max decays."""
     ilsd = experiment.arms["ilsd"]
@@ -440,7 +444,7 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
     judged = ["distinct"] if "distinct" in zero else ["recall", "coverage"]
     holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
     cells = (
-        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in zero
+        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in judged
     )
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
@@ -575,16 +579,18 @@ def cost_section(benchmarks: Path) -> list[str]:
         f"over those of vanilla looping, which took turns in one run; it holds up to {SAME_TIME:.2f} times.",
     ]
     runs = read_runs(benchmarks / "training.json")
-    rows = [(run["device"], row, time_over(row, run["rows"], way="vanilla")) for run in runs for row in run["rows"]]
-    compared = [(device, row, ratio) for device, row, ratio in rows if row["way"] == "ilsd" and ratio is not None]
+    rows = [(run, row, time_over(row, run["rows"], way="vanilla")) for run in runs for row in run["rows"]]
+    compared = [(run, row, ratio) for run, row, ratio in rows if row["way"] == "ilsd" and ratio is not None]
     if not compared:
         return [*lines, "", "Not measured yet."]
-    headings = ("device", "width", "N×L", "batch", "torch.compile", "loops recomputed", "ILSD / vanilla", "verdict")
+    headings = ("device", "network", "N×L", "batch", "torch.compile", "loops recomputed", "ILSD / vanilla", "verdict")
     cells = []
-    for device, row, ratio in compared:
+    for run, row, ratio in compared:
         verdict = "holds" if round(ratio[0], 2) <= SAME_TIME else "does not hold"
         recomputed = "yes" if row["activation_checkpointing"] else "no"
-        what = (device, row["width"], f"{row['num_layers']}×{row['loops']}", row["batch_size"], row["compile"])
+        device = f"{run['device']}, threads: {run['threads']}" if run["device_type"] == "cpu" else run["device"]
+        network = f"{row['family']}, width {row['width']}"
+        what = (device, network, f"{row['num_layers']}×{row['loops']}", row["batch_size"], row["compile"])
         cells.append((*what, recomputed, with_spread(ratio), f"**{verdict}**"))
     lines += ["", *markdown_table(headings, cells).splitlines()]
     return [*lines, "", "`elt bench train` measures it; all of it is in [benchmarks](../../benchmarks/figures.md)."]
