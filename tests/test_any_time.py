@@ -13,6 +13,7 @@ from small_runs import SMALL_SQUARES
 from test_recall import CLASSES, LATENTS, TOKENS, V, dit, masked
 from torch import Tensor
 
+from elt_lightning.checkpoints import shipped
 from elt_lightning.cli import main
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.calibration import Tried, pareto_front
@@ -223,6 +224,22 @@ def test_a_plan_takes_no_files_place(
     Path("pareto.png").write_text("of a sweep")
     assert main(["calibrate", "--ckpt_path=none", "--budget=1", f"--output={output}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_is_of_a_checkpoint_whose_data_have_its_tokenizer(
+    small_squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of another tokenizer would be scored without a word."""
+    monkeypatch.chdir(small_squares.parents[3])
+    content = torch.load(small_squares, weights_only=True)
+    content["elt"]["tokenizer"]["sha256"] = "0" * 64
+    torch.save(content, tmp_path / "other.ckpt")
+    for path, message in (
+        (tmp_path / "other.ckpt", "was trained on codes of another tokenizer"),
+        (shipped.folder_of("squares"), "is an exported model, not a checkpoint"),
+    ):
+        assert main(["calibrate", f"--ckpt_path={path}", "--budget=1", f"--output={tmp_path / 'plan.json'}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])

@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     def switches(text: str) -> list[bool]:
         return [part == "true" for part in choices_from("true", "false")(text)]
 
-    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint, or exported model")
+    add("--ckpt_path", required=True, metavar="PATH", help="checkpoint of elt fit")
     add("--budget", type=FINITE_FROM_0, required=True, metavar="0.5", help="share of the compute of its full recipe")
     add("--num_samples", type=whole(2), default=300, help="drawn for each setting (default 300)")
     add(

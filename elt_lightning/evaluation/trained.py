@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from elt_lightning.checkpoints.pretrained import build_module, meant, read_pretrained
+from elt_lightning.checkpoints.pretrained import build_module, meant
 from elt_lightning.checkpoints.recipe import found
-from elt_lightning.checkpoints.store import Weights
+from elt_lightning.checkpoints.store import Weights, read_checkpoint
 from elt_lightning.data.base import VAL_LOSS, GenerativeDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.sweep import Row, Sweep
@@ -23,18 +23,18 @@ class Trained:
     """A trained model, its data and its metrics, on one device.
 
     Args:
-        path: of a checkpoint or an exported model.
+        path: of a checkpoint; exported models do not say which data they are judged by.
         device: where samples are drawn.
         weights: averaged or raw; see :func:`~elt_lightning.checkpoints.pretrained.meant`.
 
     Raises:
-        UserError: it cannot be read, or its data cannot be built or have no metric of samples.
+        UserError: it cannot be read, or its data cannot be built, have no metric of samples, or another tokenizer now.
     """
 
     def __init__(self, path: str | Path, device: torch.device, weights: Weights | None = None) -> None:
-        checkpoint = read_pretrained(path)
+        checkpoint = read_checkpoint(path)
         self.recipe: dict[str, Any] = checkpoint["elt"]
-        self.train_steps = checkpoint.get("global_step")  # which exported models do not say
+        self.train_steps = checkpoint["global_step"]
         self.weights = meant(checkpoint, weights)
         self.module = build_module(checkpoint, self.weights).to(device)
         parser = ArgumentParser(exit_on_error=False)
@@ -50,6 +50,7 @@ class Trained:
             raise UserError(f"{path}: its data have no metric of samples, which settings could be compared by")
         self.data.prepare_data()
         self.data.setup("test")
+        self.data.load_state_dict({"tokenizer": self.recipe["tokenizer"]})  # refuses another one
         self.tokenizer = self.data.tokenizer.to(device)
 
     @cached_property
