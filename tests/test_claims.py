@@ -165,6 +165,7 @@ def test_convergence_and_little_data_against_the_numbers(tmp_path: Path) -> None
 def training_rows(ilsd_seconds: list[float]) -> list[dict[str, Any]]:
     shared = {
         "shape": "small",
+        "family": "masked",
         "width": 512,
         "num_layers": 4,
         "loops": 4,
@@ -181,7 +182,8 @@ def training_rows(ilsd_seconds: list[float]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("seconds", "found"), [([1.04, 2.1], "holds"), ([1.05, 2.2], "does not hold")])
 def test_cost_is_that_of_the_benchmarks(tmp_path: Path, seconds: list[float], found: str) -> None:
     assert "Not measured yet." in cost_section(tmp_path)
-    run = {"device": "a machine", "device_type": "cpu", "command": "elt bench train", "rows": training_rows(seconds)}
+    run = {"device": "a machine", "device_type": "cpu", "threads": 2, "command": "elt bench train"}
+    run |= {"rows": training_rows(seconds)}
     (tmp_path / "training.json").write_text(json.dumps({"runs": [run]}))
     (row,) = [line for line in cost_section(tmp_path) if line.startswith("| a machine")]
     assert row.endswith(f"| **{found}** |")

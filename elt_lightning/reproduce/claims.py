@@ -54,13 +54,13 @@ INTRODUCTION = """
 <!-- Written by `make claims`: change elt_lightning/reproduce/claims.py or the results, not this file. -->
 # The paper's claims at a scale that runs here
 
-Each claim of the paper, and each of [what goes beyond it](../any_time.md) ("Beyond the paper", R1 to R6), beside the small
-experiments that test it. The models are small, and the tasks were made to tell depths apart: a verdict here says nothing
-about the paper's own scale. Every number and verdict is computed from
-the JSON files beside this page. A seed counts where the criterion holds in it, by any margin. Numbers are means ±
-standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where an arm
-hardly learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such seeds
-tell more about training small models than about the claim.
+Each claim of the paper, and each of [what goes beyond it](../any_time.md) ("Beyond the paper", R1 to R6), beside the
+small experiments that test it. The models are small, and the tasks were made to tell depths apart: a verdict here says
+nothing about the paper's own scale. Every number and verdict is computed from the JSON files beside this page. A seed
+counts where the criterion holds in it, by any margin. Numbers are means ± standard deviations over the seeds, shares in
+percent: their spread shows how much a verdict is worth. Where an arm hardly learned in some seeds (below a fifth of the
+best arm's score at its own L_max), its verdict notes it: such seeds tell more about training small models than about
+the claim.
 """
 
 CLOSING = """
@@ -444,7 +444,8 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
     judged = ["distinct"] if "distinct" in zero else ["recall", "coverage"]
     holds = every(carried[name] >= UNHURT * zero[name] for name in judged)
     cells = (
-        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})" for name in judged
+        f"{name} {with_deviation(100 * carried[name])} (from zero {with_deviation(100 * zero[name])})"
+        for name in judged
     )
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
 
