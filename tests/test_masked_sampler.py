@@ -285,3 +285,12 @@ def test_schedule_does_not_depend_on_the_default_dtype_that_true_half_precision_
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(drawn, expected)
+
+
+def test_guidance_sees_logits_in_float32_at_least() -> None:
+    """In half precision the differences that guidance scales would be rounding."""
+    x, condition = torch.zeros(2, T, dtype=torch.long), Condition(torch.zeros(2, dtype=torch.long))
+    for given in (torch.bfloat16, torch.float16, torch.float64):
+        logits = torch.randn(2, T, V, dtype=given)
+        seen = torch.float64 if given == torch.float64 else torch.float32
+        assert torch.equal(MaskingProcess(V).denoised(logits, x, condition), logits.to(seen))

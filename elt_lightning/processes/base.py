@@ -1,5 +1,6 @@
 """What is done to data that a network learns to undo; one object for training and sampling alike."""
 
+import torch
 from torch import Tensor
 
 from elt_lightning.processes.conditioning import Condition
@@ -17,8 +18,11 @@ class Process:
     codebook_size: int | None = None
 
     def denoised(self, prediction: Tensor, noisy: Tensor, condition: Condition) -> Tensor:
-        """Return what samplers see of a network's output for ``noisy``: logits as they are, or x̂ of noisy latents."""
-        return prediction
+        """Return what samplers see of a network's output for ``noisy``: logits, or x̂ of noisy latents.
+
+        In float32 at least: in half precision the differences that guidance scales would be rounding.
+        """
+        return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def check_process(user: object, process: Process, kind: type[Process]) -> None:
