@@ -63,6 +63,11 @@ best arm's score at its own L_max), its verdict notes it: such seeds tell more a
 the claim.
 """
 
+FURTHER = """
+Further down: [quality for less compute](#quality-for-less-compute), [what ILSD costs](#what-ilsd-costs),
+[update norms](#update-norms), [the experiments](#the-experiments).
+"""
+
 CLOSING = """
 `make claims` writes this page again; `make claims RUN=1` first runs what is missing of the experiments. The paper's
 tables are in [tables](tables), curves of the small configs in [curves](curves).
@@ -520,7 +525,7 @@ def page(results: Path, benchmarks: Path) -> str:
     sections += [*any_time_section(results), *cost_section(benchmarks), *norms_section(results)]
     sections += experiments_section(experiments)
     table = markdown_table(("claim", "verdicts, in how many seeds"), overview)
-    return "\n".join([INTRODUCTION.strip(), "", table, *sections]) + "\n"
+    return "\n".join([INTRODUCTION.strip(), "", table, "", FURTHER.strip(), *sections]) + "\n"
 
 
 def section_rows(claim: Claim, experiments: dict[str, Experiment | None]) -> tuple[list[tuple[str, ...]], list[str]]:
