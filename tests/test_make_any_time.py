@@ -88,6 +88,7 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     assert f"not in {tmp_path / 'recall' / 'ablation.json'}, and left out: vanilla" in printed
     testbed = json.loads((tmp_path / "any_time" / "any_time.json").read_text())["testbeds"]["squares"]
     assert testbed["compute_ratio_at_equal_quality"] == pytest.approx(0.5)
+    assert testbed["compute_ratio_of_the_recipe_itself"] == 1  # nothing cheaper of its own is as good
     assert testbed["quality_at_equal_compute"] == pytest.approx({"paper": 0.7, "ours": 0.95})
     # Within half of the compute of L_max seed 1 would choose L = 2 and seed 0 too; each is scored on the other.
     assert testbed["held_out"]["compute_ratio"] == pytest.approx([0.5, 0.5])
@@ -108,7 +109,8 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     assert "| ILSD | 0.7 | 0.75 (loops 4" in page
     assert (tmp_path / "any_time" / "any_time.png").stat().st_size > 10_000
     section = "\n".join(any_time_section(tmp_path))
-    assert "| squares, valid | 0.50 | 0.50, +0.2; 0.50, -0.1 | **holds in 1 of 2 seeds only" in section
+    cheapest = "0.50 (of the recipe's own settings 1.00)"
+    assert f"| squares, valid | {cheapest} | 0.50, +0.2; 0.50, -0.1 | **holds in 1 of 2 seeds only" in section
     path.write_text(path.read_text().replace('"num_samples": 4', '"num_samples": 5'))
     with pytest.raises(UserError, match="of recall_ilsd, seed 1, have num_samples 5 in place of 4"):
         any_time.main()

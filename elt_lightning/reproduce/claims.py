@@ -564,6 +564,8 @@ def any_time_section(results: Path) -> list[str]:
     for name, testbed in json.loads(path.read_text())["testbeds"].items():
         ratio, found = testbed["compute_ratio_at_equal_quality"], testbed.get("held_out")
         cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "not measured yet"
+        if (own := testbed.get("compute_ratio_of_the_recipe_itself")) is not None:
+            cheapest += f" (of the recipe's own settings {own:.2f})"
         if found is not None:
             gaps = pd.Series(found["difference"])
             pairs = zip(found["compute_ratio"], gaps, strict=True)
