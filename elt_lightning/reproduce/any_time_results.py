@@ -338,9 +338,9 @@ def page(name: str, testbed: dict[str, Any], config: dict[str, Any]) -> str:
         own = f"{testbed['compute_ratio_of_the_recipe_itself']:.2f}"
         paper, ours = (f"{value:.4g}" if value is not None else "nothing" for value in equal.values())
         lines[-1] += (
-            f"The paper's recipe at L_max has {mark['mean']:.4g}: for as much {reached} (the recipe itself, its settings "
-            f"chosen as freely, {own}). At equal compute the recipe reaches {paper} and ours {ours}. Settings were chosen "
-            "by these very scores: the best of many is a little lucky. "
+            f"The paper's recipe at L_max has {mark['mean']:.4g}: for as much {reached} (the recipe itself {own}, with "
+            f"settings chosen as freely). At equal compute the recipe reaches {paper} and ours {ours}. Settings were "
+            "chosen by these very scores: the best of many is a little lucky. "
             f"{held_out_in_words(testbed['held_out'])}"
         )
         lines += ["", *worth_table(testbed["worth"], config).splitlines()]
