@@ -114,3 +114,17 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     path.write_text(path.read_text().replace('"num_samples": 4', '"num_samples": 5'))
     with pytest.raises(UserError, match="of recall_ilsd, seed 1, have num_samples 5 in place of 4"):
         any_time.main()
+
+
+def test_docs_state_what_was_measured() -> None:
+    """The table of docs/any_time.md and README's sentence are of the committed results."""
+    root = Path(__file__).parents[1]
+    testbeds = json.loads((root / "docs/results/any_time/any_time.json").read_text())["testbeds"]
+    docs, readme = (root / "docs/any_time.md").read_text(), (root / "README.md").read_text()
+    for name, testbed in testbeds.items():
+        ours = testbed["compute_ratio_at_equal_quality"]
+        best = [100 * testbed["quality_at_equal_compute"][side] for side in ("paper", "ours")]
+        ahead = ", ".join(f"{100 * gap:+.0f}" for gap in testbed["held_out"]["difference"])
+        own = testbed["compute_ratio_of_the_recipe_itself"]
+        assert f"| {ours:.2f} | {own:.2f} | {best[0]:.1f} → {best[1]:.1f} | {ahead} |" in docs
+        assert name == "video" or f"{ours:.2f}" in readme
