@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import yaml
 
 from elt_lightning.errors import UserError
 from elt_lightning.reproduce import any_time
+from elt_lightning.reproduce.ablation import TRAINED
 from elt_lightning.reproduce.claims import any_time_section
 
 CONFIG: dict[str, Any] = {
@@ -114,6 +118,40 @@ def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     path.write_text(path.read_text().replace('"num_samples": 4', '"num_samples": 5'))
     with pytest.raises(UserError, match="of recall_ilsd, seed 1, have num_samples 5 in place of 4"):
         any_time.main()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_program_alone_ends_its_workers_at_once(small_squares: Path, tmp_path: Path) -> None:
+    """A scheduler may signal one process; a checkpoint takes minutes."""
+    run = tmp_path / "recall" / "ilsd_seed0" / "checkpoints" / "last.ckpt"
+    run.parent.mkdir(parents=True)
+    shutil.copy(small_squares, run)
+    (run.parents[1] / TRAINED).touch()
+    (tmp_path / "any_time.yaml").write_text(yaml.safe_dump(CONFIG))
+    flags = [
+        "--config",
+        tmp_path / "any_time.yaml",
+        "--runs",
+        tmp_path,
+        "--jobs",
+        "1",
+        "--output",
+        tmp_path / "results",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elt_lightning.reproduce.any_time", *map(str, flags), "--num_samples", "1000000"],
+        cwd=small_squares.parents[3],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers.read_text().split()) < 2:  # the worker, and multiprocessing's own tracker of resources
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.terminate()
+    assert "ended by SIGTERM" in process.communicate(timeout=60)[0]  # the worker holds the pipe open, too
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_docs_state_what_was_measured() -> None:

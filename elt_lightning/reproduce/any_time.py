@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ def main() -> None:
         try:
             for done, future in enumerate(as_completed(work), start=1):
                 print(f"[{done}/{len(work)}] {future.result()}", flush=True)
+        except BaseException:  # SIGTERM may have come to this process alone
+            for worker in active_children():
+                worker.terminate()
+            raise
         finally:  # what was measured is laid out, after an error too
             pool.shutdown(wait=True, cancel_futures=True)
             write_results(config, output)
