@@ -35,6 +35,8 @@ EXPERIMENTS = {
     "recall_sudoku": "recall on puzzles, sudoku",
     "fashion_masked": "masked clothes, Fashion-MNIST",
     "fashion_diffusion": "diffusion clothes, Fashion-MNIST",
+    "upcycling": "masked images begun from an unlooped model, Latin squares",
+    "upcycling_diffusion": "diffusion images begun from an unlooped model, Latin squares",
 }
 """Folders of results, and what was trained there: the family, then the data."""
 
@@ -45,9 +47,15 @@ RECALL = tuple(name for name in EXPERIMENTS if name.startswith("recall"))
 """Experiments on drawn puzzles that go beyond the paper, to 32 loops."""
 
 BEYOND = (*RECALL, *REAL)
-"""Experiments that test what goes beyond the paper."""
+"""Experiments that test recall."""
 
-ALL = tuple(name for name in EXPERIMENTS if name not in BEYOND)
+UPCYCLING = tuple(name for name in EXPERIMENTS if name.startswith("upcycling"))
+"""Experiments that begin from a trained unlooped model, with each of the :data:`SHARES` of its steps."""
+
+SHARES = (10, 25, 50)
+"""In percent, as the arms' names end."""
+
+ALL = tuple(name for name in EXPERIMENTS if name not in (*BEYOND, *UPCYCLING))
 LONG = ("ablation", "ablation_diffusion", "ablation_video", "ablation_sudoku")
 ONE_LAYER = ("ablation", "ablation_terms")
 """Experiments with an arm of a single layer."""
@@ -62,13 +70,13 @@ INTRODUCTION = """
 <!-- Written by `make claims`: change elt_lightning/reproduce/claims.py or the results, not this file. -->
 # The paper's claims at a scale that runs here
 
-Each claim of the paper, and each of [what goes beyond it](../any_time.md) ("Beyond the paper", R1 to R6), beside the
-small experiments that test it. The models are small, and the tasks were made to tell depths apart: a verdict here says
-nothing about the paper's own scale. Every number and verdict is computed from the JSON files beside this page. A seed
-counts where the criterion holds in it, by any margin. Numbers are means ± standard deviations over the seeds, shares in
-percent: their spread shows how much a verdict is worth. Where an arm hardly learned in some seeds (below a fifth of the
-best arm's score at its own L_max), its verdict notes it: such seeds tell more about training small models than about
-the claim.
+Each claim of the paper, and each of what goes beyond it ([recall](../any_time.md), R1 to R6; [beginning from an
+unlooped model](../upcycling.md), U1 to U5), beside the small experiments that test it. The models are small, and the
+tasks were made to tell depths apart: a verdict here says nothing about the paper's own scale. Every number and verdict
+is computed from the JSON files beside this page. A seed counts where the criterion holds in it, by any margin. Numbers
+are means ± standard deviations over the seeds, shares in percent: their spread shows how much a verdict is worth. Where
+an arm hardly learned in some seeds (below a fifth of the best arm's score at its own L_max), its verdict notes it: such
+seeds tell more about training small models than about the claim.
 """
 
 FURTHER = """
@@ -391,7 +399,7 @@ claim("arXiv 2609.40305", "ILSD is better on average over L up to L_max", ("abla
 
 @claim(
     "Beyond the paper, R1",
-    f"no L from L_max to 8·L_max has less than {100 * UNHURT:.0f} % of the score at L_max",
+    f"no L measured from L_max to 8·L_max has less than {100 * UNHURT:.0f} % of the score at L_max",
     BEYOND,
 )
 def more_loops_never_hurt(experiment: Experiment) -> Finding:
@@ -461,6 +469,65 @@ def carried_samples_are_varied(experiment: Experiment) -> Finding:
         for name in judged
     )
     return Finding(f"{ours.label}, carried: {', '.join(cells)}", holds)
+
+
+@claim(
+    "Beyond the paper, U1",
+    "at L_max averaged layers are the better beginning than none after 10, 25 and 50 % of the steps each",
+    UPCYCLING,
+)
+def begins_ahead(experiment: Experiment) -> Finding:
+    """A trained unlooped model is a better beginning than nothing."""
+    pairs = [(experiment.arms[f"average_{share}"], experiment.arms[f"nothing_{share}"]) for share in SHARES]
+    holds = every(ahead(one, one.max_loops, none, none.max_loops) > 0 for one, none in pairs)
+    return Finding("; ".join(f"{at_l_max(one)}, {at_l_max(none)}" for one, none in pairs), holds)
+
+
+@claim(
+    "Beyond the paper, U2", "at L_max averaged layers with half of the steps are as good as none with all", UPCYCLING
+)
+def half_the_steps_do(experiment: Experiment) -> Finding:
+    """Begun from a trained unlooped model, half of the steps suffice."""
+    arms, nothing = [experiment.arms[f"average_{share}"] for share in SHARES], experiment.arms["nothing"]
+    gaps = [ahead(arm, arm.max_loops, nothing, nothing.max_loops) for arm in arms]
+    text = "; ".join(at_l_max(arm) for arm in (*arms, nothing))
+    return Finding(text, gaps[-1] >= 0, gaps[-1])
+
+
+def at_l_max(arm: Arm) -> str:
+    """Write an arm's label and its score at L_max."""
+    return f"{arm.label} {arm.show(arm.max_loops)}"
+
+
+def begins_better(way: str, others: Sequence[str], title: str) -> Test:
+    """Make a test of one way to begin from an unlooped model against others, by the mean over shares of the steps."""
+
+    def test(experiment: Experiment) -> Finding:
+        def over_shares(which: str) -> pd.Series:
+            arms = [experiment.arms[f"{which}_{share}"] for share in SHARES]
+            return pd.DataFrame([arm.scores[arm.max_loops] for arm in arms]).mean()
+
+        scores = {which: over_shares(which) for which in (way, *others)}
+        sign = 1 if experiment.summary["higher_is_better"] else -1
+        gaps = pd.DataFrame([sign * (scores[way] - scores[other]) for other in others]).min()
+        like = experiment.arms[f"{way}_{SHARES[0]}"]
+        text = ", ".join(f"{which} {like.write(values)}" for which, values in scores.items())
+        return Finding(f"at L_max, mean over {SHARES} % of the steps: {text}", gaps >= 0, gaps)
+
+    test.__doc__ = title
+    return test
+
+
+AS_GOOD = "at L_max, on average over 10, 25 and 50 % of the steps, {} as good as {}"
+claim("Beyond the paper, U3", AS_GOOD.format("averaged layers are at least", "every other choice of them"), UPCYCLING)(
+    begins_better("average", ("every_kth", "first", "blocks"), "Averaged layers are the best beginning")
+)
+claim("Beyond the paper, U4", AS_GOOD.format("recall is at least", "the same without"), UPCYCLING)(
+    begins_better("recall", ("average",), "Recall helps an unlooped model to become a looped one")
+)
+claim("Beyond the paper, U5", AS_GOOD.format("the outer teacher makes it at least", "training on the data"), UPCYCLING)(
+    begins_better("taught", ("average",), "The unlooped model helps further, as a teacher")
+)
 
 
 def compared(ours: Arm, here: int, paper: Arm) -> Finding:
