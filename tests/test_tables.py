@@ -220,6 +220,12 @@ def test_a_better_run_that_is_not_the_papers_is_named_and_left_out(
     assert any("500,000 training steps, 3 loops, 24 sampling steps" in note for note in table["notes"])
 
 
+def test_weights_of_unknown_training_are_said_to_be(tmp_path: Path) -> None:
+    row = {"loops": 3, "params_backbone": size(TABLE_1[2]), "metrics": {"fid": 3.0}}
+    write_run(tmp_path / "elt_l_8n3l", [row], train_steps=None)
+    assert any("an unknown number of training steps, 3 loops" in note for note in make_table(1, tmp_path)["notes"])
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": []}', "{}"])
 def test_a_damaged_sweep_is_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "elt_l_8n3l" / "test" / "loops.json"

@@ -228,9 +228,10 @@ class Result:
 
     def note(self) -> str:
         """Return where it is from."""
-        report = self.report
+        report, steps = self.report, self.report["train_steps"]
+        trained = "an unknown number of" if steps is None else f"{steps:,}"
         return (
-            f"{self.path}, {report['train_steps']:,} training steps, {self.row['loops']} loops, "
+            f"{self.path}, {trained} training steps, {self.row['loops']} loops, "
             f"{steps_of(report, self.row)} sampling steps, guidance {self.row['guidance']:g}, "
             f"{report['num_samples']:,} samples, features of {report['feature_network']}."
         )

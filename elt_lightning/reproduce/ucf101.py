@@ -80,6 +80,6 @@ def measure_at_24_steps(options: Namespace) -> None:
     """Measure Table 4's last row, which is the model of the row above at more loops and steps."""
     run_dir = options.video_runs / "elt_6n4l"
     checkpoint, test_dir = run_dir / "checkpoints" / "last.ckpt", run_dir / "test_24_steps"
-    if checkpoint.is_file() and not is_measured(test_dir, checkpoint):
+    if checkpoint.exists() and not is_measured(test_dir, checkpoint):
         which = ["--loops", "6", "--model.sampler.init_args.steps", "24", *shlex.split(options.protocol_flags)]
         elt("test", "--ckpt_path", checkpoint, *which, "--run_dir", test_dir, dry_run=options.dry_run)
