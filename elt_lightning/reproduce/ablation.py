@@ -355,7 +355,8 @@ def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figu
     drawing = Figure(figsize=(7 * len(metrics), 4.5), dpi=150)
     for axes, metric in zip(drawing.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         draw(axes, curves(summary, arms, metric))
-        axes.set_ylabel(f"{metric}: mean, and each of {len(summary['config']['seeds'])} seeds (dots)")
+        seeds = len(summary["config"]["seeds"])
+        axes.set_ylabel(metric if seeds == 1 else f"{metric}: mean, and each of {seeds} seeds (dots)")
     return drawing
 
 
