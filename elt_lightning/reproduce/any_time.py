@@ -99,7 +99,7 @@ def runs_of(
             yield Run(
                 f"{name}_{run}",
                 last_checkpoint(runs / testbed["runs"] / run),
-                [config["grids"][grid] for grid in testbed.get("grids", described["grids"])],
+                [config["grids"][grid] for grid in described["grids"] if grid in testbed.get("grids", config["grids"])],
                 num_samples or testbed["num_samples"],
                 records_path(output, name, recipe, seed),
             )

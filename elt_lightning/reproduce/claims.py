@@ -638,7 +638,7 @@ def any_time_section(results: Path) -> list[str]:
     cells = []
     for name, testbed in json.loads(path.read_text())["testbeds"].items():
         ratio, found = testbed["compute_ratio_at_equal_quality"], testbed.get("held_out")
-        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "not measured yet"
+        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "takes two seeds"
         if (own := testbed.get("compute_ratio_of_the_recipe_itself")) is not None:
             cheapest += f" (of the recipe's own settings {own:.2f})"
         if found is not None:
