@@ -1,11 +1,13 @@
 """`make any-time`: records setting by setting, which another call goes on with, and what is compared at last."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +148,19 @@ def test_sigterm_to_the_program_alone_ends_its_workers_at_once(small_squares: Pa
         text=True,
     )
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(workers.read_text().split()) < 2:  # the worker, and multiprocessing's own tracker of resources
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    process.terminate()
-    assert "ended by SIGTERM" in process.communicate(timeout=60)[0]  # the worker holds the pipe open, too
-    assert process.returncode == 128 + signal.SIGTERM
+    found: list[str] = []
+    try:
+        while len(found) < 2:  # the worker, and multiprocessing's own tracker of resources
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+            found = workers.read_text().split()
+        process.terminate()
+        assert "ended by SIGTERM" in process.communicate(timeout=60)[0]  # the worker holds the pipe open, too
+        assert process.returncode == 128 + signal.SIGTERM
+    finally:
+        for pid in (process.pid, *map(int, found)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_docs_state_what_was_measured() -> None:
@@ -159,6 +168,7 @@ def test_docs_state_what_was_measured() -> None:
     root = Path(__file__).parents[1]
     testbeds = json.loads((root / "docs/results/any_time/any_time.json").read_text())["testbeds"]
     docs, readme = (root / "docs/any_time.md").read_text(), (root / "README.md").read_text()
+    ratios, bests = {}, {}
     for name, testbed in testbeds.items():
         if testbed["held_out"] is None:  # one seed: docs/real_data.md has it
             continue
@@ -166,5 +176,13 @@ def test_docs_state_what_was_measured() -> None:
         best = [100 * testbed["quality_at_equal_compute"][side] for side in ("paper", "ours")]
         ahead = ", ".join(f"{100 * gap:+.0f}" for gap in testbed["held_out"]["difference"])
         own = testbed["compute_ratio_of_the_recipe_itself"]
-        assert f"| {ours:.2f} | {own:.2f} | {best[0]:.1f} → {best[1]:.1f} | {ahead} |" in docs
-        assert name == "video" or f"{ours:.2f}" in readme
+        row = f"± {100 * testbed['paper_at_l_max']['std']:.1f} | {ours:.2f} | {own:.2f} | {best[0]:.1f} → {best[1]:.1f}"
+        assert f"{row} | {ahead} |" in docs
+        ratios[name] = f"{ours:.2f}"
+        bests[name] = [f"{value:.0f}" for value in best]
+    parts = "{sudoku} of its compute on sudoku, {diffusion} in diffusion and {squares} on squares"
+    assert parts.format(**ratios) in readme
+    order = ("sudoku", "diffusion", "squares")
+    theirs, ours = ([bests[name][side] for name in order] for side in (0, 1))
+    assert f"{ours[0]}, {ours[1]} and {ours[2]} %" in readme
+    assert f"{theirs[0]}, {theirs[1]} and {theirs[2]}" in readme

@@ -63,7 +63,7 @@ def main() -> None:
     if unknown := set(chosen) - set(config["testbeds"]):
         raise UserError(f"there is no testbed {', '.join(sorted(unknown))}: there are {', '.join(config['testbeds'])}")
     runs = list(runs_of(config, chosen, options.runs, output, options.num_samples))
-    missing = [run for run in runs if not (run.checkpoint.is_file() and is_trained(run.checkpoint.parents[1]))]
+    missing = [run for run in runs if not (run.checkpoint.exists() and is_trained(run.checkpoint.parents[1]))]
     if missing:
         print(f"not trained yet, and left out: {', '.join(str(run.checkpoint.parents[1]) for run in missing)}")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -71,7 +71,7 @@ def main() -> None:
         try:
             for done, future in enumerate(as_completed(work), start=1):
                 print(f"[{done}/{len(work)}] {future.result()}", flush=True)
-        except BaseException:  # SIGTERM may have come to this process alone
+        except (SystemExit, KeyboardInterrupt):  # SIGTERM may have come to this process alone
             for worker in active_children():
                 worker.terminate()
             raise

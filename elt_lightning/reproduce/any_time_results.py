@@ -218,7 +218,7 @@ KNOBS: dict[str, Callable[[dict[str, Any], dict[str, Any]], bool]] = {
     "rising": lambda row, about: is_plain(row, about, loop_schedule="rising"),
     "tolerance": lambda row, about: (
         row["setting"]["tolerance"] is not None
-        and is_plain(row, about, **{name: row["setting"][name] for name in ("loops", "steps", "tolerance")})
+        and is_plain(row, about, loops=row["setting"]["loops"], tolerance=row["setting"]["tolerance"])
     ),
 }
 """Ways to spend the compute of L_max loops in every step otherwise."""
@@ -299,6 +299,8 @@ def figure(summary: dict[str, Any], config: dict[str, Any]) -> Figure:
             draw_mark(axes, testbed["paper_at_l_max"], testbed["compute_ratio_at_equal_quality"])
         direction = "higher" if testbed["higher_is_better"] else "lower"
         axes.set_ylabel(f"{testbed['metric']} ({direction} is better)")
+        if not testbed["higher_is_better"]:
+            axes.set_yscale("log")  # distances of the worst settings would hide all others
         axes.grid(alpha=0.3)
     drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return drawing

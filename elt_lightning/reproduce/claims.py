@@ -512,7 +512,7 @@ def begins_better(way: str, others: Sequence[str], title: str) -> Test:
         gaps = pd.DataFrame([sign * (scores[way] - scores[other]) for other in others]).min()
         like = experiment.arms[f"{way}_{SHARES[0]}"]
         text = ", ".join(f"{which} {like.write(values)}" for which, values in scores.items())
-        return Finding(f"at L_max, mean over {SHARES} % of the steps: {text}", gaps >= 0, gaps)
+        return Finding(f"at L_max, mean over {', '.join(map(str, SHARES))} % of the steps: {text}", gaps >= 0, gaps)
 
     test.__doc__ = title
     return test
@@ -638,7 +638,7 @@ def any_time_section(results: Path) -> list[str]:
     cells = []
     for name, testbed in json.loads(path.read_text())["testbeds"].items():
         ratio, found = testbed["compute_ratio_at_equal_quality"], testbed.get("held_out")
-        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "takes two seeds"
+        cheapest, chosen, verdict = "none is" if ratio is None else f"{ratio:.2f}", "", "not judged: see its page"
         if (own := testbed.get("compute_ratio_of_the_recipe_itself")) is not None:
             cheapest += f" (of the recipe's own settings {own:.2f})"
         if found is not None:
