@@ -58,6 +58,16 @@ def test_a_checkpoint_is_measured_setting_by_setting_and_only_once(
         any_time.measure(runs[0])
 
 
+def test_a_testbed_takes_the_grids_it_names_and_no_unknown_one(tmp_path: Path) -> None:
+    testbed = CONFIG["testbeds"]["squares"]
+    fewer = CONFIG | {"testbeds": {"squares": testbed | {"grids": ["plain"]}}}
+    plain = CONFIG["grids"]["plain"]
+    assert [run.grids for run in any_time.runs_of(fewer, ["squares"], tmp_path, tmp_path, None)] == [[plain], [plain]]
+    wrong = CONFIG | {"testbeds": {"squares": testbed | {"grids": ["plian"]}}}
+    with pytest.raises(UserError, match="squares takes grids that are not there: plian"):
+        list(any_time.runs_of(wrong, ["squares"], tmp_path, tmp_path, None))
+
+
 def test_the_summary_compares_at_equal_quality_and_at_equal_compute(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

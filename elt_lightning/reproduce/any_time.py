@@ -94,6 +94,8 @@ def runs_of(
     """Yield the checkpoints of some testbeds, seed by seed."""
     for seed, name in product(config["seeds"], testbeds):
         testbed = config["testbeds"][name]
+        if unknown := set(testbed.get("grids", ())) - set(config["grids"]):
+            raise UserError(f"the testbed {name} takes grids that are not there: {', '.join(sorted(unknown))}")
         for recipe, described in config["recipes"].items():
             run = f"{recipe}_seed{seed}"
             yield Run(
