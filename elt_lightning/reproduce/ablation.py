@@ -113,13 +113,14 @@ def main() -> None:
     config["settings"] |= overrides
     arms = [replace(arm, settings=arm.settings | overrides) for arm in arms_of(config)]
     # Seed by seed, so that an interrupted ablation has whole seeds; longest first, so that no core waits at the end.
-    longest_first = sorted(arms, key=lambda arm: -arm.num_layers * arm.max_loops)
+    # What others begin from is the first of a seed.
+    longest_first = sorted(arms, key=lambda arm: (arm.begins_at is not None, -arm.num_layers * arm.max_loops))
     pairs = [(seed, arm) for seed in config["seeds"] for arm in longest_first if not options.gather]
     if "prepare" in config and not all(record_path(output, arm, seed).is_file() for seed, arm in pairs):
         prepare(config["prepare"])
     with ThreadPoolExecutor(options.jobs) as pool:
         begun: dict[tuple[int, str], Future[str]] = {}
-        for seed, arm in sorted(pairs, key=lambda pair: pair[1].begins_at is not None):  # those begun from are first
+        for seed, arm in pairs:
             after = begun.get((seed, arm.begins_at)) if arm.begins_at else None
             begun[seed, arm.name] = pool.submit(run_arm, arm, seed, config, runs, output, after)
         runs_to_do = list(begun.values())
