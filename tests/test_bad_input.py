@@ -416,7 +416,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     ),
     "no channels to give": (
         LATENTS.replace("num_heads: 2", "num_heads: 2, out_channels: 0").encode(),
-        "out_channels must be at least 1, not 0",
+        "out_channels must be",
     ),
     "fewer than no layers before the loop": (
         TOKENS.replace("num_heads: 2", "num_heads: 2, prelude_layers: -1").encode(),

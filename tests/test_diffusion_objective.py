@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from elt_lightning.errors import UserError
 from elt_lightning.objectives import diffusion as diffusion_objective
 from elt_lightning.objectives.base import Corrupted
 from elt_lightning.objectives.diffusion import DiffusionObjective
@@ -366,3 +367,12 @@ def test_impossible_objectives_are_refused() -> None:
         GaussianProcess("noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="time_std"):
         FlowMatchingObjective(GaussianProcess("velocity"), time_std=0.0)
+
+
+@pytest.mark.parametrize("kind", [DiffusionObjective, FlowMatchingObjective])
+def test_a_variance_that_the_objective_has_no_use_for_is_refused(kind: type) -> None:
+    """One channel would be compared with two by broadcasting."""
+    objective = kind(GaussianProcess("velocity" if kind is FlowMatchingObjective else "v"))
+    corrupted = objective.corrupt(torch.randn(3, 1, 4, 4), random_seeds(3), 0)
+    with pytest.raises(UserError, match=r"of shape \(1, 4, 4\), not \(2, 4, 4\): leave the network's out_channels out"):
+        objective.ground_truth(torch.randn(3, 2, 4, 4), corrupted)

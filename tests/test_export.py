@@ -164,8 +164,10 @@ def test_a_tokenizer_by_a_relative_path_is_found_from_elsewhere(checkpoint: Path
     (tmp_path / "codes.pt").touch()
     tokenizer = {"class_path": "Codes", "init_args": {"path": "codes.pt"}}
     recipe = content["elt"] | {"folder": str(tmp_path), "tokenizer": tokenizer}
-    described = describe(content | {"elt": recipe}, "ema")["tokenizer"]
-    assert described == {"class_path": "Codes", "init_args": {"path": str(tmp_path / "codes.pt")}}
+    recipe["model"] = recipe["model"] | {"outer_teacher": {"path": "runs/deep", "weight": 1.0}}
+    described = describe(content | {"elt": recipe}, "ema")
+    assert described["tokenizer"] == {"class_path": "Codes", "init_args": {"path": str(tmp_path / "codes.pt")}}
+    assert described["model"]["outer_teacher"] is None  # it lay where the training did
 
 
 def test_a_full_disk_leaves_the_older_export(

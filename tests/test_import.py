@@ -108,6 +108,12 @@ def test_a_checkpoint_of_their_training_gives_its_average(tmp_path: Path, capsys
     assert one == other
     assert elt_import("dit", plain) == 2
     assert "add --overwrite" in capsys.readouterr().err
+    raw = file_of_weights(
+        tmp_path / "c.pt", lambda state: {"model": {f"module.{name}": w for name, w in state.items()}}
+    )
+    assert elt_import("dit", raw) == 0
+    assert "tensors of model, as it holds no average" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["weights"] == "raw"
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("dit", torch.float16), ("sit", torch.bfloat16)])
@@ -126,7 +132,8 @@ def test_files_in_half_precision_and_of_the_old_format_are_read(kind: str, dtype
 @pytest.mark.parametrize(
     ("flags", "telling"),
     [
-        ({"model": "DiT-XL/2"}, "of a DiT-XL/2: elt import dit"),
+        ({"name": "DiT-XL-2-256x256.pt"}, "of a DiT-XL-2-256x256.pt, by its flags or name: elt import dit"),
+        ({"model": "DiT-XL/2"}, "of a DiT-XL/2, by its flags or name: elt import dit"),
         ({"model": "SiT-XL/2", "path_type": "GVP"}, "path_type GVP"),
         ({"path_type": "Linear", "prediction": "noise"}, "prediction noise"),
         ({"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}, None),
@@ -135,7 +142,8 @@ def test_files_in_half_precision_and_of_the_old_format_are_read(kind: str, dtype
 def test_the_flags_of_a_training_say_whether_it_is_of_this_kind(
     flags: dict[str, str], telling: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = file_of_weights(tmp_path / "a.pt", lambda s: as_checkpoint(s) | {"args": argparse.Namespace(**flags)})
+    name = tmp_path / flags.get("name", "a.pt")
+    file = file_of_weights(name, lambda state: as_checkpoint(state) | {"args": argparse.Namespace(**flags)})
     assert elt_import("sit", file) == (2 if telling else 0)
     assert (telling or "") in capsys.readouterr().err
 
@@ -159,6 +167,11 @@ def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (lambda state: state | {"pos_embed": torch.ones(1, 5, 64)}, r"pos_embed \(1, 5, 64\), not \(1, 4, 32\)"),
         (lambda state: state | {"x_embedder.proj.weight": torch.ones(32, 4, 2, 3)}, r"2, 3\), not \(32, 4, 2, 2\)"),
         (lambda state: state | {"x_embedder.proj.weight": torch.ones(32, 4, 0, 0)}, "no tensor 'x_embedder"),
+        (
+            lambda state: {name: w[:24] if name.startswith("final_layer.linear") else w for name, w in state.items()},
+            "out_channels must be 4, or with a variance 8, not 6",
+        ),
+        (lambda state: {name: w.to(torch.float8_e4m3fn) for name, w in state.items()}, "of another type such as"),
         (lambda state: {"epoch": 3}, r"no tensor 'x_embedder\.proj\.weight'"),
         (lambda state: [1, 2], "holds a list, not named weights"),
     ],

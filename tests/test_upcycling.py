@@ -14,6 +14,7 @@ from elt_lightning.checkpoints.initial import Init, looped, take_over
 from elt_lightning.checkpoints.pretrained import empty_module
 from elt_lightning.cli import main
 from elt_lightning.commands.settings import config_and_bases, with_stored_config
+from elt_lightning.commands.train import teach
 from elt_lightning.data.base import Batch
 from elt_lightning.errors import UserError
 from elt_lightning.objectives.masked import MaskedObjective
@@ -107,7 +108,7 @@ def test_weights_that_are_not_finite_are_not_begun_from() -> None:
 
 
 def test_what_a_training_begins_from_is_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a config its settings would not count; a run's own config that says there was none can still be read."""
+    """In a config its settings would not count; a run's own config can still be read, whatever it says of that."""
     config = tmp_path / "run.yaml"
     config.write_text("init_from: models/deep\n")
     assert main(["fit", "--config", str(config)]) == 2
@@ -115,6 +116,14 @@ def test_what_a_training_begins_from_is_a_flag(tmp_path: Path, capsys: pytest.Ca
     config.write_text("init_from: null\nseed_everything: 1\n")
     (written,) = config_and_bases(config, tmp_path)
     assert written.read_text() == "seed_everything: 1\n"
+    config.write_text("init_from: models/deep\nckpt_path: runs/of_old.ckpt\n")
+    for command, flag in (("test", "ckpt_path"), ("fit", "ckpt_path"), ("fit", "init_from")):
+        assert main([command, "--config", str(config), f"--{flag}=no.ckpt"]) == 2
+        wanted = "there is no checkpoint no.ckpt" if flag == "ckpt_path" else "--ckpt_path runs/of_old.ckpt"
+        assert wanted in capsys.readouterr().err
+    config.write_text("init_from: models/deep\n")
+    assert main(["fit", "--config", str(config), "--init_from=no.ckpt"]) == 2
+    assert "there is no checkpoint no.ckpt" in capsys.readouterr().err
 
 
 def test_the_outer_teacher_adds_its_loss_on_the_same_batch() -> None:
@@ -128,6 +137,12 @@ def test_the_outer_teacher_adds_its_loss_on_the_same_batch() -> None:
     module.outer_teacher = OuterTeacher("somewhere", weight=0.7)
     with pytest.raises(UserError, match="not loaded"):
         module.loss(batch, 5, 0.5)
+    with pytest.raises(UserError, match=r"--model\.outer_teacher\.path nowhere: no model 'nowhere'.*=null"):
+        teach(module, "nowhere", from_pretrained)
+    module.num_classes = 3
+    with pytest.raises(UserError, match=r"the outer teacher has another number of classes$"):
+        module.learn_from(teacher)
+    module.num_classes = 2
     module.learn_from(teacher)
     loss, terms = module.loss(batch, 5, 0.5)
     corrupted = module.objective.corrupt(batch.x, sample_seeds(0, batch.indices), 5)
@@ -178,6 +193,10 @@ def test_from_an_unlooped_run_to_a_looped_one(
     assert not any("teacher" in name for name in checkpoint["state_dict"])
     assert checkpoint["elt"]["model"]["network"]["init_args"]["recall"] is True
     assert checkpoint["elt"]["model"]["outer_teacher"] == {"path": ckpt, "weight": 0.5}
+    # What a run records of itself does the same again.
+    assert main(["fit", "--config=looped/config.yaml", "--init_from=loop", "--run_dir=again"]) == 0
+    again = torch.load("again/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in checkpoint["state_dict"].items())
     monkeypatch.chdir(tmp_path / "looped")  # a training may go on from another folder
     stored = with_stored_config(["--ckpt_path=checkpoints/last.ckpt"], Path.cwd())[1]
     assert yaml.safe_load(Path(stored).read_text())["model"]["outer_teacher"]["path"] == str(tmp_path / ckpt)

@@ -37,17 +37,19 @@ _OURS = {
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def read_dit(path: Path, kind: Kind, num_heads: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_dit(
+    path: Path, kind: Kind, num_heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
     """Read weights of facebookresearch/DiT or willisma/SiT.
 
     Args:
-        path: of a state dict, or of a checkpoint of their training, whose averaged weights are taken.
+        path: of a state dict, or of a checkpoint of their training, whose averaged weights are taken if it has any.
         kind: whose they are: both have the same names.
         num_heads: attention heads, which the weights do not tell; by default those of the published width.
 
     Returns:
-        the ``model`` section that describes the model with its process, its objective and the sampler of their code;
-        and its state dict.
+        the ``model`` section that describes the model with its process, its objective and a sampler of their code; its
+        state dict; and what of a checkpoint was taken, "ema" or "model", None of a mere state dict.
 
     Raises:
         UserError: there is no such file, or it holds something else: one line says what.
@@ -74,7 +76,7 @@ def read_dit(path: Path, kind: Kind, num_heads: int | None = None) -> tuple[dict
     state = from_dit_state_dict(weights)
     if kind == "sit":
         settings, state = _with_sit_conventions(settings, state)
-    return _model_section(kind, settings), {f"network.{name}": value for name, value in state.items()}
+    return _model_section(kind, settings), {f"network.{name}": w for name, w in state.items()}, _part(content)
 
 
 def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +84,15 @@ def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 
     They may begin as those of wrapped modules do, with ``module.`` or ``_orig_mod.``.
     """
-    state = next((state[part] for part in ("ema", "model") if isinstance(state.get(part), Mapping)), state)
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
+    part = _part(state)
+    return {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value
+        for name, value in (state[part] if part else state).items()
+    }
+
+
+def _part(state: Mapping[str, Any]) -> str | None:
+    return next((part for part in ("ema", "model") if isinstance(state.get(part), Mapping)), None)
 
 
 def from_dit_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,11 +150,14 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _check_flags(path: Path, kind: Kind, flags: Any) -> None:
-    """Refuse the checkpoint of a training whose flags say that it is of another kind, or path, than is known here."""
+    """Refuse a file whose flags or name say that it is of another kind, or path, than is known here.
+
+    The weights do not: those of both have the same names and shapes.
+    """
     said = vars(flags) if isinstance(flags, argparse.Namespace) else {}
-    model = str(said.get("model", ""))
+    model = str(said.get("model", path.name))
     if model.startswith(("DiT", "SiT")) and not model.lower().startswith(kind):
-        raise UserError(f"{path} says that it is of a {model}: elt import {model[:3].lower()} reads it")
+        raise UserError(f"{path} is of a {model}, by its flags or name: elt import {model[:3].lower()} reads it")
     for name, known in (("path_type", "Linear"), ("prediction", "velocity")):
         if said.get(name, known) != known:
             raise UserError(f"{path} was trained with {name} {said[name]}: of SiT's, {known} alone is known here")
@@ -207,7 +219,7 @@ def _with_sit_conventions(
 
 
 def _model_section(kind: Kind, network: dict[str, Any]) -> dict[str, Any]:
-    """Describe the model: their noise, and the sampler of their scripts that compute FID."""
+    """Describe the model: their noise; the sampler of DiT's script that computes FID, Euler's method for SiT."""
     learns_variance = network["out_channels"] > network["input_shape"][0]
     sampler = {"steps": 250, "guidance": {"scale": 1.5, "channels": 3}}
     if kind == "dit":

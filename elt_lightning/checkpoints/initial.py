@@ -20,7 +20,8 @@ from elt_lightning.training.weights import differences
 Init = Literal["average", "every_kth", "first", "blocks"]
 """Shared layer n of N is made of layers of the unlooped model, prelude and coda taken off: the average of those that
 stand in its place in a loop, n, n + N, …; layer n·L alone; layer n alone; or the average of the L from n·L on. Sources:
-Bae et al. 2024 (arXiv 2410.20672), whose "average", "stepwise" and "lower" are the first three."""
+Bae et al. 2024 (arXiv 2410.20672), whose "average" and "lower" are the first and third, and whose "stepwise" is like
+the second, but keeps the last layer too."""
 
 SOURCES: dict[str, Callable[[int, int, int], range]] = {
     "average": lambda n, num_layers, loops: range(n, num_layers * loops, num_layers),

@@ -68,9 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
 def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     """Describe in plain data what the weights are of: the content of ``config.json``.
 
-    Of the data there is what the model depends on, not where they lay.
+    Of the data there is what the model depends on, not where they lay; nor where a training's outer teacher lay.
     """
     recipe = checkpoint["elt"]
+    alone = {"outer_teacher": None} if recipe["model"].get("outer_teacher") else {}
     network = recipe["model"]["network"].get("init_args", {})
     return {
         "version": FORMAT_VERSION,
@@ -83,7 +84,7 @@ def describe(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
             "codebook_size": network.get("codebook_size"),
         },
         "tokenizer": found(recipe, "tokenizer"),
-        "model": recipe["model"],
+        "model": recipe["model"] | alone,
     }
 
 

@@ -17,23 +17,25 @@ def run(name: str, arguments: list[str]) -> None:
     """
     options = build_parser().parse_args(arguments)
     check_free(options.output, options.overwrite)
-    model, state = read_dit(options.file, options.kind, options.num_heads)
+    model, state, part = read_dit(options.file, options.kind, options.num_heads)
+    weights = "raw" if part == "model" else "ema"
     tokenizer = {
         "class_path": "elt_lightning.tokenizers.kl_vae.KLAutoencoder",
         "init_args": {"path": options.vae, "scale": 0.18215},
     }
     data = {"class_path": "elt_lightning.data.imagenet.ImageNetDataModule"}
     recipe = {"data": data, "model": model, "tokenizer": tokenizer}
-    checkpoint = {"elt": recipe, "state_dict": state, "exported": "ema", "global_step": None}
+    checkpoint = {"elt": recipe, "state_dict": state, "exported": weights, "global_step": None}
     module = build_module(checkpoint)
     network = model["network"]["init_args"]
     parameters = sum(value.numel() for value in state.values())
+    taken = {"ema": " of its average", "model": " of model, as it holds no average"}.get(str(part), "")
     shape = "×".join(map(str, network["input_shape"]))
     print(
-        f"taken over: {len(state)} tensors, {parameters:,} parameters of {network['num_layers']} layers of width "
-        f"{network['width']}, for latents {shape} of {network['num_classes']} classes"
+        f"taken over: {len(state)} tensors{taken}, {parameters:,} parameters of {network['num_layers']} layers of "
+        f"width {network['width']}, for latents {shape} of {network['num_classes']} classes"
     )
-    write_model(options.output, module, describe(checkpoint, "ema"))
+    write_model(options.output, module, describe(checkpoint, weights))
     print(options.output)
 
 

@@ -25,7 +25,7 @@ from elt_lightning.commands.arguments import ABOVE_0, Parser, file_path, number,
 from elt_lightning.commands.planning import Settings, make_plan
 from elt_lightning.commands.refusals import explain
 from elt_lightning.commands.settings import find_section, prepared
-from elt_lightning.commands.train import ELTCommandLine, quieten_libraries
+from elt_lightning.commands.train import ELTCommandLine, quieten_libraries, teach
 from elt_lightning.data.base import GenerativeDataModule
 from elt_lightning.data.crops import Picture
 from elt_lightning.data.encode import ShardWriter
@@ -147,7 +147,7 @@ def read(arguments: list[str], num_samples: int | None = None) -> tuple[dict[str
         with torch.device("meta"):  # no memory for weights
             module: ELTModule = build(ELTModule, command_line.recipe()[0])
             if module.outer_teacher is not None:
-                module.learn_from(empty_module(read_recipe(module.outer_teacher.path)["model"]))
+                teach(module, module.outer_teacher.path, lambda path: empty_module(read_recipe(path)["model"]))
     except (ArgumentError, ValueError) as error:
         raise UserError(explain(str(error))) from error
     return config, data, module

@@ -6,6 +6,7 @@ import json
 import os
 import pydoc
 import tempfile
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,29 @@ def prepared(name: str, arguments: list[str], scratch: Path) -> list[str]:
     Raises:
         UserError: a config or checkpoint cannot be read, or a flag would have no effect.
     """
-    arguments = with_bases(long_flags(name, with_plan(name, arguments)), scratch)
-    return with_stored_config(arguments, scratch, goes_on=name == "fit")
+    arguments = long_flags(name, with_plan(name, arguments))
+    (given, _), settled = named(arguments, "ckpt_path", "init_from"), set[str]()
+    if given["ckpt_path"] is not None:
+        settled.add("ckpt_path")
+    if given["init_from"] is not None or name != "fit" or given["ckpt_path"] not in (None, "null"):
+        settled.add("init_from")  # what goes on, or is measured, has begun already
+    return with_stored_config(with_bases(arguments, scratch, settled), scratch, goes_on=name == "fit")
+
+
+def named(arguments: list[str], *flags: str) -> tuple[dict[str, str | None], list[str]]:
+    """Return the values of flags on a command line, None of those that are not there; and the other arguments.
+
+    Raises:
+        UserError: a flag has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in flags:
+        parser.add_argument(f"--{flag}")
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return vars(options), others
 
 
 def with_plan(name: str, arguments: list[str]) -> list[str]:
@@ -81,21 +103,16 @@ def with_plan(name: str, arguments: list[str]) -> list[str]:
     Raises:
         UserError: the command takes none, there is no file, it is no plan, or one of another model.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plan", type=Path)
-    parser.add_argument("--ckpt_path")
-    try:
-        options, others = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    if options.plan is None:
+    given, others = named(arguments, "plan", "ckpt_path")
+    path, checkpoint = given.values()
+    if path is None:
         return arguments
     if name not in ("test", "predict"):
         raise UserError(f"--plan is for elt test, predict and sample: elt {name} takes none")
-    plan = read_plan(options.plan)
-    if options.ckpt_path not in (None, "null"):
-        plan.check(read_recipe(options.ckpt_path))
-        others += ["--ckpt_path", options.ckpt_path]
+    plan = read_plan(Path(path))
+    if checkpoint not in (None, "null"):
+        plan.check(read_recipe(checkpoint))
+        others += ["--ckpt_path", checkpoint]
     best = {flag: value for flag, value in plan.settings.items() if value is not None}
     return [*(f"--{flag}={json.dumps(value).strip(chr(34))}" for flag, value in best.items()), *others]
 
@@ -142,11 +159,8 @@ def with_stored_config(arguments: list[str], scratch: Path, goes_on: bool = True
     Raises:
         UserError: the checkpoint cannot be read.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--init_from")
-    known = parser.parse_known_args(arguments)[0]
-    checkpoint, begins_at = (path if path not in (None, "null") else "" for path in (known.ckpt_path, known.init_from))
+    given, _ = named(arguments, "ckpt_path", "init_from")
+    checkpoint, begins_at = ("" if path in (None, "null") else path for path in given.values())
     if not (checkpoint or begins_at):
         return arguments
     if checkpoint and begins_at:
@@ -186,8 +200,13 @@ def trains_tokenizer(arguments: list[str]) -> bool:
     return True in kinds
 
 
-def with_bases(arguments: list[str], scratch: Path) -> list[str]:
+def with_bases(arguments: list[str], scratch: Path, settled: Collection[str] = ()) -> list[str]:
     """Put the ``base`` that a config names, a path from its own folder, before it: the config's own settings win.
+
+    Args:
+        arguments: of the command line.
+        scratch: folder of copies.
+        settled: of ``ckpt_path`` and ``init_from``, those that the command line decides whatever a config says.
 
     Raises:
         UserError: a config or its base does not exist, or is none.
@@ -199,7 +218,7 @@ def with_bases(arguments: list[str], scratch: Path) -> list[str]:
         if flag not in ("--config", "-c") or not (equals or pending):
             written.append(flag + equals + value)
             continue
-        for path in config_and_bases(here_or_installed(Path(value if equals else pending.pop(0))), scratch):
+        for path in config_and_bases(here_or_installed(Path(value if equals else pending.pop(0))), scratch, settled):
             written += ["--config", str(path)]
     return written
 
@@ -213,10 +232,13 @@ def here_or_installed(path: Path) -> Path:
     return installed
 
 
-def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
-    """List the files that make up a config, the lowest layer first.
+def config_and_bases(
+    path: Path, scratch: Path, settled: Collection[str] = (), seen: tuple[Path, ...] = ()
+) -> list[Path]:
+    """List the files that make up a config, the lowest layer first; see :func:`with_bases`.
 
-    Where it names a base or has paths below ``~``, a copy without that line, and with whole paths.
+    Where it names a base, has paths below ``~`` or what a run's own records of how it began, a copy without those
+    lines, and with whole paths.
     """
     if path in seen:
         raise UserError(f"the config {path} is its own base")
@@ -230,7 +252,7 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
     if is_larger(config, MOST_SETTINGS):
         raise UserError(f"{named} repeats itself by aliases to more than {MOST_SETTINGS} settings")
     for flag, what in (("ckpt_path", "a checkpoint"), ("init_from", "a model that `elt fit` begins from")):
-        if config.get(flag) is not None:
+        if config.get(flag) is not None and flag not in settled:
             raise UserError(f"{named} names {what}: give it on the command line, --{flag} {config[flag]}")
     for target in SEEDS:
         value: Any = config
@@ -238,14 +260,17 @@ def config_and_bases(path: Path, scratch: Path, seen: tuple[Path, ...] = ()) -> 
             value = value.get(key) if isinstance(value, dict) else None
         if value not in (None, config.get("seed_everything", 0)):
             raise UserError(f"{target} is decided by seed_everything: leave it out")
-    # A training's record says init_from null, a setting that other commands have not.
-    written = with_home({name: value for name, value in config.items() if name != "init_from"})
+    # The record of a training says both, and commands other than `elt fit` have no init_from.
+    written = with_home({name: value for name, value in config.items() if name not in ("ckpt_path", "init_from")})
     if "base" not in config and written == config:
         return [path]
     base = written.pop("base", None)
     copy = Path(tempfile.mkdtemp(dir=scratch)) / path.name  # the run is named after the file
     copy.write_text(yaml.safe_dump(written))
-    return [*(config_and_bases(path.parent / str(base), scratch, (*seen, path)) if base is not None else ()), copy]
+    return [
+        *(config_and_bases(path.parent / str(base), scratch, settled, (*seen, path)) if base is not None else ()),
+        copy,
+    ]
 
 
 def with_home(tree: Any) -> Any:

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from elt_lightning.errors import UserError, check_memory, check_most
 from elt_lightning.evaluation.loop_metrics import LoopMetrics
 from elt_lightning.evaluation.sample_writer import SampleWriter
 from elt_lightning.files import next_numbered, write_text
+from elt_lightning.model import ELTModel
 from elt_lightning.tokenizers.vq_training import VQTraining
 from elt_lightning.training.announce import announce
 from elt_lightning.training.charts import Charts
@@ -219,7 +221,6 @@ class RunCommandLine(LightningCLI):
         config.trainer.strategy = supported_strategy(config.trainer.strategy)
         self.run_dir = choose_run_dir(config, str(self.subcommand))
         self.held.enter_context(locked(self.run_dir))
-        config.trainer.default_root_dir = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
         """Build data module, model and trainer (UserError: a class refused its settings)."""
@@ -362,7 +363,7 @@ class ELTCommandLine(RunCommandLine):
                 print(line, flush=True)
         teacher = self.model.outer_teacher
         if teacher is not None:
-            self.model.learn_from(from_pretrained(teacher.path))
+            teach(self.model, teacher.path, from_pretrained)
             if self.trainer.is_global_zero:
                 print(f"outer teacher: {teacher.path}, weight {teacher.weight:g}", flush=True)
         types = PRECISIONS.get(str(self.trainer.precision))
@@ -412,6 +413,15 @@ class TokenizerCommandLine(RunCommandLine):
 
     def next_command(self, checkpoint: Path) -> str:  # noqa: D102
         return f"elt encode, with --tokenizer_path {self.run_dir / 'tokenizer.safetensors'}"
+
+
+def teach(module: ELTModule, path: str, read: Callable[[str], ELTModel]) -> None:
+    """Let a module learn from its outer teacher (UserError: that cannot be read, or does not go with the module)."""
+    try:
+        module.learn_from(read(path))
+    except UserError as error:
+        flag = "--model.outer_teacher"
+        raise UserError(f"{flag}.path {path}: {error}; name another, or none by {flag}=null") from error
 
 
 def sizes(model: LightningModule) -> str:

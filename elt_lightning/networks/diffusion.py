@@ -42,7 +42,7 @@ class LoopedDiT(LoopedNetwork):
         prelude_layers: layers before the loop; ELT has none.
         coda_layers: layers after the loop; ELT has none.
         out_channels: channels of the output; C unless given. DiT's published networks have 2·C, half of them for a
-            variance, which :class:`~elt_lightning.objectives.ddpm.DDPMObjective` trains and
+            variance, which alone :class:`~elt_lightning.objectives.ddpm.DDPMObjective` trains and
             :class:`~elt_lightning.samplers.diffusion.DDPMSampler` can use.
         activation_checkpointing: save memory in training by computing each loop again for its gradient.
         recall: every loop reads the embedded input again, as :class:`~elt_lightning.networks.recall.ResidualRecall`
@@ -52,7 +52,7 @@ class LoopedDiT(LoopedNetwork):
         time_scale: what times in [0, 1] are multiplied by before they are embedded: 1000 as in DiT, 1 as in SiT.
 
     Raises:
-        ValueError: the patch does not divide the input, a size is below what it may be, or a choice is unknown.
+        ValueError: the patch does not divide the input, a size is not what it may be, or a choice is unknown.
     """
 
     positions: Tensor
@@ -81,7 +81,7 @@ class LoopedDiT(LoopedNetwork):
         super().__init__()
         width, num_heads, mlp_width = layer_shape(scale, width, num_heads, mlp_width)
         check_possible(num_layers, width, mlp_width)
-        check_sizes(1, condition_width=condition_width, out_channels=out_channels)
+        check_sizes(1, condition_width=condition_width)
         if not 0 <= class_std < math.inf:
             raise ValueError(f"class_std must be at least 0 and finite, not {class_std}")
         if not 0 < time_scale < math.inf:
@@ -90,6 +90,8 @@ class LoopedDiT(LoopedNetwork):
         if len(input_shape) < 3:
             raise ValueError(f"latents have channels, height and width; {tuple(input_shape)} is a grid of tokens")
         channels, *size = input_shape
+        if out_channels not in (None, channels, 2 * channels):
+            raise ValueError(f"out_channels must be {channels}, or with a variance {2 * channels}, not {out_channels}")
         self.width, self.input_shape = width, tuple(input_shape)
         self.sample_shape = self.input_shape
         self.patch = (patch_size,) * len(size) if isinstance(patch_size, int) else tuple(patch_size)

@@ -255,7 +255,16 @@ def clean_and_noise(
 
 
 def weighted_square_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Return w·‖prediction − target‖² as a mean over each sample's elements: (B, …) twice and (B,) to (B,)."""
+    """Return w·‖prediction − target‖² as a mean over each sample's elements: (B, …) twice and (B,) to (B,).
+
+    Raises:
+        UserError: the shapes differ, as where a network predicts a variance that the objective has no use for.
+    """
+    if prediction.shape != target.shape:
+        raise UserError(
+            f"the objective wants predictions of shape {tuple(target.shape[1:])}, not {tuple(prediction.shape[1:])}: "
+            "leave the network's out_channels out, which are for DDPMObjective"
+        )
     error = F.mse_loss(_precise(prediction), _precise(target), reduction="none")
     return weight * error.flatten(1).mean(1)
 

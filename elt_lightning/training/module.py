@@ -139,12 +139,17 @@ class ELTModule(ELTModel, LightningModule):
         Raises:
             UserError: it predicts something else, of another noise, shape or classes.
         """
-        of_both = [
-            (type(m.process), vars(m.process), m.network.sample_shape, m.num_classes, type(m.objective))
+        theirs, ours = (
+            {
+                "process": (type(m.process), vars(m.process)),
+                "objective": type(m.objective),
+                "shape of samples": m.network.sample_shape,
+                "number of classes": m.num_classes,
+            }
             for m in (teacher, self)
-        ]
-        if of_both[0] != of_both[1]:
-            raise UserError("the outer teacher has another process, objective, shape of samples or number of classes")
+        )
+        if other := [name for name, value in ours.items() if value != theirs[name]]:
+            raise UserError(f"the outer teacher has another {', another '.join(other)}")
         self.__dict__["teacher"] = teacher.eval().requires_grad_(False)  # not as a part, whose weights would be saved
 
     def _taught(self, prediction: Tensor, corrupted: Corrupted, labels: Tensor) -> Tensor:

@@ -60,12 +60,12 @@ def freeze(network: nn.Module, state: dict[str, Tensor], refusal: str, advice: s
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str:
     """Return how tensors of a file differ from those that are needed, with an example of each kind; "" for not at all.
 
-    They differ in names, shapes, or in being whole numbers where fractions are needed; weights that are infinite or not
-    numbers are named too.
+    They differ in names, shapes, or in being whole numbers, or fractions of a byte each, where fractions are needed;
+    weights that are infinite or not numbers are named too.
     """
     both = sorted(expected.keys() & found.keys())
     shaped = [name for name in both if getattr(found[name], "shape", None) == expected[name].shape]
-    typed = [name for name in shaped if found[name].is_floating_point() == expected[name].is_floating_point()]
+    typed = [name for name in shaped if _is_fraction(found[name]) == _is_fraction(expected[name])]
     kinds = {
         "missing": sorted(expected.keys() - found.keys()),
         "extra": sorted(found.keys() - expected.keys()),
@@ -78,6 +78,10 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> str
         "not finite": [name for name in typed if not own_part(found[name]).isfinite().all()],
     }
     return ", ".join(f"{len(names)} {kind} such as {names[0]}" for kind, names in kinds.items() if names)
+
+
+def _is_fraction(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1  # with those of a byte torch hardly computes
 
 
 def check_weights(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> None:
