@@ -196,3 +196,30 @@ def test_upcycled_arms_begin_from_the_unlooped_one(tmp_path: Path, monkeypatch: 
     assert all(noted.index(fits["unlooped_8_seed0"]) < noted.index(call) for call in loops.values())
     trained = json.loads(Path("runs/upcycling/blocks_25_seed0/trained.json").read_text())
     assert trained["seconds"] < 0.25  # waiting is no training
+
+
+def test_arms_that_differ_in_steps_alone_are_laid_out_over_them() -> None:
+    """Others stay a point or a level of their own; without such arms nothing is laid out over steps."""
+    config = yaml.safe_load((ROOT / "experiments" / "upcycling.yaml").read_text())
+    arms = [arm for arm in ablation.arms_of(config) if arm.name in ("unlooped_8", "nothing", "nothing_10", "recall_25")]
+    row = dict.fromkeys(ablation.COSTS, 0)
+    scores = {"unlooped_8": [0.9, 0.8], "nothing": [0.7, 0.6], "nothing_10": [0.1, 0.2], "recall_25": [0.3, 0.4]}
+    rows = {
+        arm.name: [
+            row
+            | {
+                "loops": loops,
+                "carry_state": carried,
+                "metrics": {"m": scores[arm.name] if loops > 2 or not carried else [0, 0]},
+            }
+            for carried in ((False, True) if arm.recall else (False,))
+            for loops in arm.loops()
+        ]
+        for arm in arms
+    }
+    measured = ablation.curves({"arms": {name: {"rows": each} for name, each in rows.items()}}, arms, "m")
+    over = {curve.label: curve for curve in ablation.over_steps(measured, config)}
+    assert set(over) == {"unlooped 8 layers", "from nothing", "average, recall, 25 %", "average, recall, 25 %, carried"}
+    assert over["from nothing"].scores.T.to_dict("list") == {240: [0.1, 0.2], 2400: [0.7, 0.6]}
+    assert over["average, recall, 25 %, carried"].scores.T.to_dict("list") == {600: [0.3, 0.4]}
+    assert ablation.over_steps(measured[:2], config) == []

@@ -48,6 +48,9 @@ TRAINED = "trained.json"
 DIVERSITY = "diversity"
 """In a record, and in the folder of a run with recall: how varied samples at L_max are, from zero and carried."""
 
+LENGTHS = ("trainer.max_steps", "trainer.val_check_interval")
+"""Settings that say how long an arm trains."""
+
 COSTS = ("loops", "effective_depth", "guidance", "params_backbone", "macs_per_sample", "carry_state")
 """What does not depend on the seed in a row of ``loops.json``; records made before recall lack the last."""
 
@@ -347,21 +350,30 @@ def write_results(title: str, config: dict[str, Any], arms: list[Arm], folder: P
     write_json(folder / "ablation.json", summary)
     metrics = summary["config"].get("metrics", [summary["primary_metric"]])
     write_figure(folder / "ablation.png", figure(summary, arms, metrics))
-    tables = [table(curves(summary, arms, name), name, in_percent=not name.startswith("fd_")) for name in metrics]
+    tables = []
+    for name in metrics:
+        measured, in_percent = curves(summary, arms, name), not name.startswith("fd_")
+        over = over_steps(measured, summary["config"])
+        tables += [table(over, f"{name} at L_max", in_percent, "steps")] if over else []
+        tables.append(table([curve for _, curve in measured], name, in_percent))
     write_text(folder / "ablation.md", "\n".join(tables))
 
 
 def figure(summary: dict[str, Any], arms: list[Arm], metrics: list[str]) -> Figure:
-    """Draw metrics side by side against the loop count."""
+    """Draw metrics side by side against the loop count, or where arms differ in nothing but steps, against those."""
     drawing = Figure(figsize=(7 * len(metrics), 4.5), dpi=150)
     for axes, metric in zip(drawing.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        draw(axes, curves(summary, arms, metric))
+        measured = curves(summary, arms, metric)
+        if over := over_steps(measured, summary["config"]):
+            draw(axes, over, "steps")
+        else:
+            draw(axes, [curve for _, curve in measured])
         seeds = len(summary["config"]["seeds"])
         axes.set_ylabel(metric if seeds == 1 else f"{metric}: mean, and each of {seeds} seeds (dots)")
     return drawing
 
 
-def curves(summary: dict[str, Any], arms: list[Arm], metric: str) -> list[Curve]:
+def curves(summary: dict[str, Any], arms: list[Arm], metric: str) -> list[tuple[Arm, Curve]]:
     """Return what was measured of the arms over loop counts: from zero, and carried where that was measured."""
     found = []
     for arm in arms:
@@ -369,15 +381,37 @@ def curves(summary: dict[str, Any], arms: list[Arm], metric: str) -> list[Curve]
             rows = [row for row in summary["arms"][arm.name]["rows"] if bool(row.get("carry_state")) == carried]
             if rows:
                 loops = [row["loops"] for row in rows]
-                found.append(
-                    Curve(
-                        f"{arm.label}, carried" if carried else arm.label,
-                        pd.DataFrame([row["metrics"][metric] for row in rows], index=loops),
-                        pd.Series([row["macs_per_sample"] for row in rows], index=loops),
-                        arm.max_loops,
-                        rows[0]["params_backbone"],
-                    )
+                curve = Curve(
+                    f"{arm.label}, carried" if carried else arm.label,
+                    pd.DataFrame([row["metrics"][metric] for row in rows], index=loops),
+                    pd.Series([row["macs_per_sample"] for row in rows], index=loops),
+                    arm.max_loops,
+                    rows[0]["params_backbone"],
                 )
+                found.append((arm, curve))
+    return found
+
+
+def over_steps(measured: list[tuple[Arm, Curve]], config: dict[str, Any]) -> list[Curve]:
+    """Return the scores at L_max over steps of training; nothing where no two arms differ in their steps alone.
+
+    What such arms are called is what their labels say before the last comma.
+    """
+    alike: dict[str, dict[int, tuple[Arm, Curve]]] = {}
+    for arm, curve in measured:
+        rest = {name: value for name, value in arm.settings.items() if name not in LENGTHS}
+        way = f"{replace(arm, name='', label='', settings=rest)}, {curve.label.removeprefix(arm.label)}"
+        steps = int((config["settings"] | arm.settings).get("trainer.max_steps", 0))
+        alike.setdefault(way, {})[steps] = arm, curve
+    if max(map(len, alike.values())) == 1:
+        return []
+    found = []
+    for group in alike.values():
+        scores = {steps: curve.scores.loc[arm.max_loops] for steps, (arm, curve) in sorted(group.items())}
+        arm, like = next(iter(group.values()))
+        name = arm.label if len(group) == 1 else arm.label.rpartition(", ")[0]
+        label = name + like.label.removeprefix(arm.label)
+        found.append(replace(like, label=label, scores=pd.DataFrame(scores).T))
     return found
 
 
