@@ -34,7 +34,7 @@ $(BIN)/elt: pyproject.toml constraints.txt
 quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (6 minutes); PAPER=1 without recall
 	$(BIN)/python -m elt_lightning.reproduce.quickstart $(if $(PAPER),--paper)
 
-quickstart-video: $(BIN)/elt ## the same for clips of moving digits (25 minutes; resumes)
+quickstart-video: $(BIN)/elt ## the same for clips of moving digits (20 minutes; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper) $(if $(TRAIN_TOKENIZER),--train_tokenizer)
 
 fashion: $(BIN)/elt ## real pictures: tokenizer, masked and diffusion ELT on Fashion-MNIST; SMOKE=1 a few steps

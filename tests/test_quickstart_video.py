@@ -19,11 +19,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def test_the_tokenizer_that_comes_along_has_the_settings_of_its_config() -> None:
     model = yaml.safe_load((CONFIGS.parent / quickstart_video.SHARP.tokenizer_config).read_text())["model"]["init_args"]
-    tokenizer = VideoVQ(str(CONFIGS.parent / quickstart_video.READY))
+    tokenizer = VideoVQ(str(quickstart_video.READY))
     settings = json.loads(json.dumps(asdict(tokenizer.settings)))
     assert settings == settings | {name: model[name] for name in settings if name in model}
     assert list(tokenizer.sample_shape) == model["sample_shape"]
-    assert (CONFIGS.parent / quickstart_video.READY).stat().st_size <= 2_000_000
+    assert quickstart_video.READY.stat().st_size <= 2_000_000
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_tokenizer_that_comes_along_keeps_what_was_measured(tmp_path: Path) 
     """Of a few held-out videos it keeps about as much as of all of them."""
     digits = MovingDigits(training_videos=1, val_videos=2, style="sharp")
     digits.write(tmp_path / "clips")
-    tokenizer = VideoVQ(str(CONFIGS.parent / quickstart_video.READY))
+    tokenizer = VideoVQ(str(quickstart_video.READY))
     kept = clip_reading.measure(digits, tmp_path / "clips", tokenizer, stride=2)
     measured = json.loads((CONFIGS.parent / "docs/results/quickstart_video/tokenizer.json").read_text())
     assert measured["read"] > 0.9

@@ -19,6 +19,7 @@ from elt_lightning.data.toy.sudoku import SudokuDataModule
 from elt_lightning.errors import UserError
 from elt_lightning.evaluation.sweep import Sweep
 from elt_lightning.metrics.latin_squares import LatinSquareScores
+from elt_lightning.metrics.motion import MotionNetwork
 from elt_lightning.metrics.small_pictures import PictureNetwork
 from elt_lightning.reproduce.ship import MOST_BYTES, means
 from elt_lightning.samplers.base import SETTINGS
@@ -69,20 +70,27 @@ def test_a_model_that_comes_along_scores_as_its_sweep_says(name: str, tmp_path: 
         assert abs(found.mean(metric) - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES) + 1 / SAMPLES
 
 
-@pytest.mark.parametrize("name", [name for name in shipped.names() if name.startswith("fashion")])
-def test_clothes_are_recognised_as_the_sweep_says(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "network", "samples"),
+    [
+        ("clips", MotionNetwork(), 20),
+        *((name, PictureNetwork(10), SAMPLES) for name in ("fashion", "fashion_diffusion")),
+    ],
+)
+def test_what_a_model_draws_is_recognised_as_its_sweep_says(
+    name: str, network: PictureNetwork | MotionNetwork, samples: int
+) -> None:
     """By the network that judged the sweep, in half precision beside this file; within four standard deviations."""
     sweep, model = shipped.read_json(name, "loops.json"), elt_lightning.load(name)
-    network = PictureNetwork(model.num_classes)
-    network.load_state_dict(load_file(Path(__file__).parent / "fashion_network.safetensors"))
+    network.load_state_dict(load_file(Path(__file__).parent / f"{sweep['feature_network']}.safetensors"))
     row = shipped.recorded(sweep)
     sampler, loops = model.sampler(row["loops"], **{setting: row[setting] for setting in SETTINGS})
-    codes = model.codes(model.labels(None, SAMPLES), loops, sampler)
+    codes = model.codes(model.labels(None, samples), loops, sampler)
     with torch.no_grad():
         named = network(model.tokenizer.decode(codes)).argmax(1)
     expected = row["metrics"]["recognised"]["mean"]
-    found = (named == model.labels(None, SAMPLES)).double().mean().item()
-    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / SAMPLES)
+    found = (named == model.labels(None, samples)).double().mean().item()
+    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / samples) + 1 / samples
 
 
 def test_models_lists_all_of_them_and_a_wrong_name_does_too(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from elt_lightning.checkpoints import shipped
 from elt_lightning.cli import status_of
 from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS, MovingDigitsDataModule
 from elt_lightning.files import write_json
@@ -29,7 +30,7 @@ class Clips:
 
     tokenizer_config: Path  # it says what is drawn, too
     tokens: Path
-    clips_per_video: int  # in training
+    clips_per_video: tuple[int, int]  # in training, held out
     runs: Path
 
     def data(self) -> MovingDigitsDataModule:
@@ -37,14 +38,17 @@ class Clips:
         return MovingDigitsDataModule(**yaml.safe_load(self.tokenizer_config.read_text())["data"]["init_args"])
 
 
-SHARP = Clips(Path("configs/clips_tokenizer.yaml"), Path("data/clips_tokens"), 4, Path("runs/clips"))
+SHARP = Clips(Path("configs/clips_tokenizer.yaml"), Path("data/clips_tokens"), (1, 1), Path("runs/clips"))
 SOFT = Clips(
-    Path("configs/quickstart_video_tokenizer.yaml"), Path("data/moving_digits_tokens"), 8, Path("runs/quickstart_video")
+    Path("configs/quickstart_video_tokenizer.yaml"),
+    Path("data/moving_digits_tokens"),
+    (8, 4),
+    Path("runs/quickstart_video"),
 )
 """Of the experiments: small and grey, since what they compare is motion."""
 
-READY = SHARP.tokenizer_config.with_suffix(".safetensors")
-"""The tokenizer that comes along."""
+READY = shipped.FOLDER / "clips" / "tokenizer.safetensors"
+"""The tokenizer that comes along, with a model of the same clips."""
 
 
 def main() -> None:
@@ -96,10 +100,8 @@ def write_tokens(clips: Clips, tokenizer: Path) -> None:
     shape = ["--size", data.shape.size, "--num_frames", data.shape.num_frames, "--stride", data.shape.stride]
     videos = ["--root", Path(data.folder) / VIDEOS, "--annotations", Path(data.folder) / LISTS]
     kind = ["--tokenizer", "video-vq", "--tokenizer_path", tokenizer]
-    for side, which in (
-        ("train", ["--clips_per_video", clips.clips_per_video]),
-        ("test", ["--clips_per_video", 4, "--val"]),
-    ):
+    for side, clips_per_video, val in zip(("train", "test"), clips.clips_per_video, ([], ["--val"]), strict=True):
+        which = ["--clips_per_video", clips_per_video, *val]
         elt("encode", "ucf101", *videos, *kind, *shape, *which, "--output", clips.tokens / side)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elt_lightning.data.clips import Video
+from elt_lightning.data.clip_batches import ClipBatch
 from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS
 from elt_lightning.data.ucf101 import list_videos
 from elt_lightning.data.video_tokens import VideoTokensDataModule, read_all
@@ -56,16 +56,18 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
 
     def load_motion_network(self) -> MotionNetwork:
         """Load the network that names motions, training it where there is no cached one for this shape of clips."""
-        training, val = (read_all(self._videos(side), self.shape, 2) for side in (False, True))
+        training, val = (self._read(side, 2) for side in (False, True))
         name = f"motion_network_{self.shape.num_frames}x{self.shape.size}_{self.shape.stride}.safetensors"
         return load_or_train_motion_network(
             Path(self.root) / name, training.pixels, training.labels, val.pixels, val.labels
         )
 
-    def _videos(self, val: bool) -> list[Video]:
-        return list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, val)
+    def _read(self, val: bool, most: int) -> ClipBatch:
+        """Read up to ``most`` clips of each video, but the same one only once: sharp videos are a clip long."""
+        videos = list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, val)
+        return read_all(videos, self.shape, min(most, self.shape.num_starts(videos[0].path)))
 
     def build_metrics(self) -> list[SampleMetric]:
         """Build ``recognised``, and ``fd_motion`` against held-out clips."""
-        real = read_all(self._videos(val=True), self.shape, clips_per_video=4)
+        real = self._read(val=True, most=4)
         return motion_metrics(self.load_motion_network(), (part.float() / 255 for part in real.pixels.split(64)))

@@ -1,7 +1,8 @@
 """Real handwriting carried along ten motions: the smallest videos there are, as files laid out like UCF-101.
 
-The class is the motion, whatever the digit. No single frame tells it, and most have a twin that is the same run
-backwards. Training videos show the writings that training of digits uses, held-out videos the others.
+The class is the motion. Soft videos show it of any digit: no single frame tells it, and most have a twin that is the
+same run backwards. Of sharp ones each class has its own digit. Training videos show the writings that training of
+digits uses, held-out videos the others.
 """
 
 import json
@@ -25,19 +26,20 @@ from elt_lightning.metrics.handwriting import load_handwriting
 
 VIDEOS, LISTS, SETTINGS = "UCF-101", "ucfTrainTestlist", "moving_digits.json"
 
-VERSION = 1
-"""Of what is drawn."""
 
 CLIPS_PER_GROUP = 4
 """A group is a few videos of one writing, as UCF-101's groups are of one scene."""
 
 FRAMES = (32, 49)
-"""A video has at least this many frames, and fewer than this many."""
+"""A soft video has at least this many frames, and fewer than this many."""
 
 Style = Literal["soft", "sharp"]
 """Light blurs on grey, of which only the motion can be told, or white strokes on black that a person reads."""
 
-SIZES: dict[Style, tuple[float, float]] = {"soft": (0.36, 0.12), "sharp": (0.56, 0.12)}
+VERSIONS: dict[Style, int] = {"soft": 1, "sharp": 2}
+"""Of what is drawn."""
+
+SIZES: dict[Style, tuple[float, float]] = {"soft": (0.36, 0.12), "sharp": (0.58, 0.08)}
 """Of a digit, as a share of the frame: the smallest, and how much larger the largest is."""
 
 CONTRAST, MARGIN = 4, 1
@@ -108,6 +110,39 @@ MOTIONS: dict[str, Callable[[Tensor, float], Path2D]] = {
 """The classes: each turns times (F,) in [0, 1] and a phase in [0, 1) into a path."""
 
 
+Moves = tuple[int, ...]
+
+STILL: Moves = (0,) * 7
+ON: Moves = (1,) * 7
+BACK: Moves = (-1,) * 7
+ON_AND_BACK: Moves = (1, 1, 1, 0, -1, -1, -1)
+ROUND: tuple[Moves, Moves] = (2, 2, 0, 0, -2, -2, 0), (0, 0, 2, 2, 0, 0, -2)
+
+MOVES: dict[str, tuple[Moves, Moves]] = {
+    "Bouncing": (STILL, ON_AND_BACK),
+    "Clockwise": ROUND,
+    "Counterclockwise": ROUND[::-1],
+    "Down": (STILL, ON),
+    "Left": (BACK, STILL),
+    "Right": (ON, STILL),
+    "Up": (STILL, BACK),
+    "Zigzag": (ON, ON_AND_BACK),
+}
+"""How sharp digits go right and down from every second frame to the next, in sixteenths of the frame.
+
+So, but where it turns back, a digit moves by whole tokens from one frame of tokens (two frames of 32×32 pixels, 4×4
+pixels each) to the next, and its codes move with it, if the tokenizer sees no zeros beyond the border.
+"""
+
+
+def _step_by_step(motion: str) -> Path2D:
+    """Return a sharp digit's path; growing and shrinking ones stay in the middle."""
+    if motion not in MOVES:
+        return MOTIONS[motion](torch.linspace(0, 1, 2 * len(STILL) + 1), 0.5)
+    x, y = (F.pad(torch.tensor(moves).repeat_interleave(2).cumsum(0), (1, 0)) / 16 for moves in MOVES[motion])
+    return Path2D(x - (x.min() + x.max()) / 2, y - (y.min() + y.max()) / 2, torch.ones_like(x))
+
+
 class DigitVideo(NamedTuple):
     """What a video shows."""
 
@@ -158,7 +193,7 @@ class MovingDigits:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _settings(self) -> dict[str, int | str]:
-        settings = asdict(self) | {"version": VERSION}
+        settings = asdict(self) | {"version": VERSIONS[self.style]}
         if self.style == "soft":  # folders that were made before there were styles are of this one
             del settings["style"]
         return settings
@@ -197,10 +232,12 @@ class MovingDigits:
                 handwriting = load_handwriting(val)
                 generator = torch.Generator().manual_seed(2 * (1000 * self.seed + label) + val)
                 chosen = torch.randperm(len(handwriting.labels), generator=generator)
+                if self.style == "sharp":
+                    chosen = chosen[handwriting.labels[chosen] == label]
                 for video in range(videos):
                     group += video % CLIPS_PER_GROUP == 0
                     name = f"{motion}/v_{motion}_g{group:02d}_c{video % CLIPS_PER_GROUP + 1:02d}.avi"
-                    place = chosen[video // CLIPS_PER_GROUP]
+                    place = chosen[video // CLIPS_PER_GROUP % len(chosen)]
                     writing, digit = handwriting.images[place, 0], int(handwriting.labels[place])
                     yield DigitVideo(name, motion, number, val, group, writing, digit)
                     number += 1
@@ -208,7 +245,7 @@ class MovingDigits:
     def draw(self, motion: str, writing: Tensor, number: int) -> Tensor:
         """Draw a video of a writing (8, 8) float in [0, 1] in a motion: (F, side, side, 3) uint8, light ink.
 
-        The number of the video in its class decides, with the seed, phase, pace, size and the grey of a soft ground.
+        The number of the video in its class decides, with the seed, the size, and of soft ones phase, pace and grey.
         """
         places, grey = self.place(motion, number)
         sharp = self.style == "sharp"
@@ -227,10 +264,11 @@ class MovingDigits:
         generator = torch.Generator().manual_seed(1000 * (1000 * self.seed + list(MOTIONS).index(motion)) + number)
         phase, scale, grey = torch.rand(3, generator=generator).tolist()
         count = int(torch.randint(*FRAMES, (), generator=generator))
-        path = MOTIONS[motion](torch.linspace(0, 1, count), phase)
+        sharp = self.style == "sharp"
+        path = _step_by_step(motion) if sharp else MOTIONS[motion](torch.linspace(0, 1, count), phase)
         smallest, spread = SIZES[self.style]
         size = (smallest + spread * scale) * path.size  # of the ink, as a share of the frame
-        zoom, room = 1 / size, 1 - size.max()
+        zoom, room = 1 / size, 1 if sharp else 1 - size.max()
         zeros = torch.zeros_like(zoom)
         rows = (zoom, zeros, -zoom * room * path.x, zeros, zoom, -zoom * room * path.y)
         return torch.stack(rows, 1).view(-1, 2, 3), grey
