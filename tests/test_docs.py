@@ -253,9 +253,10 @@ def tables_in(page: Path) -> list[list[dict[str, str]]]:
 
 def test_tables_of_the_experiments_are_those_of_the_results() -> None:
     """Each row is one of an ablation, to the letter, but that it may leave out larger loop counts."""
-    results = [row for path in (ROOT / "docs" / "results").glob("ablation*/ablation.md") for row in tables_in(path)]
-    copied = [table for table in tables_in(ROOT / "docs" / "experiments.md") if "backbone parameters" in table[0]]
-    assert len(copied) == 4
+    results = [row for path in (ROOT / "docs" / "results").glob("*/ablation.md") for row in tables_in(path)]
+    pages = [ROOT / "docs" / "experiments.md", ROOT / "docs" / "upcycling.md"]
+    copied = [table for page in pages for table in tables_in(page) if "backbone parameters" in table[0]]
+    assert len(copied) == 5
     for table in copied:
         metric = next(iter(table[0]))
         rows = [{**row, metric: re.sub(r" \([\d.]+ ± [\d.]+ at L = 8\)$", "", row[metric])} for row in table]
