@@ -13,8 +13,10 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from elt_lightning.data.clip_batches import ClipBatch
+from elt_lightning.data.clips import ClipShape
 from elt_lightning.data.decoding import num_frames, read_clip
 from elt_lightning.data.toy import moving_digits
+from elt_lightning.data.toy.moving_digit_tokens import MovingDigitsTokensDataModule
 from elt_lightning.data.toy.moving_digits import FRAMES, MOTIONS, MovingDigits, MovingDigitsDataModule
 from elt_lightning.data.ucf101 import list_videos, read_classes
 from elt_lightning.errors import UserError
@@ -147,6 +149,17 @@ def test_sharp_digits_are_read_where_they_are_and_the_ground_is_black(root: Path
             middles = -places[::4, :, 2] / places[::4, :1, 0] * 4  # in tokens, at the first frame of each
             assert torch.allclose(middles.diff(dim=0), middles.diff(dim=0).round(), atol=1e-5)
     assert sum(right) / len(right) > 0.9
+
+
+def test_a_video_that_cannot_be_read_is_named_where_networks_read_all(tmp_path: Path) -> None:
+    MovingDigits(training_videos=1, val_videos=1).write(tmp_path / "digits")
+    data = object.__new__(MovingDigitsTokensDataModule)  # without the shards, which it does not read here
+    data.root, data.shape = str(tmp_path / "digits"), ClipShape(8, 16, 2)
+    assert len(data._read(val=True, most=4).pixels) == 40
+    first = tmp_path / "digits" / "UCF-101" / "Bouncing" / "v_Bouncing_g01_c01.avi"
+    first.write_bytes(b"no video")
+    with pytest.raises(UserError, match=rf"{first.name} cannot be read"):
+        data._read(val=True, most=4)
 
 
 # ---- written once ----

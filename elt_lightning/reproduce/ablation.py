@@ -395,15 +395,18 @@ def curves(summary: dict[str, Any], arms: list[Arm], metric: str) -> list[tuple[
 def over_steps(measured: list[tuple[Arm, Curve]], config: dict[str, Any]) -> list[Curve]:
     """Return the scores at L_max over steps of training; nothing where no two arms differ in their steps alone.
 
-    What such arms are called is what their labels say before the last comma.
+    Arms that were not measured at L_max are left out, and are in the table over loops alone. What arms that
+    differ in steps are called is what their labels say before the last comma.
     """
     alike: dict[str, dict[int, tuple[Arm, Curve]]] = {}
     for arm, curve in measured:
+        if arm.max_loops not in curve.scores.index:
+            continue
         rest = {name: value for name, value in arm.settings.items() if name not in LENGTHS}
         way = f"{replace(arm, name='', label='', settings=rest)}, {curve.label.removeprefix(arm.label)}"
         steps = int((config["settings"] | arm.settings).get("trainer.max_steps", 0))
         alike.setdefault(way, {})[steps] = arm, curve
-    if max(map(len, alike.values())) == 1:
+    if max(map(len, alike.values()), default=0) <= 1:
         return []
     found = []
     for group in alike.values():

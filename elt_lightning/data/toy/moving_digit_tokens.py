@@ -5,7 +5,7 @@ from pathlib import Path
 from elt_lightning.data.clip_batches import ClipBatch
 from elt_lightning.data.toy.moving_digits import LISTS, VIDEOS
 from elt_lightning.data.ucf101 import list_videos
-from elt_lightning.data.video_tokens import VideoTokensDataModule, read_all
+from elt_lightning.data.video_tokens import VideoTokensDataModule, length_of, read_all
 from elt_lightning.metrics.base import SampleMetric
 from elt_lightning.metrics.motion import MotionNetwork, load_or_train_motion_network, motion_metrics
 
@@ -63,9 +63,14 @@ class MovingDigitsTokensDataModule(VideoTokensDataModule):
         )
 
     def _read(self, val: bool, most: int) -> ClipBatch:
-        """Read up to ``most`` clips of each video, but the same one only once: sharp videos are a clip long."""
+        """Read up to ``most`` clips of each video, but the same one only once: sharp videos are a clip long.
+
+        Raises:
+            UserError: a video cannot be read.
+        """
         videos = list_videos(f"{self.root}/{VIDEOS}", f"{self.root}/{LISTS}", 1, val)
-        return read_all(videos, self.shape, min(most, self.shape.num_starts(videos[0].path)))
+        starts = length_of(videos[0]) - self.shape.span + 1
+        return read_all(videos, self.shape, max(1, min(most, starts)))
 
     def build_metrics(self) -> list[SampleMetric]:
         """Build ``recognised``, and ``fd_motion`` against held-out clips."""
