@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from elt_lightning.cli import main
-from elt_lightning.commands.plan import bytes_in_shard, count_validations, num_steps, read
+from elt_lightning.commands.plan import bytes_in_shard, count_validations, in_gib, in_time, num_steps, read
 from elt_lightning.commands.planning import MOST_REHEARSED, Settings, make_plan, rehearse, rehearse_at
 from elt_lightning.data.base import Batch
 from elt_lightning.data.published import imagenet_moments
@@ -322,6 +322,16 @@ def test_disk_is_what_shards_take(tmp_path: Path) -> None:
     header, block = 512, 512
     sample = 2 * header + math.ceil((128 + 2 * 8 * 32 * 32) / block) * block + block
     assert bytes_in_shard(imagenet_moments(4), 1) == sample
+
+
+def test_times_and_memory_are_written_in_units_that_suit() -> None:
+    assert [in_time(hours, "GPU-") for hours in (1234.4, 99.5, 1, 0.5)] == [
+        "1,234 GPU-hours", "100 GPU-hours", "1.00 GPU-hours", "30.0 GPU-minutes",
+    ]  # fmt: skip
+    assert [in_time(hours) for hours in (1 / 60, 0.016, 2e-6, 0)] == [
+        "1.00 minutes", "57.6 seconds", "0.00720 seconds", "0.00 seconds",
+    ]  # fmt: skip
+    assert [in_gib(amount) for amount in (2**31, 2**20, 0)] == ["2.00 GiB", "1.00 MiB", "0.00 MiB"]
 
 
 def test_imagenet_is_assumed_where_there_are_no_shards(capsys: pytest.CaptureFixture[str]) -> None:

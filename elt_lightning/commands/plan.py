@@ -329,13 +329,14 @@ def report(plan: dict[str, Any], data: Data, module: ELTModule) -> Iterator[tupl
     yield "training", f"an image {in_units(macs, 'MAC')}: {passes}{', and every loop computed again' * recomputes}"
     yield "training", f"× 2 operations × {images:,} images = {in_units(2 * macs * images, 'FLOP')}"
     speed = f"({settings.tflops:g} TFLOP/s × {settings.utilisation:g})"
-    on_all = f"on {settings.devices:,} devices {in_hours(hours / settings.devices, 'hours')}"
-    yield "training", f"/ {speed} = {in_hours(hours)}: peak and utilisation are assumptions; {on_all}"
-    yield "training", f"beside it {settings.num_validations:,} validations: {in_hours(plan['validation_hours'])}"
+    on_all = f"; on {settings.devices:,} devices {in_time(hours / settings.devices)}" if settings.devices > 1 else ""
+    yield "training", f"/ {speed} = {in_time(hours, 'GPU-')}: peak and utilisation are assumptions{on_all}"
+    validation = in_time(plan["validation_hours"], "GPU-")
+    yield "training", f"beside it {settings.num_validations:,} validations: {validation}"
     test, several = plan["test_hours"], ", ".join(f"{name} {each}" for name, each in settings.swept.items() if each)
     several = several and f" at each {several}"
     swept = f"{settings.num_test_samples:,} samples{several} at L = {', '.join(map(str, test))}"
-    sums = f"{' + '.join(f'{each:.3g}' for each in test.values())} = {in_hours(sum(test.values()))}"
+    sums = f"{' + '.join(in_time(each, 'GPU-') for each in test.values())} = {in_time(sum(test.values()), 'GPU-')}"
     yield "elt test", f"{swept}: {sums}, without the tokenizer and the metrics' networks"
 
 
@@ -348,11 +349,15 @@ def in_units(amount: float, unit: str = "") -> str:
     return f"{digits} {prefixes[0]}{unit}".rstrip()
 
 
-def in_hours(amount: float, unit: str = "GPU-hours") -> str:
-    """Write hours with three digits."""
-    return f"{amount:,.0f} {unit}" if amount >= 99.5 else f"{amount:#.3g} {unit}"
+def in_time(hours: float, of: str = "") -> str:
+    """Write a time, given in hours, with three digits: 119 GPU-hours, 0.113 GPU-seconds, ``of`` a "GPU-"."""
+    amount, unit = next((hours * many, name) for many, name in TIMES if hours * many >= 1 or many == TIMES[-1][0])
+    return f"{amount:,.0f} {of}{unit}" if amount >= 99.5 else f"{amount:#.3g}".rstrip(".") + f" {of}{unit}"
+
+
+TIMES = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
 
 
 def in_gib(amount: int) -> str:
     """Write bytes of memory as devices' memory is counted."""
-    return f"{amount / 2**30:,.2f} GiB"
+    return f"{amount / 2**30:,.2f} GiB" if amount >= 2**30 / 10 else f"{amount / 2**20:,.2f} MiB"
