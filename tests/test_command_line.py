@@ -96,6 +96,20 @@ def test_help_and_version_answer_without_importing_torch_or_lightning(flag: str)
         assert all(f"  {name}" in done.stdout for name in ("fit", "validate", "test", "predict", "sample"))
 
 
+def test_what_trains_nothing_does_not_wait_for_lightning() -> None:
+    """It takes as long to import as the rest together; one process for all of them costs 4 s."""
+    code = (
+        "import contextlib, sys; from elt_lightning.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    with contextlib.suppress(SystemExit): main([*command.split(), '--help'])\n"
+        "    'lightning' in sys.modules and sys.exit(f'{command} imports Lightning')"
+    )
+    commands = "sample", "demo", "models", "compare", "encode images", "stats", "export", "push", "import", "loop"
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(commands)
+
+
 def test_the_trained_run_holds_its_config_checkpoint_and_logs(checkpoint: Path) -> None:
     run = checkpoint.parent.parent
     assert "num_layers: 2" in (run / "config.yaml").read_text()
