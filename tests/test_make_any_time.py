@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -196,3 +197,51 @@ def test_docs_state_what_was_measured() -> None:
     theirs, ours = ([bests[name][side] for name in order] for side in (0, 1))
     assert f"{ours[0]}, {ours[1]} and {ours[2]} %" in readme
     assert f"{theirs[0]}, {theirs[1]} and {theirs[2]}" in readme
+
+
+NAMED = {
+    "the recipe": "ilsd",
+    "ILSD": "ilsd",
+    "ILSD with recall": "recall_ilsd",
+    "deep supervision with recall": "recall_deep_supervision",
+}
+TESTBEDS = {"squares": "squares", "sudoku": "sudoku", "diffusion": "diffusion", "clips": "video"}
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "testbed", "weak_loops", "scale"),
+    [
+        ("any_time", "w, with r = 2 of L = 4", None, 2, 100),
+        ("real_data", "fd_fashion", "clothes", 1, 1),
+        ("real_data", "fd_fashion", "clothes_diffusion", 1, 1),
+    ],
+)
+def test_docs_state_what_exit_guidance_gave(
+    page: str, heading: str, testbed: str | None, weak_loops: int, scale: int
+) -> None:
+    """Every cell of those tables is a row of the committed results: recipe, loop count, w and r, from zero."""
+    root = Path(__file__).parents[1] / "docs"
+    measured = json.loads((root / "results/any_time/any_time.json").read_text())["testbeds"]
+    lines = iter((root / f"{page}.md").read_text().splitlines())
+    columns = re.compile(rf"\| {re.escape(heading)} \| (?:w = )?0 \| 0.25 \| 0.5 \| 1 \| 2 \|")
+    for _ in range(2 if testbed == "clothes_diffusion" else 1):
+        assert any(columns.fullmatch(line) for line in lines)
+    next(lines)
+    cells = 0
+    while (line := next(lines)).startswith("|"):
+        label, *values = [cell.strip() for cell in line.strip("|").split("|")]
+        *before, recipe = [label] if testbed else label.split(", ")
+        recipe, _, loops = recipe.partition(", L = ")
+        of = measured[testbed or TESTBEDS[before[0]]]
+        for value, exit_scale in zip(values, (0, 0.25, 0.5, 1, 2), strict=True):
+            setting = {"loops": int(loops or 4), "steps": of["sampling_steps"], "guidance": of["guidance"]}
+            setting |= {"exit_scale": exit_scale, "weak_loops": weak_loops if exit_scale else None}
+            setting |= {"carry_state": False, "tolerance": None, "loop_schedule": "constant"}
+            (row,) = (
+                row
+                for row in of["rows"]
+                if row["recipe"] == NAMED[recipe] and row["setting"].items() >= setting.items()
+            )
+            assert float(value) == pytest.approx(scale * row["mean"], abs=0.501 * 10 ** -len(value.partition(".")[2]))
+            cells += 1
+    assert cells >= 15
