@@ -48,11 +48,12 @@ def draw(axes: Axes, curves: Sequence[Curve], across: Across = "loops") -> None:
         places = pd.Series(means.index, index=means.index) if across != "compute" else curve.macs / 1e9
         if curve.train_loops == 1 and len(means) == 1 and across != "compute":
             axes.axhline(means.iloc[0], color="gray", linestyle=":", linewidth=1)
+            side, place = ("left", 0.01) if across == "steps" else ("right", 0.99)  # where curves are seldom as good
             axes.annotate(
                 curve.label,
-                (0.99, means.iloc[0]),
+                (place, means.iloc[0]),
                 xycoords=("axes fraction", "data"),
-                ha="right",
+                ha=side,
                 va="bottom",
                 fontsize=7,
                 color="gray",
