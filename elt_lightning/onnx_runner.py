@@ -63,7 +63,8 @@ class OnnxNetwork:
             predicts, (B, C, …); and the state (B, T, D) of the loop at its end. All are float32.
 
         Raises:
-            ValueError: loops or exits out of range, a state for a network without recall, or diffusion without a time.
+            ValueError: loops or exits out of range, a state for a network without recall or of another number of
+                samples, or diffusion without a time.
         """
         wanted = {*exits, loops}
         if min(wanted) < 1 or max(wanted) > loops:
@@ -73,6 +74,8 @@ class OnnxNetwork:
         if state is not None and not self.has_recall:
             raise ValueError("the network has no recall: its loop cannot begin from another pass's state")
         takes = self._inputs["embedding"]
+        if state is not None and len(state) != len(x):
+            raise ValueError(f"the state is of {len(state)} samples, and there are {len(x)}")
         if ("time" in takes) != (condition.time is not None):
             raise ValueError("condition.time is what a network of noisy latents needs, and no other one takes")
         if state is None and self.has_recall:

@@ -33,6 +33,7 @@ from elt_lightning.data.workers import Loader
 from elt_lightning.files import sha256
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+FASHION = QUICKSTART.with_name("fashion_diffusion.yaml")
 Refused = Callable[[list[str], str], None]
 
 SECONDS = 20
@@ -316,6 +317,14 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "stats of no pictures": (
         ["stats", "--images=nowhere", "--size=8", "--inception_path=notes.txt", "--output=new.npz"],
         "notes.txt",
+    ),
+    "test of nothing": (["test"], "model.network, model.process"),
+    "predict from nothing": (["predict"], "--ckpt_path PATH, of a trained model"),
+    "test of a model that comes along, by name": (["test", "--ckpt_path=squares"], "that comes along is"),
+    "sample into a folder": (["sample", "--model=squares", "--output=pictures", "--overwrite"], "pictures is a folder"),
+    "a folder of IDX files that is not there": (
+        ["fit", f"--config={FASHION}", "--data.init_args.root=nowhere"],
+        "there is no nowhere",
     ),
     "plan of no config": (["plan"], "needs a config: --config PATH"),
     "plan on no devices": (["plan", "--config=tokens.yaml", "--devices=0"], "--devices"),

@@ -79,12 +79,21 @@ def test_too_many_samples_for_a_device_are_one_line(
         ({"given": torch.zeros(25, dtype=torch.int64)}, "has the shape .25,., the samples"),
         ({"given": torch.full((1, 25), 21)}, "codes from 0 to 19, and 20 where nothing is"),
         ({"given": torch.zeros(1, 25)}, "codes from 0 to 19"),
-        ({"given": {(0, 0): 1.5}}, "no digit from 1 to 5"),
+        ({"given": {(0, 0): 6}}, "no digit from 1 to 5"),
+        ({"given": {(0, 0): 1.5}}, "whole numbers, not .0, 0.: 1.5"),
+        ({"given": {(0.0, 1.0): 1}}, "whole numbers, not .0.0, 1.0.: 1"),
+        ({"given": {0: 3}}, "{.row, column.: digit}, whole numbers, not 0: 3"),
+        ({"given": [3]}, "what is given is of given"),
+        ({"classes": 3}, "classes are a list of numbers"),
+        ({"guidance": "2"}, "guidance is a number, not '2'"),
+        ({"exit_scale": None}, "exit_scale is a number, not None"),
+        ({"tolerance": "0.1"}, "tolerance is a number, not '0.1'"),
+        ({"loops": 10**7}, "loops must be at most 1000000"),
         ({"loops": "auto"}, "a tolerance must say when"),
         ({"loops": 0}, "loop"),
         ({"loops": 2.0}, "loops must be a whole number from 1 up, or 3 of them, one per sampling step, not 2.0"),
         ({"loops": "2"}, "loops must be a whole number from 1 up"),
-        ({"exit_scale": 1, "weak_loops": 1.5}, "a whole number weak_loops >= 1"),
+        ({"exit_scale": 1, "weak_loops": 1.5}, "weak_loops is a whole number, not 1.5"),
         ({"stepps": 3}, "no such setting"),
         ({"carry_state": True}, "carry_state needs a network with recall"),
     ],
@@ -95,3 +104,11 @@ def test_what_cannot_be_drawn_is_one_line(
     monkeypatch.chdir(small_squares.parents[3])
     with pytest.raises(UserError, match=message):
         elt_lightning.load(small_squares).draw(**asked)  # type: ignore[arg-type]
+
+
+def test_weights_are_one_of_two_kinds(small_squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt kind would else be taken for the raw ones."""
+    monkeypatch.chdir(small_squares.parents[3])
+    for source in (small_squares, "squares"):
+        with pytest.raises(UserError, match="weights are ema or raw, not 'EMA'"):
+            elt_lightning.load(source, weights="EMA")  # type: ignore[arg-type]

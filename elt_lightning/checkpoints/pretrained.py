@@ -59,7 +59,7 @@ def read_pretrained(source: str | Path, revision: str | None = None) -> dict[str
         return read_exported(shipped.folder_of(name))
     if path.is_dir() and not (path / META).is_file():
         return read_exported(path)
-    if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if path.exists() or name.endswith(".ckpt") or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return read_checkpoint(path)
     return read_exported(fetch(name, revision))
 
@@ -132,7 +132,13 @@ def fetch(name: str, revision: str | None) -> Path:
 
 
 def meant(checkpoint: dict[str, Any], weights: Weights | None = None) -> Weights:
-    """Return which weights are meant: those asked for; by default those of an exported model, or the averaged ones."""
+    """Return which weights are meant: those asked for; by default those of an exported model, or the averaged ones.
+
+    Raises:
+        UserError: others were asked for than there can be.
+    """
+    if weights not in (None, *get_args(Weights)):
+        raise UserError(f"weights are {' or '.join(get_args(Weights))}, not {weights!r}")
     chosen: Weights = weights or checkpoint.get("exported", "ema")
     return chosen
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elt_lightning.checkpoints.recipe import check_recipe, is_count, is_laid_out
+from elt_lightning.checkpoints.shipped import FOLDER, names
 from elt_lightning.errors import UserError
 from elt_lightning.files import is_file
 from elt_lightning.training.weights import META
@@ -62,7 +63,8 @@ def read_checkpoint(path: str | Path, prefixes: tuple[str, ...] = ("state_dict/"
         )
     is_sharded = (Path(path) / META).is_file()
     if not (is_sharded or is_file(path)):
-        raise UserError(f"there is no checkpoint {path}")
+        known = f": the model of that name that comes along is {FOLDER / str(path)}" if str(path) in names() else ""
+        raise UserError(f"there is no checkpoint {path}{known}")
     try:
         if is_sharded:
             from elt_lightning.training.sharded_checkpoints import read_folder

@@ -108,7 +108,7 @@ def device_of(name: str | None) -> torch.device:
     """Return the device of that name, or a GPU where there is one (UserError: there is no such device)."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # which meta, a device without memory, has none of
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

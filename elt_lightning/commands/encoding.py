@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,11 +113,17 @@ def build_tokenizer(
         kind = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(short_names)
+        why = f" ({error})" if module_name else ""
         raise UserError(
-            f"--tokenizer {name} is neither one of {known} nor a class that can be imported ({error})"
+            f"--tokenizer {name} is neither one of {known} nor a class that can be imported{why}"
         ) from error
     if not (isinstance(kind, type) and suits(kind)):
         raise UserError(f"--tokenizer {name} is not {otherwise}")
+    takes = inspect.signature(kind).parameters
+    if path is None and "path" in takes and takes["path"].default is inspect.Parameter.empty:
+        raise UserError(f"--tokenizer {name} needs its file: --tokenizer_path PATH")
+    if path is not None and "path" not in takes:
+        raise UserError(f"--tokenizer {name} takes no --tokenizer_path")
     try:
         return kind(**({} if path is None else {"path": path}))
     except TypeError as error:

@@ -62,7 +62,12 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"there is no setting {key}: {alternatives(key, list(known))}"
     required = re.match(r"the following arguments are required: (.*)", message)
     if required:
-        return f"required, and given by nothing: {required.group(1).replace('fit.', '')}"
+        command, missing = (
+            required.group(1).partition(".")[0],
+            re.sub(r"\b(fit|test|predict|validate)\.", "", required.group(1)),
+        )
+        instead = "" if command == "fit" else ": --ckpt_path PATH, of a trained model, says it all"
+        return f"required, and given by nothing: {missing}{instead}"
     reasons, values = read_tree(message)
     if not reasons or len(reasons) == len(message.splitlines()):  # no tree
         return " ".join(message.split())

@@ -44,7 +44,9 @@ def run(name: str, arguments: list[str]) -> None:
         raise UserError("--given_stride goes with --given, whose frames it counts")
     if len(options.classes or ()) > options.num:
         raise UserError(f"--classes names {len(options.classes)}, and --num {options.num} draws no more: raise --num")
-    if options.output.is_dir() or (options.output.exists() and not options.overwrite):
+    if options.output.is_dir():
+        raise UserError(f"{options.output} is a folder: choose another --output")
+    if options.output.exists() and not options.overwrite:
         raise UserError(f"{options.output} exists: choose another --output, or add --overwrite")
     if options.output.suffix not in SUFFIXES:
         raise UserError(f"{options.output}: choose a name that ends in {', '.join(SUFFIXES)}")

@@ -73,6 +73,8 @@ def find_halves(root: str) -> tuple[IdxSet, IdxSet]:
     elif folder.is_dir():
         names = sorted(path.name for path in folder.iterdir())
     found = {(match["set"], match["dot"]) for match in map(NAME.fullmatch, names) if match}
+    if not folder.is_dir():
+        raise UserError(f"there is no {root}")
     if not found:
         raise UserError(f"{root} has no pictures of the IDX format, whose files are called train-images-idx3-ubyte.gz")
     if len(found) > 1:

@@ -1,7 +1,7 @@
 """A model with its tokenizer: from classes to pictures, for people."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from elt_lightning.checkpoints.pretrained import build_module, read_pretrained
 from elt_lightning.checkpoints.recipe import found
 from elt_lightning.checkpoints.store import Weights
-from elt_lightning.errors import UserError
+from elt_lightning.errors import UserError, check_most
 from elt_lightning.evaluation.given import Hole, read_given
 from elt_lightning.processes.noise import sample_seeds
 from elt_lightning.samplers.base import Sampler
@@ -21,6 +21,10 @@ from elt_lightning.tokenizers.patch_vq import PatchVQTokenizer
 
 Asked = int | Literal["auto"] | None
 """A loop count; "auto", until the tolerance is met; None for the count of training."""
+
+
+NUMBERS = {"guidance": Real, "exit_scale": Real, "weak_loops": Integral, "tolerance": Real}
+"""Settings of samplers that are compared with numbers."""
 
 
 class Drawing:
@@ -58,6 +62,12 @@ class Drawing:
         Raises:
             UserError: the sampler has no such setting, or it does not go with the model or the loop count.
         """
+        for name, kind in NUMBERS.items():
+            value = settings.get(name, 0)
+            if not (isinstance(value, kind) or (value is None and name in ("weak_loops", "tolerance"))):
+                raise UserError(f"{name} is a {'whole ' * (kind is Integral)}number, not {value!r}")
+        if isinstance(loops, Integral):
+            check_most(loops=int(loops))
         try:
             sampler = self.module.sampler.with_settings(**settings).suited_to(self.module.network.has_recall)
             count = self.module.loop_count(loops, sampler)
@@ -140,7 +150,12 @@ class Drawing:
         """
         rows, columns, ways = self.board()
         known = torch.full((1, rows * columns), rows * ways, device=self.module.device)
-        for (row, column), digit in digits.items():
+        for cell, digit in digits.items():
+            if not (
+                isinstance(cell, tuple) and len(cell) == 2 and all(isinstance(n, Integral) for n in (*cell, digit))
+            ):
+                raise UserError(f"what is given is {{(row, column): digit}}, whole numbers, not {cell!r}: {digit!r}")
+            row, column = cell
             if row not in range(rows) or column not in range(columns) or digit not in range(1, rows + 1):
                 raise UserError(f"no cell of {rows}×{columns}, or no digit from 1 to {rows}: {(row, column)}: {digit}")
             known[0, row * columns + column] = (digit - 1) * ways
@@ -161,6 +176,8 @@ class Drawing:
         Raises:
             UserError: it is no part of what the model samples.
         """
+        if not isinstance(given, Tensor | Mapping):
+            raise UserError(f"what is given is of given(), or {{(row, column): digit}}, not {given!r}")
         known = given if isinstance(given, Tensor) else self.clues(given)
         shape, codes = self.module.network.sample_shape, self.module.codebook_size
         if not (codes is None or known.is_floating_point()):
@@ -195,6 +212,8 @@ class Drawing:
         Raises:
             UserError: the model has no such class or setting, there is no such seed, or what is given does not fit.
         """
+        if classes is not None and not hasattr(classes, "__len__"):
+            raise UserError(f"classes are a list of numbers, such as [0, 0, 3], not {classes!r}")
         labels = self.labels(classes, self.num_classes if classes is None else len(classes))
         sampler, count = self.sampler(loops, **settings)
         known = None if given is None else self.known(given, len(labels))

@@ -51,6 +51,8 @@ def read_given(
             raise UserError(f"--given_frames: {frames} frames cannot be given of a grid of {times(grid)}")
         unknown[frames:] = True
     if hole is not None:
+        if len(hole) != 4:
+            raise UserError(f"--hole: {hole} has not four numbers: top, left, bottom, right")
         top, left, bottom, right = hole
         if not (0 <= top < bottom <= grid[-2] and 0 <= left < right <= grid[-1]):
             raise UserError(f"--hole: {hole} is no rectangle in a grid of {grid[-2]} rows and {grid[-1]} columns")
@@ -95,5 +97,6 @@ def read_pixels(path: Path, shape: torch.Size, stride: int) -> Tensor:
     except UserError:
         raise
     except Exception as error:  # whatever a decoder raises
-        raise UserError(f"--given: {path} cannot be read: {error}") from error
+        kind = "a clip such as an AVI or MP4 file" if len(shape) == 4 else "a picture"
+        raise UserError(f"--given: {path} cannot be read as {kind}: {error}") from error
     return pixels if shape[0] == 3 else pixels.float().mean(0, keepdim=True)
