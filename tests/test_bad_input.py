@@ -321,7 +321,7 @@ COMMAND_LINES: dict[str, tuple[list[str], str]] = {
     "test of nothing": (["test"], "model.network, model.process"),
     "predict from nothing": (["predict"], "--ckpt_path PATH, of a trained model"),
     "test of a model that comes along, by name": (["test", "--ckpt_path=squares"], "that comes along is"),
-    "sample into a folder": (["sample", "--model=squares", "--output=pictures", "--overwrite"], "pictures is a folder"),
+    "sample over a folder": (["sample", "--model=squares", "--output=pictures", "--overwrite"], "pictures is a folder"),
     "a folder of IDX files that is not there": (
         ["fit", f"--config={FASHION}", "--data.init_args.root=nowhere"],
         "there is no nowhere",
