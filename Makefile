@@ -37,7 +37,7 @@ quickstart: $(BIN)/elt ## train a looped generator, test it at 1 to 16 loops (6 
 quickstart-video: $(BIN)/elt ## the same for clips of moving digits (10 minutes on 2 cores; resumes)
 	$(BIN)/python -m elt_lightning.reproduce.quickstart_video $(if $(PAPER),--paper) $(if $(TRAIN_TOKENIZER),--train_tokenizer)
 
-fashion: $(BIN)/elt ## real pictures: tokenizer, masked and diffusion ELT on Fashion-MNIST (46 minutes); SMOKE=1 a few steps
+fashion: $(BIN)/elt ## real pictures, Fashion-MNIST: tokenizer, masked and diffusion ELT (46 minutes); SMOKE=1
 	$(BIN)/python -m elt_lightning.reproduce.fashion $(if $(SMOKE),--smoke)
 
 test: $(BIN)/elt ## lint, check types, run the fast tests

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from collections.abc import Collection
 
 from elt_lightning.commands.arguments import Parser
 
@@ -19,16 +20,16 @@ def run(name: str, arguments: list[str]) -> None:
     Raises:
         UserError: the command line, the pictures, their labels, the tokenizer or the output folder are wrong.
     """
-    options = build_parser(arguments[0] if arguments else "").parse_args(arguments)
+    options = build_parser(arguments[:1]).parse_args(arguments)
     options.run(options)
 
 
-def build_parser(asked: str) -> argparse.ArgumentParser:
-    """Describe the command line of the kind ``asked`` for: the others' modules stay out, and with them Lightning."""
+def build_parser(asked: Collection[str] = tuple(KINDS)) -> argparse.ArgumentParser:
+    """Describe the command line of the kinds ``asked`` for: the others' modules stay out, and with them Lightning."""
     parser = Parser(prog="elt encode", description=__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what is encoded")
     for kind, (module, protocol, what) in KINDS.items():
         flags = kinds.add_parser(kind, help=what, allow_abbrev=False)
-        if kind == asked:
+        if kind in asked:
             importlib.import_module(module).add_arguments(flags, *protocol)
     return parser
