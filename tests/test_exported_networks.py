@@ -83,6 +83,9 @@ def test_what_was_exported_predicts_as_torch_does(network: LoopedNetwork, tmp_pa
             torch.testing.assert_close(torch.from_numpy(ended_graphs), ended, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(ended_program, ended, rtol=0, atol=1e-6)
             state = ended if network.has_recall else None
+    if network.has_recall:
+        with pytest.raises(ValueError, match="the state is of 1 samples, and there are 5"):
+            graphs(x, condition, 1, state=ended[:1])
     with pytest.raises(RuntimeError, match="exits must lie in"):
         program(**inputs | {"exits": torch.tensor([1, 13])})
 

@@ -62,11 +62,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         return f"there is no setting {key}: {alternatives(key, list(known))}"
     required = re.match(r"the following arguments are required: (.*)", message)
     if required:
-        command, missing = (
-            required.group(1).partition(".")[0],
-            re.sub(r"\b(fit|test|predict|validate)\.", "", required.group(1)),
-        )
-        instead = "" if command == "fit" else ": --ckpt_path PATH, of a trained model, says it all"
+        missing, measured = re.subn(r"\b(validate|test|predict)\.", "", required.group(1).replace("fit.", ""))
+        instead = ": --ckpt_path PATH, of a trained model, says it all" if measured else ""
         return f"required, and given by nothing: {missing}{instead}"
     reasons, values = read_tree(message)
     if not reasons or len(reasons) == len(message.splitlines()):  # no tree
